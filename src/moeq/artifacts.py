@@ -1,0 +1,331 @@
+"""The files that stages hand to each other: Inventory, CostTable, Plan, EvalResult.
+
+Each is frozen, versioned and has one `validate()`, called when it is made and when it is read.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from moeq import codec
+from moeq.errors import ArtifactError, VersionError
+from moeq.spec import QuantSpec, Unit, stored_bytes, table_bytes
+
+PROJECTIONS = ("gate", "up", "down")
+
+
+class _Artifact:
+    """What all artifacts share: one JSON file each, with kind and version in front."""
+
+    KIND: ClassVar[str]
+    VERSION: ClassVar[int] = 1
+
+    def validate(self) -> None:
+        """Raise ArtifactError if the parts contradict each other."""
+        raise NotImplementedError
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the artifact's canonical JSON."""
+        return codec.digest(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with `kind` and `format_version`."""
+        return {"kind": self.KIND, "format_version": self.VERSION, **codec.encode(self)}
+
+    @classmethod
+    def from_dict(cls, data: Any, *, file: Path | None = None) -> Self:
+        """Inverse of `to_dict`; validated.
+
+        Raises:
+            VersionError: written by a later version of moeq.
+            ArtifactError: another kind of artifact, or malformed.
+        """
+        if not isinstance(data, dict) or data.get("kind") != cls.KIND:
+            raise ArtifactError(f"not a moeq {cls.KIND}", file=file, fix=f"give a file that holds a {cls.KIND}")
+        version = data.get("format_version")
+        if version != cls.VERSION:
+            raise VersionError(
+                f"{cls.KIND} has format version {version!r}, this moeq reads {cls.VERSION}",
+                file=file,
+                fix="use the moeq version that wrote it, or write it again",
+            )
+        body = {key: value for key, value in data.items() if key not in ("kind", "format_version")}
+        try:
+            artifact = codec.decode(cls, body)
+            artifact.validate()
+        except ArtifactError as error:
+            if file is None or error.file is not None:
+                raise
+            raise type(error)(error.message, file=file, tensor=error.tensor, fix=error.fix) from error
+        return artifact
+
+    def save(self, path: Path) -> None:
+        """Write the artifact as JSON."""
+        self.validate()
+        path.write_bytes(codec.canonical(self.to_dict()) + b"\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read and validate the artifact at `path`."""
+        return cls.from_dict(codec.read_json(path), file=path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixSource:
+    """Where in the source checkpoint the matrices of one projection of one layer lie.
+
+    Expert e's matrix (N, K) is tensor `name` with "{expert}" replaced by e + expert_offset, or, when
+    `stacked`, slice e + expert_offset of the 3-D tensor `name`; then transposed if `transposed`;
+    then rows start, start + step, start + 2 * step, ... N of them.
+    """
+
+    name: str
+    stacked: bool
+    expert_offset: int = 0
+    transposed: bool = False
+    start: int = 0
+    step: int = 1
+
+    def tensor(self, expert: int) -> str:
+        """The name of the tensor that holds expert `expert`."""
+        return self.name if self.stacked else self.name.replace("{expert}", str(expert + self.expert_offset))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeLayer:
+    """One layer of routed experts.
+
+    Attributes:
+        path: module path of the stacked experts in the transformers model.
+        block: module path of the decoder layer around it.
+        num_experts: routed experts.
+        top_k: experts per token.
+        shapes: projection -> (N, K), output rows and input columns. No "gate" for plain experts.
+        sources: projection -> where its matrices lie.
+        concatenated: gate rows precede up rows in the model's fused output; else they alternate.
+        transposed: the model's own stacked parameters are (E, K, N).
+    """
+
+    path: str
+    block: str
+    num_experts: int
+    top_k: int
+    shapes: dict[str, tuple[int, int]]
+    sources: dict[str, MatrixSource]
+    concatenated: bool = True
+    transposed: bool = False
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The projections this layer has, in storage order."""
+        return tuple(name for name in PROJECTIONS if name in self.shapes)
+
+    @property
+    def parameters(self) -> int:
+        """Weights of all experts of the layer."""
+        return self.num_experts * sum(rows * columns for rows, columns in self.shapes.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseLinear:
+    """A linear layer outside the routed experts that may be quantized too.
+
+    Attributes:
+        path: module path in the transformers model.
+        kind: "attention", "shared", "dense" or "lm_head".
+        source: name of its weight in the source checkpoint.
+        shape: (N, K).
+        block: path of the decoder layer it belongs to, "" when none.
+    """
+
+    path: str
+    kind: str
+    source: str
+    shape: tuple[int, int]
+    block: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory(_Artifact):
+    """What a source checkpoint holds, as far as moeq needs to know.
+
+    Attributes:
+        model_type: the transformers model type.
+        architecture: the transformers model class.
+        model_hash: identifies config, tensor names and shapes, and samples of the weights.
+        layers: the layers of routed experts, in order.
+        dense: the other linears that may be quantized.
+        source_bytes: bytes of all tensors of the source.
+        parameters: elements of all tensors of the source.
+        element_bytes: bytes of one expert weight in the source.
+    """
+
+    KIND: ClassVar[str] = "inventory"
+
+    model_type: str
+    architecture: str
+    model_hash: str
+    layers: tuple[MoeLayer, ...]
+    dense: tuple[DenseLinear, ...]
+    source_bytes: int
+    parameters: int
+    element_bytes: int
+
+    def validate(self) -> None:
+        """Raise ArtifactError if the inventory contradicts itself."""
+        if not self.layers:
+            raise ArtifactError("an inventory needs at least one MoE layer")
+        for layer in self.layers:
+            if set(layer.shapes) != set(layer.sources) or "down" not in layer.shapes or "up" not in layer.shapes:
+                raise ArtifactError("shapes and sources must name the same projections", tensor=layer.path)
+            if not 1 <= layer.top_k <= layer.num_experts:
+                raise ArtifactError(f"top_k {layer.top_k} of {layer.num_experts} experts", tensor=layer.path)
+            if min(size for shape in layer.shapes.values() for size in shape) < 1:
+                raise ArtifactError("an expert matrix has no elements", tensor=layer.path)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of all routed experts of the model."""
+        return sum(layer.parameters for layer in self.layers)
+
+    def units(self) -> Iterator[tuple[Unit, tuple[int, int]]]:
+        """Every matrix of every expert in storage order, with its shape (N, K)."""
+        for index, layer in enumerate(self.layers):
+            for expert in range(layer.num_experts):
+                for projection in layer.projections:
+                    yield Unit(layer=index, expert=expert, projection=projection), layer.shapes[projection]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostTable(_Artifact):
+    """Predicted harm and stored bytes of each unit under each candidate.
+
+    Attributes:
+        model_hash: the model measured.
+        cost: name of the cost.
+        provenance: what the numbers depend on (tokens hash, seed, versions, options).
+        units: the units, in storage order.
+        candidates: the specs a unit may get.
+        costs: unit -> candidate -> predicted harm.
+        sizes: unit -> candidate -> stored bytes.
+    """
+
+    KIND: ClassVar[str] = "cost-table"
+
+    model_hash: str
+    cost: str
+    provenance: dict[str, Any]
+    units: tuple[Unit, ...]
+    candidates: tuple[QuantSpec, ...]
+    costs: tuple[tuple[float, ...], ...]
+    sizes: tuple[tuple[int, ...], ...]
+
+    def validate(self) -> None:
+        """Raise ArtifactError on NaN, ragged rows or duplicate units."""
+        if len(set(self.units)) != len(self.units):
+            raise ArtifactError("a cost table names a unit twice", fix="measure again")
+        for rows, what in ((self.costs, "costs"), (self.sizes, "sizes")):
+            if len(rows) != len(self.units) or any(len(row) != len(self.candidates) for row in rows):
+                raise ArtifactError(f"{what} must have one row per unit and one column per candidate")
+        for unit, row in zip(self.units, self.costs, strict=True):
+            if not all(math.isfinite(cost) for cost in row):
+                raise ArtifactError(f"unit {unit} has a cost that is not finite", fix="measure again")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan(_Artifact):
+    """Which spec every unit gets.
+
+    Attributes:
+        model_hash: the model planned for.
+        method: name of the method that made the plan.
+        specs: the palette; the assignments below index it.
+        experts: layer -> expert -> projection (storage order) -> index into `specs`.
+        dense: path of a linear -> index into `specs`; absent linears stay 16-bit.
+        expert_bytes: stored bytes of all routed experts, tables included.
+        objective: predicted harm, if a solver made the plan.
+        bound: the solver's proven lower bound of the objective.
+    """
+
+    KIND: ClassVar[str] = "plan"
+
+    model_hash: str
+    method: str
+    specs: tuple[QuantSpec, ...]
+    experts: tuple[tuple[tuple[int, ...], ...], ...]
+    dense: dict[str, int] = field(default_factory=dict)
+    expert_bytes: int
+    objective: float | None = None
+    bound: float | None = None
+
+    def validate(self) -> None:
+        """Raise ArtifactError if an assignment points outside the palette."""
+        used = {index for layer in self.experts for expert in layer for index in expert} | set(self.dense.values())
+        if not used or min(used) < 0 or max(used) >= len(self.specs):
+            raise ArtifactError("a plan assigns a spec outside its palette", fix="allocate again")
+
+    def spec(self, unit: Unit, projections: tuple[str, ...]) -> QuantSpec:
+        """The spec of one unit, `projections` being those of its layer."""
+        return self.specs[self.experts[unit.layer][unit.expert][projections.index(unit.projection)]]
+
+    def layer_specs(self, layer: int) -> tuple[tuple[QuantSpec, ...], ...]:
+        """expert -> projection (storage order) -> spec."""
+        return tuple(tuple(self.specs[index] for index in expert) for expert in self.experts[layer])
+
+    def check_model(self, inventory: Inventory) -> None:
+        """Raise ArtifactError unless this plan was made for exactly this model."""
+        if self.model_hash != inventory.model_hash:
+            raise ArtifactError(
+                f"the plan is for model {self.model_hash[:12]}, this is {inventory.model_hash[:12]}",
+                option="plan",
+                fix="allocate a plan for this model",
+            )
+        shape = [(layer.num_experts, len(layer.projections)) for layer in inventory.layers]
+        planned = [(len(layer), len(layer[0]) if layer else 0) for layer in self.experts]
+        if shape != planned:
+            raise ArtifactError("the plan covers other experts than the model has", option="plan", fix="allocate again")
+        if self.expert_bytes != expert_bytes(self, inventory):
+            raise ArtifactError("the plan's expert_bytes disagrees with its specs", option="plan", fix="allocate again")
+
+
+def expert_bytes(plan: Plan, inventory: Inventory) -> int:
+    """Stored bytes of all routed experts under `plan`, layer tables included."""
+    total = 0
+    for index, layer in enumerate(inventory.layers):
+        total += table_bytes(layer.num_experts, len(layer.projections))
+        for expert in plan.layer_specs(index):
+            shapes = (layer.shapes[projection] for projection in layer.projections)
+            total += sum(stored_bytes(spec, shape) for spec, shape in zip(expert, shapes, strict=True))
+    return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalResult(_Artifact):
+    """Measured quality of a model.
+
+    Attributes:
+        subject: the model measured.
+        reference: the model compared to, if any.
+        metrics: name -> value; documented in docs/json.md.
+        tokens: predicted tokens measured.
+        provenance: texts, seeds, versions, options.
+    """
+
+    KIND: ClassVar[str] = "eval-result"
+
+    subject: str
+    reference: str | None
+    metrics: dict[str, float]
+    tokens: int
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def validate(self) -> None:
+        """Raise ArtifactError on values that are not finite."""
+        for name, value in self.metrics.items():
+            if not math.isfinite(value):
+                raise ArtifactError(f"metric {name!r} is not finite", fix="check the model and the text")
+        if self.tokens < 0:
+            raise ArtifactError("tokens must not be negative")

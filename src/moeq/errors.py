@@ -1,0 +1,129 @@
+"""Every error moeq raises, as one tree.
+
+    MoeqError
+    |- OptionError            an option, recipe key or argument is wrong
+    |  |- RecipeError         a recipe file has unknown keys or wrong types
+    |  |- BudgetError         the budget cannot be met, or is not one
+    |  |- DeviceError         the device asked for is not there
+    |  `- OutputError         the output directory cannot be used
+    |- CheckpointError        the source checkpoint is broken or not for us
+    |  |- HeaderError         a safetensors file contradicts its own header
+    |  |- MissingTensorError  a tensor or shard that must exist does not
+    |  |- TensorError         a tensor has a wrong shape, dtype or value
+    |  |- NotMoeError         the model has no routed experts we know of
+    |  `- AlreadyQuantizedError
+    |- CalibrationError       the calibration or evaluation text cannot be used
+    |- ArtifactError          a Plan, CostTable, ... is malformed or of another model
+    |  `- VersionError        an artifact or checkpoint of a future format
+    |- PackedError            a packed checkpoint is inconsistent or was tampered with
+    |- ResumeError            a journal does not match what is asked for now
+    `- StorageError           the disk is full or refuses to write
+
+Each message names what is at fault (file, tensor or option) and says the fix.
+"""
+
+from pathlib import Path
+
+
+class MoeqError(Exception):
+    """Base of all errors of moeq: what is wrong, where, and what to do about it.
+
+    Args:
+        message: what is wrong, one sentence.
+        file: the file at fault.
+        tensor: the tensor at fault.
+        option: the option (as spelled in the CLI or recipe) at fault.
+        fix: what the user can do, one sentence.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: str | Path | None = None,
+        tensor: str | None = None,
+        option: str | None = None,
+        fix: str = "",
+    ) -> None:
+        self.message = message
+        self.file = str(file) if file is not None else None
+        self.tensor = tensor
+        self.option = option
+        self.fix = fix
+        where = [
+            f"{kind} {value}"
+            for kind, value in (("file", self.file), ("tensor", tensor), ("option", option))
+            if value is not None
+        ]
+        parts = [f"{message}" + (f" ({', '.join(where)})" if where else "")]
+        if fix:
+            parts.append(f"Fix: {fix}")
+        super().__init__(". ".join(part.rstrip(".") for part in parts) + ".")
+
+
+class OptionError(MoeqError):
+    """An option, recipe key or argument has a value that cannot be used."""
+
+
+class RecipeError(OptionError):
+    """A recipe file is not valid YAML or has unknown keys or wrong types."""
+
+
+class BudgetError(OptionError):
+    """The budget lies below the smallest or above the largest reachable size."""
+
+
+class DeviceError(OptionError):
+    """The device asked for does not exist on this machine."""
+
+
+class OutputError(OptionError):
+    """The output directory is not empty, is the input, or cannot be written."""
+
+
+class CheckpointError(MoeqError):
+    """The source checkpoint is broken or not one that moeq can read."""
+
+
+class HeaderError(CheckpointError):
+    """A safetensors file is truncated or contradicts its own header."""
+
+
+class MissingTensorError(CheckpointError):
+    """A shard or tensor that must exist does not."""
+
+
+class TensorError(CheckpointError):
+    """A tensor has a wrong shape or dtype, or holds NaN or infinity."""
+
+
+class NotMoeError(CheckpointError):
+    """The model has no routed experts that moeq knows how to handle."""
+
+
+class AlreadyQuantizedError(CheckpointError):
+    """The source is quantized already; quantizing twice would compound errors."""
+
+
+class CalibrationError(MoeqError):
+    """A calibration or evaluation text is empty, too short or undecodable."""
+
+
+class ArtifactError(MoeqError):
+    """A stored artifact is malformed, or belongs to another model."""
+
+
+class VersionError(ArtifactError):
+    """An artifact or checkpoint was written in a format this version does not know."""
+
+
+class PackedError(MoeqError):
+    """A packed checkpoint is inconsistent or has been tampered with."""
+
+
+class ResumeError(MoeqError):
+    """A journal does not match the input, options or version of this run."""
+
+
+class StorageError(MoeqError):
+    """The disk is full or refuses to write."""

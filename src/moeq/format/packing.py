@@ -1,0 +1,163 @@
+"""Codes to bytes and back: pure functions over torch tensors (docs/format.md, "Planes").
+
+Legend: N output rows, K input columns, G groups per row, B bytes.
+"""
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from moeq.spec import BLOCK, PLANES, QuantSpec, Sections, num_groups, plane_row_bytes, sections
+
+CODE_DTYPE: Final = torch.uint8
+
+
+def _pack_block(codes: Tensor, width: int) -> Tensor:
+    """(..., n) codes below 2^width with n a multiple of 8 -> (..., n * width / 8) bytes.
+
+    Byte j holds in its field s (bits s*width ..) the code s * m + j, m being the bytes of the block.
+    """
+    fields = 8 // width
+    split = codes.unflatten(-1, (fields, codes.shape[-1] // fields))
+    packed = split[..., 0, :].clone()
+    for field in range(1, fields):
+        packed |= split[..., field, :] << (field * width)
+    return packed
+
+
+def _unpack_block(packed: Tensor, width: int) -> Tensor:
+    fields = 8 // width
+    if fields == 1:
+        return packed
+    mask = (1 << width) - 1
+    parts = [(packed >> (field * width)) & mask for field in range(fields)]
+    return torch.cat(parts, dim=-1)
+
+
+def pack_plane(codes_NK: Tensor, width: int) -> Tensor:
+    """Pack codes below 2^width.
+
+    Args:
+        codes_NK: uint8 codes, (N, K), any K.
+        width: 1, 2, 4 or 8.
+
+    Returns:
+        uint8, (N, plane_row_bytes(K, width)).
+    """
+    rows, columns = codes_NK.shape
+    full = columns // BLOCK * BLOCK
+    blocks = codes_NK[:, :full].unflatten(-1, (full // BLOCK, BLOCK)) if full else codes_NK.new_zeros(rows, 0, BLOCK)
+    parts = [_pack_block(blocks, width).flatten(1)]
+    tail = columns - full
+    if tail:
+        padded = codes_NK.new_zeros(rows, -(-tail // 8) * 8)
+        padded[:, :tail] = codes_NK[:, full:]
+        parts.append(_pack_block(padded, width))
+    return torch.cat(parts, dim=1).contiguous()
+
+
+def unpack_plane(packed_NB: Tensor, width: int, columns: int) -> Tensor:
+    """Inverse of `pack_plane`: uint8 codes, (N, columns)."""
+    rows = packed_NB.shape[0]
+    full = columns // BLOCK * BLOCK
+    block_bytes = BLOCK * width // 8
+    split = full // BLOCK * block_bytes
+    head = packed_NB[:, :split].unflatten(-1, (full // BLOCK, block_bytes)) if full else None
+    parts = [_unpack_block(head, width).flatten(1)] if head is not None else []
+    if columns - full:
+        parts.append(_unpack_block(packed_NB[:, split:], width)[:, : columns - full])
+    return torch.cat(parts, dim=1) if parts else packed_NB.new_zeros(rows, 0)
+
+
+def pack_matrix(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, spec: QuantSpec) -> Tensor:
+    """One matrix record.
+
+    Args:
+        codes_NK: uint8 codes below 2^bits.
+        scale_NG: float16 scales.
+        zero_NG: uint8 for `asym`, float16 for `asym16`, None for `sym` and `half`.
+        spec: how to store it.
+
+    Returns:
+        uint8, (stored_bytes(spec, (N, K)),); padding is zero.
+    """
+    rows, columns = codes_NK.shape
+    where = sections(spec, (rows, columns))
+    record = torch.zeros(where.total, dtype=torch.uint8)
+    shift = spec.bits
+    for width, offset, size in where.planes:
+        shift -= width
+        plane = (codes_NK >> shift) & ((1 << width) - 1) if len(where.planes) > 1 else codes_NK
+        record[offset : offset + size] = pack_plane(plane, width).view(-1)
+    offset, size = where.scales
+    record[offset : offset + size] = scale_NG.contiguous().view(torch.uint8).view(-1)
+    offset, size = where.zeros
+    if size and zero_NG is not None:
+        record[offset : offset + size] = zero_NG.contiguous().view(torch.uint8).view(-1)
+    return record
+
+
+def unpack_codes(record: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
+    """The uint8 codes (N, K) of a matrix record."""
+    rows, columns = shape
+    codes = None
+    for width, offset, size in sections(spec, shape).planes:
+        plane = record[offset : offset + size].view(rows, plane_row_bytes(columns, width))
+        unpacked = unpack_plane(plane, width, columns)
+        codes = unpacked if codes is None else (codes << width) | unpacked
+    assert codes is not None, PLANES
+    return codes
+
+
+def unpack_scales(record: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """The float16 scales and stored zeros (or None) of a matrix record, each (N, G), as views."""
+    rows, columns = shape
+    where: Sections = sections(spec, shape)
+    groups = num_groups(columns, spec.group_size)
+    offset, size = where.scales
+    scale_NG = record[offset : offset + size].view(torch.float16).view(rows, groups)
+    offset, size = where.zeros
+    if not size:
+        return scale_NG, None
+    stored = record[offset : offset + size]
+    zero_NG = stored.view(torch.float16) if spec.levels == "asym16" else stored
+    return scale_NG, zero_NG.view(rows, groups)
+
+
+def real_zeros(zero_NG: Tensor | None, spec: QuantSpec) -> Tensor | float:
+    """The zero of each group in units of codes, float32; a number where the level set fixes it."""
+    if spec.levels == "sym":
+        return float(2 ** (spec.bits - 1))
+    if spec.levels == "half":
+        return (2**spec.bits - 1) / 2
+    assert zero_NG is not None
+    if spec.levels == "asym16":
+        return zero_NG.float()
+    return zero_NG.float() * ((2**spec.bits - 1) / 255)
+
+
+def dequantize(
+    codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, spec: QuantSpec, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """w = scale * (code - zero), computed in float32, (N, K) in `dtype`."""
+    rows, columns = codes_NK.shape
+    groups = num_groups(columns, spec.group_size)
+    group_size = columns if groups == 1 else spec.group_size
+    scale_NG = scale_NG.float()
+    zero = real_zeros(zero_NG, spec)
+    padded = groups * group_size
+    codes = codes_NK.float()
+    if padded != columns:
+        codes = torch.nn.functional.pad(codes, (0, padded - columns))
+    w_NGg = codes.view(rows, groups, group_size)
+    w_NGg = (w_NGg - (zero if isinstance(zero, float) else zero.unsqueeze(-1))) * scale_NG.unsqueeze(-1)
+    return w_NGg.view(rows, padded)[:, :columns].to(dtype)
+
+
+def decode_matrix(
+    record: Tensor, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The weights (N, K) of a matrix record in `dtype`. This is the truth every kernel is tested against."""
+    scale_NG, zero_NG = unpack_scales(record, spec, shape)
+    return dequantize(unpack_codes(record, spec, shape), scale_NG, zero_NG, spec, dtype)

@@ -1,0 +1,176 @@
+"""The vocabulary: units, bit-widths and what they cost in bytes. No torch here.
+
+`stored_bytes` is the only source of sizes: budgets, reports and the writer call it,
+and `docs/format.md` is its prose. Symbols: N output rows, K input columns, G groups
+of inputs per row, b bits per code.
+"""
+
+from dataclasses import dataclass
+
+from moeq.errors import OptionError
+
+BITS = (1, 2, 3, 4, 5, 6, 8)
+"""Code widths that layouts can store."""
+
+WHOLE_ROW = -1
+GROUP_SIZES = (32, 64, 128, WHOLE_ROW)
+"""Inputs that share one scale; `WHOLE_ROW` means one scale for each output row."""
+
+LEVELS = ("asym", "asym16", "sym", "half")
+"""Level sets, w = scale * (code - zero); the position in this tuple is the id on disk.
+
+asym    zero is stored per group in 8 bits, in units of (2^b - 1) / 255 codes
+asym16  zero is stored per group as float16 (what the papers' code does)
+sym     zero = 2^(b-1): integers -2^(b-1) .. 2^(b-1) - 1 times a signed scale
+half    zero = (2^b - 1) / 2: half-integers -(2^b - 1)/2 .. (2^b - 1)/2 times the scale
+"""
+
+ZERO_BYTES = {"asym": 1, "asym16": 2, "sym": 0, "half": 0}
+SCALE_BYTES = 2
+BLOCK = 128
+"""Codes of one row that are interleaved together in a plane."""
+ALIGN = 64
+"""Every section of a matrix record starts at a multiple of this many bytes."""
+
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+"""Code width -> widths of the planes that store it, most significant plane first."""
+
+LAYOUTS = ("grouped",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class QuantSpec:
+    """How one matrix is stored.
+
+    Attributes:
+        bits: width of a code, one of `BITS`.
+        group_size: inputs that share a scale, one of `GROUP_SIZES`.
+        levels: the level set, one of `LEVELS`.
+        layout: the storage layout, one of `LAYOUTS`.
+    """
+
+    bits: int
+    group_size: int = 128
+    levels: str = "asym"
+    layout: str = "grouped"
+
+    def __post_init__(self) -> None:
+        for option, value, legal in (
+            ("bits", self.bits, BITS),
+            ("group-size", self.group_size, GROUP_SIZES),
+            ("levels", self.levels, LEVELS),
+            ("layout", self.layout, LAYOUTS),
+        ):
+            if value not in legal:
+                choices = ", ".join(str(choice) for choice in legal)
+                raise OptionError(f"{value!r} is not supported", option=option, fix=f"choose one of {choices}")
+
+    def to_dict(self) -> dict[str, int | str]:
+        """The spec as plain JSON values."""
+        return {"bits": self.bits, "group_size": self.group_size, "levels": self.levels, "layout": self.layout}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Unit:
+    """The smallest thing that gets its own width: one matrix of one expert.
+
+    Attributes:
+        layer: index of the MoE layer in the Inventory, not of the decoder layer.
+        expert: index of the expert inside the layer.
+        projection: "gate", "up" or "down".
+    """
+
+    layer: int
+    expert: int
+    projection: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.expert}.{self.projection}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sections:
+    """Byte ranges of one matrix record, relative to its start.
+
+    Attributes:
+        planes: (width, offset, bytes) of each code plane.
+        scales: (offset, bytes) of the float16 scales, N x G.
+        zeros: (offset, bytes) of the zeros, N x G; zero bytes when the level set has none.
+        total: bytes of the record, a multiple of `ALIGN`.
+    """
+
+    planes: tuple[tuple[int, int, int], ...]
+    scales: tuple[int, int]
+    zeros: tuple[int, int]
+    total: int
+
+
+def align(size: int) -> int:
+    """`size` rounded up to a multiple of `ALIGN`."""
+    return -(-size // ALIGN) * ALIGN
+
+
+def num_groups(columns: int, group_size: int) -> int:
+    """Groups per row; the last one may be ragged."""
+    return 1 if group_size == WHOLE_ROW else -(-columns // group_size)
+
+
+def plane_row_bytes(columns: int, width: int) -> int:
+    """Bytes one row takes in a plane of `width` bits: full blocks, then a tail padded to 8 codes."""
+    full, tail = divmod(columns, BLOCK)
+    return full * (BLOCK * width // 8) + -(-tail // 8) * width
+
+
+def sections(spec: QuantSpec, shape: tuple[int, int]) -> Sections:
+    """Where the parts of a matrix record lie (docs/format.md, "Matrix record").
+
+    Args:
+        spec: how the matrix is stored.
+        shape: (N, K), output rows and input columns.
+    """
+    rows, columns = shape
+    planes = []
+    offset = 0
+    for width in PLANES[spec.bits]:
+        size = rows * plane_row_bytes(columns, width)
+        planes.append((width, offset, size))
+        offset += align(size)
+    groups = rows * num_groups(columns, spec.group_size)
+    scales = (offset, groups * SCALE_BYTES)
+    offset += align(scales[1])
+    zeros = (offset, groups * ZERO_BYTES[spec.levels])
+    offset += align(zeros[1])
+    return Sections(planes=tuple(planes), scales=scales, zeros=zeros, total=offset)
+
+
+def stored_bytes(spec: QuantSpec, shape: tuple[int, int]) -> int:
+    """Bytes that a matrix of `shape` (N, K) takes on disk under `spec`: codes, scales, zeros, padding."""
+    return sections(spec, shape).total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """What a safetensors header says of one tensor.
+
+    Attributes:
+        file: file name inside the checkpoint directory.
+        dtype: safetensors' name of the element type ("BF16", "F32", "U8", ...).
+        shape: dimensions.
+        start: first byte of the data, counted from the start of the file.
+        stop: one past the last byte.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+TABLE_COLUMNS = ("offset", "bits", "group_size", "levels")
+"""Columns of the table that describes a layer's blob: one int64 row for each matrix."""
+
+
+def table_bytes(num_experts: int, num_projections: int) -> int:
+    """Bytes of the int64 table stored beside a layer's blob."""
+    return num_experts * num_projections * len(TABLE_COLUMNS) * 8
