@@ -16,7 +16,7 @@ from moeq.spec import QuantSpec, Unit, stored_bytes, table_bytes
 PROJECTIONS = ("gate", "up", "down")
 
 
-class _Artifact:
+class Artifact:
     """What all artifacts share: one JSON file each, with kind and version in front."""
 
     KIND: ClassVar[str]
@@ -149,7 +149,7 @@ class DenseLinear:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inventory(_Artifact):
+class Inventory(Artifact):
     """What a source checkpoint holds, as far as moeq needs to know.
 
     Attributes:
@@ -200,7 +200,7 @@ class Inventory(_Artifact):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CostTable(_Artifact):
+class CostTable(Artifact):
     """Predicted harm and stored bytes of each unit under each candidate.
 
     Attributes:
@@ -236,7 +236,7 @@ class CostTable(_Artifact):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan(_Artifact):
+class Plan(Artifact):
     """Which spec every unit gets.
 
     Attributes:
@@ -303,7 +303,7 @@ def expert_bytes(plan: Plan, inventory: Inventory) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvalResult(_Artifact):
+class EvalResult(Artifact):
     """Measured quality of a model.
 
     Attributes:

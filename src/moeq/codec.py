@@ -125,11 +125,13 @@ def read_json(path: Path) -> Any:
     """Parse a JSON file.
 
     Raises:
-        ArtifactError: the file is absent, not UTF-8 or not JSON.
+        ArtifactError: the file is absent or unreadable, not UTF-8 or not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError("the file does not exist", file=path, fix="check the path") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise ArtifactError(f"cannot be read: {error.strerror}", file=path, fix="check permissions") from error
+    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, numbers too long, nesting too deep
         raise ArtifactError(f"not valid JSON: {error}", file=path, fix="write the file again") from error

@@ -1,0 +1,115 @@
+"""How moeq takes the place of an MoE's experts: transformers' own experts interface, nothing patched.
+
+Every family's stacked experts module calls the function that its config names
+(`transformers.integrations.moe`). moeq registers one such function, which hands the call to the
+`moeq` submodule attached to the experts module: packed weights at run time, a tap in calibration.
+
+Legend: T tokens, k experts per token, S tokens routed to one expert, H hidden, I expert width.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+EXPERTS_IMPLEMENTATION = "moeq"
+HANDLER = "moeq"
+WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The function registered with transformers: (T, H), (T, k), (T, k) -> (T, H)."""
+    handler = getattr(self, HANDLER)
+    return handler(self, hidden_states, top_k_index, top_k_weights)
+
+
+def register_experts() -> None:
+    """Make "moeq" a known experts implementation; safe to call again."""
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
+
+
+def strip_weights(model: nn.Module, path: str) -> nn.Module:
+    """Drop the stacked weights of the experts at `path`; biases and norms stay. Returns the experts."""
+    experts = model.get_submodule(path)
+    for name in WEIGHTS:
+        experts._parameters.pop(name, None)
+    # transformers would initialise the weights that are gone; some families do it from the parent module.
+    for module in (experts, model.get_submodule(path.rpartition(".")[0])):
+        module._is_hf_initialized = True  # type: ignore[assignment]
+    return experts
+
+
+def attach_handler(experts: nn.Module, handler: nn.Module) -> None:
+    """Route the calls of experts whose weights were stripped to `handler`.
+
+    `handler` is called as handler(experts, hidden_states, top_k_index, top_k_weights).
+    """
+    experts.add_module(HANDLER, handler)
+    handler._is_hf_initialized = True  # type: ignore[assignment]
+    experts.config._experts_implementation = EXPERTS_IMPLEMENTATION  # type: ignore[union-attr]
+
+
+def activation(experts: nn.Module, expert: int, gate_SI: Tensor | None, up_SI: Tensor) -> Tensor:
+    """The input of the down projection, (S, I): the family's own gating of the first products.
+
+    Args:
+        experts: the family's experts module (biases and activation are its own).
+        expert: which expert.
+        gate_SI: x W_gate^T, or None for experts without a gate.
+        up_SI: x W_up^T.
+    """
+    if gate_SI is None:
+        fused = up_SI
+        bias = experts.up_proj_bias if experts.has_bias else None
+    else:
+        fused = (
+            torch.cat([gate_SI, up_SI], dim=-1)
+            if experts.is_concatenated
+            else torch.stack([gate_SI, up_SI], dim=-1).flatten(-2)
+        )
+        bias = experts.gate_up_proj_bias if experts.has_bias else None
+    if bias is not None:
+        fused = fused + bias[expert]  # type: ignore[index]
+    return experts.act_fn(fused) if gate_SI is None else experts._apply_gate(fused)  # type: ignore[operator]
+
+
+def finish(experts: nn.Module, expert: int, down_SH: Tensor) -> Tensor:
+    """What the family does to one expert's output before it is weighted: bias, then optional norm."""
+    if experts.has_bias:
+        down_SH = down_SH + experts.down_proj_bias[expert]  # type: ignore[index]
+    if experts.has_post_expert_norm:
+        down_SH = experts.post_expert_norm(down_SH)  # type: ignore[operator]
+    return down_SH
+
+
+def by_expert(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
+    """Sort the T * k choices by expert.
+
+    Returns:
+        order: (T * k,) positions in the flattened choices, grouped by expert, stable.
+        counts: tokens of each expert. Choices >= num_experts (expert parallelism's sentinels) come
+            last in `order` and are not counted.
+    """
+    flat = top_k_index.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat.clamp(max=num_experts), minlength=num_experts + 1)
+    return order, counts[:num_experts].tolist()
+
+
+def combine(parts: list[Tensor], order: Tensor, top_k_weights: Tensor, hidden_states: Tensor) -> Tensor:
+    """Weight the experts' outputs and add them up per token.
+
+    Args:
+        parts: outputs in the order of `order`, (S, H) each; sentinels' outputs are absent.
+        order: from `by_expert`.
+        top_k_weights: (T, k).
+        hidden_states: (T, H), gives dtype and shape of the result.
+    """
+    num_tokens, top_k = top_k_weights.shape
+    out_SH = torch.cat(parts) if parts else hidden_states.new_zeros(0, hidden_states.shape[-1])
+    missing = order.numel() - out_SH.shape[0]
+    if missing:
+        out_SH = torch.cat([out_SH, out_SH.new_zeros(missing, out_SH.shape[-1])])
+    weighted = out_SH * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    unsorted = torch.empty_like(order)
+    unsorted[order] = torch.arange(order.numel(), device=order.device)
+    return weighted[unsorted].view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)

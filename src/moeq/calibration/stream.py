@@ -1,0 +1,280 @@
+"""Runs calibration tokens through a model of any size, one decoder block in memory at a time.
+
+The family's own forward drives everything: it is called ONCE with all sequences, on a skeleton whose
+decoder blocks are stand-ins. A stand-in loads its block, runs it over micro-batches, lets a visitor
+replace the experts, keeps the outputs (on disk when large) and unloads the block. Masks, rotary
+tables and whatever else a family computes around its blocks are thus its own, and no per-family code
+is needed.
+
+Legend: N sequences, T tokens (of a sequence, or of all where flattened), H hidden, k experts per token.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from moeq.arch import hooks
+from moeq.calibration.spill import SpillPool
+from moeq.errors import CalibrationError, OptionError
+
+MICRO_BATCH_TOKENS = 4096
+TOP_K_NAMES = ("top_k", "num_experts_per_tok", "moe_topk", "n_activated_experts", "k")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Capture:
+    """Everything the experts of one layer were asked.
+
+    Attributes:
+        x_TH: inputs, in the compute dtype.
+        index_Tk: chosen experts.
+        weights_Tk: their routing weights.
+        stats_Tk: the experts whose statistics should see each token; `index_Tk` with natural
+            routing, wider with top-k x r, None when every expert sees every token.
+    """
+
+    x_TH: Tensor
+    index_Tk: Tensor
+    weights_Tk: Tensor
+    stats_Tk: Tensor | None
+
+
+class Visitor(Protocol):
+    """What to do with the experts of one layer once their inputs are known."""
+
+    def __call__(self, layer: int, experts: nn.Module, capture: Capture) -> Tensor:
+        """Return the experts' outputs (T, H) that the rest of the model shall see."""
+        ...
+
+
+class BlockLoader(Protocol):
+    """Brings the weights of one decoder block (experts excluded) into memory and out again."""
+
+    def __call__(self, block: str) -> nn.Module:
+        """The block at module path `block`, with its weights."""
+        ...
+
+    def unload(self, block: str) -> None:
+        """Return the block's weights to the meta device."""
+        ...
+
+
+class _Recorder(nn.Module):
+    """Handler that stores what the experts are asked and answers zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def forward(self, _: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        self.calls.append((hidden_states.cpu(), top_k_index.cpu(), top_k_weights.cpu()))
+        return torch.zeros_like(hidden_states)
+
+
+class _Replayer(nn.Module):
+    """Handler that answers from a store, call after call."""
+
+    def __init__(self, y_TH: Tensor) -> None:
+        super().__init__()
+        self._y_TH = y_TH
+        self._next = 0
+
+    def forward(self, _: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        start, self._next = self._next, self._next + hidden_states.shape[0]
+        return self._y_TH[start : self._next].to(hidden_states)
+
+
+class _StandIn(nn.Module):
+    """Takes a decoder block's place in the driving model."""
+
+    def __init__(self, block: nn.Module, run: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        super().__init__()
+        self._run = run
+        # Past nn.Module's bookkeeping: the block must not count as a part of the driving model.
+        self.__dict__["_block"] = block
+
+    def __getattr__(self, name: str) -> Any:
+        # Drivers read plain facts off their blocks (attention_type, layer_idx, ...).
+        return getattr(self.__dict__["_block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(args, kwargs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Streamer:
+    """One calibration run.
+
+    Attributes:
+        driver: the family's model; its decoder blocks are replaced by `run`, the rest must be loaded.
+        blocks: module paths of all decoder blocks, in order of execution.
+        loader: gives a block with its weights.
+        experts: module path of experts -> index of the MoE layer.
+        top_k: experts per token, by MoE layer.
+        hidden: width of the experts' inputs, by MoE layer.
+        visitor: called for each MoE layer, in order.
+        pool: makes the activation stores.
+        device: where blocks run.
+        routing: "natural", "all", or an integer r >= 2: statistics see top-k x r experts.
+        progress: called with (blocks done, blocks).
+    """
+
+    driver: nn.Module
+    blocks: tuple[str, ...]
+    loader: BlockLoader
+    experts: dict[str, int]
+    top_k: tuple[int, ...]
+    hidden: tuple[int, ...]
+    visitor: Visitor
+    pool: SpillPool
+    device: torch.device
+    routing: str | int = "natural"
+    progress: Callable[[int, int], None] | None = None
+
+    @torch.inference_mode()
+    def run(self, ids_NT: Tensor) -> None:
+        """Stream the sequences through all blocks.
+
+        Raises:
+            CalibrationError: N equals T, which would make batched tensors ambiguous.
+        """
+        num_sequences, seqlen = ids_NT.shape
+        if num_sequences == seqlen:
+            raise CalibrationError(
+                f"{num_sequences} sequences of {seqlen} tokens: the two must differ",
+                option="nsamples",
+                fix=f"use --nsamples {num_sequences + 1}",
+            )
+        for position, path in enumerate(self.blocks):
+            parent, _, name = path.rpartition(".")
+            block = self.driver.get_submodule(path)
+            stand_in = _StandIn(block, self._runner(position, path, num_sequences))
+            self.driver.get_submodule(parent).add_module(name, stand_in)
+        self.driver.to(self.device)
+        # The base model: logits of all sequences would not fit, and nobody needs them.
+        self.driver.base_model(input_ids=ids_NT.to(self.device), use_cache=False)  # type: ignore[operator]
+
+    def _runner(self, position: int, path: str, num_sequences: int) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+        def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            block = self.loader(path)
+            batches = list(self._micro_batches(args, kwargs, num_sequences))
+            inside = [(name, module) for name, module in block.named_modules() if f"{path}.{name}" in self.experts]
+            for _, experts in inside:
+                hooks.attach_handler(experts, _Recorder())
+            for name, experts in inside:
+                layer = self.experts[f"{path}.{name}"]
+                capture = self._capture(block, experts, layer, batches)
+                hooks.attach_handler(experts, _Replayer(self.visitor(layer, experts, capture)))
+            output = self._outputs(block, batches, num_sequences)
+            self.loader.unload(path)
+            if self.progress is not None:
+                self.progress(position + 1, len(self.blocks))
+            return output
+
+        return run
+
+    def _micro_batches(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], num_sequences: int
+    ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        step = max(1, MICRO_BATCH_TOKENS // hidden.shape[1])
+        for start in range(0, num_sequences, step):
+
+            def cut(leaf: Any, start: int = start) -> Any:
+                if not isinstance(leaf, Tensor):
+                    return leaf
+                if leaf.ndim > 1 and leaf.shape[0] == num_sequences:
+                    leaf = leaf[start : start + step]
+                return leaf.to(self.device)
+
+            yield pytree.tree_map(cut, args), pytree.tree_map(cut, kwargs)
+
+    def _capture(self, block: nn.Module, experts: nn.Module, layer: int, batches: Sequence[Any]) -> Capture:
+        recorder = self._record(block, experts, batches)
+        if not recorder.calls:
+            # Experts of another modality never see text; the quantizer must do without statistics.
+            top_k = self.top_k[layer]
+            recorder.calls.append(
+                (
+                    torch.empty(0, self.hidden[layer], dtype=next(block.parameters()).dtype),
+                    torch.empty(0, top_k, dtype=torch.int64),
+                    torch.empty(0, top_k),
+                )
+            )
+        x_TH, index_Tk, weights_Tk = (self._join([call[i] for call in recorder.calls]) for i in range(3))
+        if self.routing == "natural":
+            stats: Tensor | None = index_Tk
+        elif self.routing == "all":
+            stats = None
+        else:
+            stats = self._wider(block, experts, layer, batches)
+        return Capture(x_TH=x_TH, index_Tk=index_Tk, weights_Tk=weights_Tk, stats_Tk=stats)
+
+    def _record(self, block: nn.Module, experts: nn.Module, batches: Sequence[Any]) -> _Recorder:
+        others = [module for module in block.modules() if isinstance(module, _Replayer)]
+        for other in others:
+            other._next = 0
+        recorder = _Recorder()
+        hooks.attach_handler(experts, recorder)
+        for args, kwargs in batches:
+            block(*args, **kwargs)
+        return recorder
+
+    def _wider(self, block: nn.Module, experts: nn.Module, layer: int, batches: Sequence[Any]) -> Tensor:
+        """Route once more with top-k x r, for statistics only."""
+        assert isinstance(self.routing, int)
+        top_k = self.top_k[layer]
+        wanted = min(top_k * self.routing, int(experts.num_experts))  # type: ignore[arg-type]
+        routers = [
+            (module, name) for module in block.modules() for name in TOP_K_NAMES if vars(module).get(name) == top_k
+        ]
+        try:
+            for module, name in routers:
+                setattr(module, name, wanted)
+            calls = self._record(block, experts, batches).calls
+        finally:
+            for module, name in routers:
+                setattr(module, name, top_k)
+        stats = torch.cat([index for _, index, _ in calls]) if calls else torch.empty(0, wanted, dtype=torch.int64)
+        if stats.shape[-1] != wanted:
+            raise OptionError("this family's router cannot be widened", option="routing", fix="use natural or all")
+        return stats
+
+    def _join(self, parts: list[Tensor]) -> Tensor:
+        whole = self.pool.empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), parts[0].dtype)
+        start = 0
+        while parts:
+            part = parts.pop(0)
+            whole[start : start + part.shape[0]] = part
+            start += part.shape[0]
+        return whole
+
+    def _outputs(self, block: nn.Module, batches: Sequence[Any], num_sequences: int) -> Any:
+        for module in block.modules():
+            if isinstance(module, _Replayer):
+                module._next = 0
+        stores: list[Any] | None = None
+        spec = None
+        start = 0
+        for args, kwargs in batches:
+            leaves, spec = pytree.tree_flatten(block(*args, **kwargs))
+            if len(batches) == 1:
+                return pytree.tree_unflatten(leaves, spec)
+            if stores is None:
+                stores = [
+                    self.pool.empty((num_sequences, *leaf.shape[1:]), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+                    for leaf in leaves
+                ]
+            size = 0
+            for store, leaf in zip(stores, leaves, strict=True):
+                if isinstance(leaf, Tensor):
+                    size = leaf.shape[0]
+                    store[start : start + size] = leaf.cpu()
+            start += size
+        assert stores is not None
+        assert spec is not None
+        return pytree.tree_unflatten(stores, spec)

@@ -1,0 +1,120 @@
+"""Tells checkpoints apart: by file (has an input changed since?) and as a model (is this the one measured?)."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from moeq import codec
+from moeq.checkpoint.header import parse_json_object, read_header_bytes, unreadable
+from moeq.checkpoint.read import INDEX_NAME, SINGLE_NAME, read_headers
+from moeq.errors import CheckpointError
+from moeq.spec import TensorInfo
+
+CONFIG_NAME: Final = "config.json"
+VOLATILE_KEYS: Final = frozenset(("_name_or_path", "_commit_hash", "transformers_version"))
+"""Keys of config.json that say where a model came from, not what it is."""
+SAMPLE_PAGES: Final = 64
+PAGE_BYTES: Final = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileStamp:
+    """What is remembered of one input file.
+
+    Attributes:
+        size: bytes.
+        mtime_ns: time of the last change, nanoseconds since the epoch.
+        header_sha256: of the safetensors header, or of the whole file if it is JSON.
+        sample_sha256: of up to `SAMPLE_PAGES` pages spread over the file.
+    """
+
+    size: int
+    mtime_ns: int
+    header_sha256: str
+    sample_sha256: str
+
+
+def fingerprint(directory: Path) -> dict[str, FileStamp]:
+    """file name -> stamp, for config.json, the index and every shard.
+
+    Raises:
+        CheckpointError: the checkpoint is broken or cannot be read.
+    """
+    single = (directory / SINGLE_NAME).exists()
+    names = {info.file for info in read_headers(directory).values()}
+    names |= {name for name in (CONFIG_NAME, INDEX_NAME) if (directory / name).exists()} - (
+        {INDEX_NAME} if single else set()
+    )
+    return {name: _stamp(directory / name) for name in sorted(names)}
+
+
+def model_hash(directory: Path, headers: Mapping[str, TensorInfo]) -> str:
+    """sha256 that names a model, whatever its path and file times.
+
+    It covers config.json without `VOLATILE_KEYS`, the sorted names, dtypes and shapes of all tensors, and
+    up to `SAMPLE_PAGES` pages of the data of each shard.
+
+    Args:
+        directory: the checkpoint.
+        headers: what `read_headers` returned for it.
+
+    Raises:
+        CheckpointError: config.json is absent or malformed, or a file cannot be read.
+    """
+    path = directory / CONFIG_NAME
+    try:
+        config = parse_json_object(path.read_bytes(), path)
+    except FileNotFoundError:
+        raise CheckpointError("the checkpoint has no config.json", file=path, fix="download the whole model") from None
+    except OSError as error:
+        raise unreadable(path, error) from error
+    spans: dict[str, tuple[int, int]] = {}
+    for info in headers.values():
+        start, stop = spans.get(info.file, (info.start, info.stop))
+        spans[info.file] = min(start, info.start), max(stop, info.stop)
+    return codec.digest(
+        {
+            "config": _stable(config),
+            "tensors": [[name, info.dtype, list(info.shape)] for name, info in sorted(headers.items())],
+            "samples": [_sample(directory / name, *span) for name, span in sorted(spans.items())],
+        }
+    )
+
+
+def _stable(value: Any) -> Any:
+    """A config without its volatile keys, at every depth."""
+    if isinstance(value, dict):
+        return {key: _stable(item) for key, item in value.items() if key not in VOLATILE_KEYS}
+    return [_stable(item) for item in value] if isinstance(value, list) else value
+
+
+def _stamp(path: Path) -> FileStamp:
+    try:
+        info = path.stat()
+        header = path.read_bytes() if path.suffix == ".json" else read_header_bytes(path)[0]
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return FileStamp(
+        size=info.st_size,
+        mtime_ns=info.st_mtime_ns,
+        header_sha256=hashlib.sha256(header).hexdigest(),
+        sample_sha256=_sample(path, 0, info.st_size),
+    )
+
+
+def _sample(path: Path, start: int, stop: int) -> str:
+    """sha256 of pages spread evenly over bytes [start, stop), the first and the last included."""
+    pages = min(SAMPLE_PAGES, -(-(stop - start) // PAGE_BYTES))
+    last = max(stop - PAGE_BYTES, start)
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            for page in range(pages):
+                position = start + (last - start) * page // max(pages - 1, 1)
+                file.seek(position)
+                digest.update(file.read(min(PAGE_BYTES, stop - position)))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return digest.hexdigest()

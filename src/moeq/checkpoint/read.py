@@ -1,0 +1,338 @@
+"""Reads a source checkpoint tensor by tensor, or only the slice that one expert needs.
+
+`Reader` uses positioned reads (`preadv`) into fresh buffers, not a memory map. Mapped pages count as resident
+memory until the kernel takes them back, a mapped file that shrinks kills the process with SIGBUS, and the
+network file systems that checkpoints often lie on fault slowly. A positioned read holds exactly the bytes
+asked for, gives them back with the tensor, needs no shared file position (so threads may share a Reader),
+and turns a file that shrinks into an error. The price is one copy out of the page cache.
+
+Legend: N output rows, K input columns.
+"""
+
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self, final
+
+import torch
+from torch import Tensor
+
+from moeq.artifacts import MatrixSource
+from moeq.checkpoint.dtypes import DTYPE_BITS, TORCH_DTYPES, WEIGHT_DTYPES
+from moeq.checkpoint.header import parse_json_object, read_header, unreadable
+from moeq.errors import CheckpointError, HeaderError, MissingTensorError, TensorError
+from moeq.spec import TensorInfo
+
+SINGLE_NAME: Final = "model.safetensors"
+INDEX_NAME: Final = "model.safetensors.index.json"
+CHUNK_BYTES: Final = 16 * 2**20
+
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_OTHER_WEIGHTS: Final = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*")
+
+
+def resolve(model: str | Path, *, local_files_only: bool = False) -> Path:
+    """The directory of a model.
+
+    Args:
+        model: a directory, or a hub id "org/name"; only a `str` that is no existing path can be a hub id.
+        local_files_only: take a hub id from the local cache, never from the network.
+
+    Raises:
+        CheckpointError: there is no such directory, or the hub did not give the model.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError("a checkpoint is a directory, this is a file", file=path, fix=f"give {path.parent}")
+    if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
+        raise CheckpointError("the model directory does not exist", file=path, fix="check the path")
+    import huggingface_hub  # half a second that local models need not pay
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                model, local_files_only=local_files_only, ignore_patterns=list(_OTHER_WEIGHTS)
+            )
+        )
+    except Exception as error:  # whatever went wrong out there, the user's question is the same
+        raise CheckpointError(
+            f"{model!r} is neither a directory nor a model the hub gives us: {str(error).splitlines()[0]}",
+            fix="check the spelling, your connection and access rights, or give a local directory",
+        ) from error
+
+
+def read_headers(directory: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a checkpoint: `model.safetensors`, else `model.safetensors.index.json` and its shards.
+
+    Tensors that lie in a shard but not in the index are included, since nothing may be lost silently.
+
+    Raises:
+        MissingTensorError: the index names a file that is absent or a tensor that its file lacks.
+        HeaderError: a file or the index is malformed.
+        CheckpointError: there are no safetensors files, or they cannot be read.
+    """
+    if (directory / SINGLE_NAME).exists():
+        return read_header(directory / SINGLE_NAME)
+    index = directory / INDEX_NAME
+    if not index.exists():
+        raise _no_checkpoint(directory)
+    weight_map = read_index(index)
+    headers: dict[str, TensorInfo] = {}
+    for name in sorted(set(weight_map.values())):
+        if not (directory / name).exists():
+            raise MissingTensorError(
+                "the index names a file that does not exist", file=directory / name, fix="download the missing file"
+            )
+        for tensor, info in read_header(directory / name).items():
+            if weight_map.get(tensor, name) != name:
+                continue
+            if tensor in headers:
+                raise HeaderError("two shards hold this tensor", file=index, tensor=tensor, fix="list it in the index")
+            headers[tensor] = info
+    for tensor, name in weight_map.items():
+        if tensor not in headers:
+            raise MissingTensorError(
+                "the index puts the tensor into a file that lacks it",
+                file=directory / name,
+                tensor=tensor,
+                fix="download the file again",
+            )
+    return headers
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """tensor -> file name of an index file.
+
+    Raises:
+        HeaderError: it is malformed, or a file name leads out of the directory.
+        CheckpointError: it cannot be read.
+    """
+    try:
+        index = parse_json_object(path.read_bytes(), path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise HeaderError("the index has no weight_map", file=path, fix="download the index again")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not is_plain_name(name):
+            raise HeaderError(
+                f"{str(name)[:80]!r} is not a file name",
+                file=path,
+                tensor=tensor,
+                fix="list names inside the directory",
+            )
+    return weight_map
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` is the name of a file right inside a directory, on any system."""
+    if name in ("", ".", "..") or len(name.encode("utf-8", "surrogatepass")) > 255:
+        return False
+    return not any(char in "/\\:" or ord(char) < 32 or "\ud800" <= char <= "\udfff" for char in name)
+
+
+def _no_checkpoint(directory: Path) -> CheckpointError:
+    if not directory.is_dir():
+        return CheckpointError("the model directory does not exist", file=directory, fix="check the path")
+    if any(any(directory.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth")):
+        return CheckpointError(
+            "the weights are in PyTorch's pickle format", file=directory, fix="convert to safetensors (save_pretrained)"
+        )
+    return CheckpointError(
+        f"there is neither {SINGLE_NAME} nor {INDEX_NAME}",
+        file=directory,
+        fix="give a checkpoint in safetensors format",
+    )
+
+
+@final
+class Reader:
+    """Gives tensors of a checkpoint, one at a time; use it as a context manager.
+
+    Threads may share a Reader. What it returns owns its memory: nothing stays resident once it is dropped.
+
+    Args:
+        directory: the checkpoint.
+        headers: what `read_headers` returned for it, if already read.
+    """
+
+    def __init__(self, directory: Path, headers: Mapping[str, TensorInfo] | None = None) -> None:
+        self._directory = directory
+        self._headers = dict(headers) if headers is not None else read_headers(directory)
+        self._lock = threading.Lock()
+        self._files: dict[str, int] = {}
+        self._closed = False
+
+    @property
+    def headers(self) -> Mapping[str, TensorInfo]:
+        """Every tensor of the checkpoint."""
+        return self._headers
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files; no thread may be reading any more."""
+        with self._lock:
+            self._closed = True
+            for file in self._files.values():
+                os.close(file)
+            self._files.clear()
+
+    def info(self, name: str) -> TensorInfo:
+        """What the header says of a tensor.
+
+        Raises:
+            MissingTensorError: there is none of that name.
+        """
+        try:
+            return self._headers[name]
+        except KeyError:
+            raise MissingTensorError(
+                "the checkpoint has no such tensor", file=self._directory, tensor=name, fix="download it again"
+            ) from None
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor, in its own dtype and shape.
+
+        Raises:
+            MissingTensorError: there is none of that name.
+            TensorError: torch has no such dtype.
+            HeaderError: the file changed since its header was read.
+            CheckpointError: the file cannot be read.
+        """
+        info = self.info(name)
+        if info.dtype not in TORCH_DTYPES:
+            raise TensorError(
+                f"cannot compute with {info.dtype}", tensor=name, fix="convert the checkpoint to bfloat16"
+            )
+        return self._read(info, 0, info.stop - info.start).view(TORCH_DTYPES[info.dtype]).view(info.shape)
+
+    def raw(self, name: str) -> memoryview:
+        """The bytes of a whole tensor, for verbatim copies; raises as `tensor` does, but knows every dtype."""
+        info = self.info(name)
+        return self._read(info, 0, info.stop - info.start).numpy().data.toreadonly()
+
+    def chunks(self, name: str, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
+        """The bytes of a tensor in pieces of `size`, so that a copy never holds the tensor; raises as `raw`."""
+        info = self.info(name)
+        total = info.stop - info.start
+        for start in range(0, total, size):
+            yield self._read(info, start, min(size, total - start)).numpy().data.toreadonly()
+
+    def matrix(self, source: MatrixSource, expert: int, shape: tuple[int, int], *, check_finite: bool = True) -> Tensor:
+        """One expert's matrix, contiguous, in the dtype of the checkpoint; reads only what it needs.
+
+        Args:
+            source: where the layer's matrices lie.
+            expert: index inside the layer.
+            shape: the (N, K) expected.
+            check_finite: look for NaN and infinity.
+
+        Raises:
+            TensorError: wrong dtype or shape, or a value is NaN or infinite.
+            MissingTensorError: there is no such tensor.
+            HeaderError: the file changed since its header was read.
+            CheckpointError: the file cannot be read.
+        """
+        name = source.tensor(expert)
+        info = self.info(name)
+        rows, columns = _expert_shape(source, expert, shape, info, name)
+        dtype = TORCH_DTYPES[info.dtype]
+        row_bytes = columns * DTYPE_BITS[info.dtype] // 8
+        first, last = 0, rows
+        step = source.start, source.start + source.step * (shape[0] - 1) + 1, source.step
+        if not source.transposed:  # rows lie one after the other: read no more than the span they take
+            first, last = step[0], step[1]
+            step = 0, last - first, source.step
+        slice_start = (expert + source.expert_offset) * rows if source.stacked else 0
+        data = self._read(info, (slice_start + first) * row_bytes, (last - first) * row_bytes)
+        stored = data.view(dtype).view(last - first, columns)
+        w_NK = (stored.t() if source.transposed else stored)[slice(*step)].contiguous()
+        if check_finite and not is_finite(w_NK):
+            where = f" of expert {expert}" if source.stacked else ""
+            raise TensorError(
+                f"the weights{where} hold NaN or infinity",
+                file=self._directory / info.file,
+                tensor=name,
+                fix="download the file again, or get a checkpoint that was saved without overflow",
+            )
+        return w_NK
+
+    def _read(self, info: TensorInfo, start: int, size: int) -> Tensor:
+        """`size` bytes of a tensor from its byte `start` on, uint8."""
+        data = torch.empty(size, dtype=torch.uint8)
+        view = data.numpy().data
+        position = info.start + start
+        path = self._directory / info.file
+        file = self._open(info.file)
+        while view:
+            try:
+                count = os.preadv(file, [view[: 2**30]], position)
+            except OSError as error:
+                raise unreadable(path, error) from error
+            if not count:
+                raise HeaderError("the file became shorter while it was read", file=path, fix="leave the input alone")
+            view = view[count:]
+            position += count
+        return data
+
+    def _open(self, name: str) -> int:
+        with self._lock:
+            if self._closed:
+                raise CheckpointError("the reader is closed", file=self._directory / name, fix="open a new Reader")
+            if name not in self._files:
+                try:
+                    self._files[name] = os.open(self._directory / name, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise unreadable(self._directory / name, error) from error
+            return self._files[name]
+
+
+def is_finite(weights: Tensor) -> bool:
+    """Whether no element is NaN or infinite; min and max carry both, in one pass without a mask."""
+    if not weights.numel():
+        return True
+    low, high = torch.aminmax(weights)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _expert_shape(
+    source: MatrixSource, expert: int, shape: tuple[int, int], info: TensorInfo, name: str
+) -> tuple[int, int]:
+    """Rows and columns of one expert as they are stored, after checking them."""
+
+    def wrong(message: str, fix: str) -> TensorError:
+        return TensorError(message, file=info.file, tensor=name, fix=fix)
+
+    if info.dtype not in WEIGHT_DTYPES:
+        raise wrong(
+            f"an expert weight has dtype {info.dtype}, not one of {', '.join(WEIGHT_DTYPES)}",
+            "start from a 16- or 32-bit checkpoint",
+        )
+    dims = info.shape
+    if len(dims) != (3 if source.stacked else 2):
+        raise wrong(f"shape {list(dims)} should have {3 if source.stacked else 2} dimensions", "check the model type")
+    index = expert + source.expert_offset
+    if source.stacked and not 0 <= index < dims[0]:
+        raise wrong(f"expert {index} of {dims[0]} was asked for", "check the number of experts in config.json")
+    rows, columns = dims[-2:]
+    outputs, inputs = (columns, rows) if source.transposed else (rows, columns)
+    if shape[0] < 1 or inputs != shape[1] or source.start + source.step * (shape[0] - 1) >= outputs:
+        raise wrong(
+            f"shape {list(dims)} cannot hold a {shape[0]} x {shape[1]} matrix per expert "
+            f"(start {source.start}, step {source.step}, transposed {source.transposed})",
+            "check that config.json belongs to these weights",
+        )
+    return rows, columns

@@ -1,0 +1,117 @@
+"""What the command line shows people: progress bars and plain-text results."""
+
+import contextlib
+from typing import Any
+
+from tqdm import tqdm
+
+from moeq.artifacts import EvalResult
+from moeq.report.tables import human_bytes, plain_table
+from moeq.stages.generate import GenerateReport
+from moeq.stages.inspect import InspectReport
+from moeq.stages.preflight import PlanReport
+from moeq.stages.quantize import QuantizeReport
+from moeq.stages.summary import Family
+from moeq.stages.verify import VerifyReport
+
+
+class Bars:
+    """Progress bars on stderr, one for each thing that is counted."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._bars: dict[str, Any] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show that `done` of `total` are done."""
+        if what not in self._bars:
+            self._bars[what] = self._stack.enter_context(tqdm(total=total, desc=what, leave=True))
+        bar = self._bars[what]
+        bar.update(done - bar.n)
+
+
+def _families(rows: dict[str, Family]) -> str:
+    return plain_table(
+        ("part", "weights", "bytes", "bits/weight"),
+        [
+            (name, f"{row.parameters:,}", human_bytes(row.bytes), f"{row.bits_per_weight:.3f}")
+            for name, row in rows.items()
+        ],
+    )
+
+
+def plan(report: PlanReport) -> str:
+    """Text of `moeq plan`."""
+    widths = ", ".join(f"{count} x {bits} bits" for bits, count in report.allocation.items())
+    lines = [
+        f"{report.architecture}: {report.layers} MoE layers, {report.experts_per_layer} experts each",
+        f"method {report.method}, quantizer {report.quantizer}, expert matrices: {widths}",
+        "",
+        _families(report.families),
+        "",
+        f"original   {human_bytes(report.source_bytes)}",
+        f"packed     {human_bytes(report.stored_bytes)}, experts {report.expert_bits_per_weight:.4f} bits per weight",
+        f"on disk    {human_bytes(report.disk_bytes)} with all other files",
+        f"memory     about {human_bytes(report.ram_bytes)} while quantizing",
+        f"time       very roughly {report.seconds / 60:.1f} min on two CPU cores",
+        f"quantized  {', '.join(report.quantized)}",
+        f"untouched  {', '.join(report.untouched)}",
+        f"plan       {report.plan_hash[:16]}",
+        *(f"warning: {text}" for text in report.warnings),
+    ]
+    return "\n".join(lines)
+
+
+def inspect(report: InspectReport) -> str:
+    """Text of `moeq inspect`."""
+    state = "packed by moeq" if report.packed else "not quantized"
+    lines = [
+        f"{report.architecture}, {state}: {report.layers} MoE layers, {report.experts_per_layer} experts each",
+        "",
+        _families(report.families),
+        "",
+        f"weight files {human_bytes(report.stored_bytes)}, experts {report.expert_bits_per_weight:.4f} bits per weight",
+    ]
+    return "\n".join(lines)
+
+
+def quantize(report: QuantizeReport) -> str:
+    """Text of `moeq quantize`."""
+    lines = [
+        f"wrote {report.output}: {human_bytes(report.directory_bytes)}, was {human_bytes(report.source_bytes)}",
+        "",
+        _families(report.families),
+        "",
+        f"experts: {report.expert_bits_per_weight:.4f} bits per weight, everything included",
+        f"verified: {report.verified.files} files hashed, {report.verified.decoded} matrices decoded, reloaded",
+    ]
+    if report.tokens_per_expert is not None:
+        tokens = report.tokens_per_expert
+        lines.append(
+            f"calibration tokens per expert: min {tokens['min']}, median {tokens['median']}, "
+            f"{tokens['without_tokens']} experts had none"
+        )
+    if report.quality is not None:
+        lines.append("held-out quality: " + ", ".join(f"{key} {value:.4f}" for key, value in report.quality.items()))
+    elif report.quality_note:
+        lines.append(f"quality {report.quality_note}")
+    return "\n".join(lines)
+
+
+def evaluate(result: EvalResult) -> str:
+    """Text of `moeq eval`."""
+    rows = [(name, f"{value:.5g}") for name, value in result.metrics.items()]
+    return plain_table(("metric", "value"), [*rows, ("tokens", f"{result.tokens:,}")])
+
+
+def generate(report: GenerateReport) -> str:
+    """Text of `moeq generate`."""
+    return report.prompt + report.continuation
+
+
+def verify(report: VerifyReport) -> str:
+    """Text of `moeq verify`."""
+    return (
+        f"ok: {report.files} files match their sha256, {report.decoded} matrices in {report.layers} layers decode, "
+        "the model reloads and gives finite logits"
+    )

@@ -1,0 +1,67 @@
+"""The torch reference of every kernel: decodes one matrix at a time, never two experts at once.
+
+Legend: T tokens, k experts per token, S tokens of one expert, N output rows, K input columns.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeq.arch import hooks
+from moeq.format.packing import decode_matrix
+from moeq.kernels.packed import PackedLayer, PackedMatrix
+
+
+class _DecodedMatmul(torch.autograd.Function):
+    """x W^T with W decoded on the fly, forward and backward; W itself never enters the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
+        ctx.matrix = matrix
+        return x_SK @ _weights(matrix, x_SK).T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad_SN,) = grads
+        return grad_SN @ _weights(ctx.matrix, grad_SN), None
+
+
+def _weights(matrix: PackedMatrix, like: Tensor) -> Tensor:
+    return decode_matrix(matrix.record, matrix.spec, matrix.shape, like.dtype)
+
+
+def linear(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
+    """x W^T, (S, N), for a packed W (N, K); differentiable with respect to x."""
+    return _DecodedMatmul.apply(x_SK, matrix)  # type: ignore[no-untyped-call]
+
+
+def experts(
+    module: nn.Module, layer: PackedLayer, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The routed experts of one layer.
+
+    Args:
+        module: the family's experts module, stripped of its weights; gives activation and biases.
+        layer: the packed weights.
+        hidden_states: (T, H).
+        top_k_index: (T, k).
+        top_k_weights: (T, k).
+
+    Returns:
+        (T, H) in the dtype of `hidden_states`.
+    """
+    order, counts = hooks.by_expert(top_k_index, layer.num_experts)
+    tokens = order // top_k_index.shape[-1]
+    parts = []
+    start = 0
+    for expert, count in enumerate(counts):
+        if not count:
+            continue
+        x_SH = hidden_states[tokens[start : start + count]]
+        start += count
+        gate_SI = linear(x_SH, layer.matrix(expert, "gate")) if "gate" in layer.shapes else None
+        up_SI = linear(x_SH, layer.matrix(expert, "up"))
+        inner_SI = hooks.activation(module, expert, gate_SI, up_SI)
+        parts.append(hooks.finish(module, expert, linear(inner_SI, layer.matrix(expert, "down"))))
+    return hooks.combine(parts, order, top_k_weights, hidden_states)

@@ -1,0 +1,108 @@
+"""Turns a family's skeleton into one that runs on packed bytes, and binds the bytes to it."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from moeq.arch import hooks
+from moeq.checkpoint.header import read_header
+from moeq.checkpoint.mapped import map_file
+from moeq.errors import PackedError
+from moeq.format import manifest
+from moeq.format.blob import DATA_SUFFIX, TABLE_SUFFIX, Entries, Shapes, parse_table
+from moeq.runtime.modules import PackedExperts, PackedLinear
+
+
+def prepare(model: nn.Module, layers: Iterable[manifest.PackedLayer], dense: Iterable[manifest.PackedLinear]) -> None:
+    """Replace the weights of experts and packed linears by empty packed modules.
+
+    Raises:
+        PackedError: the model lacks a module that the checkpoint packs.
+    """
+    for layer in layers:
+        experts = hooks.strip_weights(model, locate(model, layer.path))
+        hooks.attach_handler(experts, PackedExperts(dict(layer.shapes)))
+    for linear in dense:
+        module = find(model, linear.path)
+        if not isinstance(module, nn.Linear):
+            raise PackedError(f"{type(module).__name__} is packed as a linear layer", tensor=linear.path, fix=_FIX)
+        parent, _, name = linear.path.rpartition(".")
+        find(model, parent).add_module(name, PackedLinear(module))
+
+
+def bind(
+    model: nn.Module,
+    layers: Iterable[manifest.PackedLayer],
+    dense: Iterable[manifest.PackedLinear],
+    files: Iterable[Path],
+) -> None:
+    """Give the packed modules their bytes, mapped from `files`, on the device each module lives on.
+
+    Raises:
+        PackedError: bytes are missing, or a table contradicts them.
+    """
+    tensors = map_packed(files)
+    for layer in layers:
+        experts = find(model, layer.path)
+        data, entries = _entries(tensors, layer.path, layer.ordered_shapes)
+        packed = experts.get_submodule(hooks.HANDLER)
+        assert isinstance(packed, PackedExperts)
+        packed.bind(data.to(_device(model, layer.path)), entries)
+    for linear in dense:
+        data, entries = _entries(tensors, linear.path, (linear.shape,))
+        module = find(model, linear.path)
+        assert isinstance(module, PackedLinear)
+        module.bind(data.to(_device(model, linear.path)), entries[0][0][1])
+
+
+def map_packed(files: Iterable[Path]) -> dict[str, Tensor]:
+    """The packed tensors of all files that hold any."""
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        if any(name.endswith(DATA_SUFFIX) for name in read_header(path)):
+            tensors.update(map_file(path))
+    return tensors
+
+
+def _entries(tensors: Mapping[str, Tensor], path: str, shapes: Shapes) -> tuple[Tensor, Entries]:
+    for suffix in (DATA_SUFFIX, TABLE_SUFFIX):
+        if path + suffix not in tensors:
+            raise PackedError("packed tensor missing", tensor=path + suffix, fix=_FIX)
+    data, table = tensors[path + DATA_SUFFIX], tensors[path + TABLE_SUFFIX]
+    return data, parse_table(table, shapes, data.numel(), tensor=path + TABLE_SUFFIX)
+
+
+def _device(model: nn.Module, path: str) -> torch.device:
+    """Where the nearest weights around `path` live: the packed bytes go there too."""
+    while path:
+        path = path.rpartition(".")[0]
+        for parameter in find(model, path).parameters():
+            if parameter.device.type != "meta":
+                return parameter.device
+    return torch.device("cpu")
+
+
+def locate(model: nn.Module, path: str) -> str:
+    """The module path in `model` that `path` means, with or without the base model's prefix.
+
+    A checkpoint written from a model with a head also loads into the bare base model.
+
+    Raises:
+        PackedError: there is none.
+    """
+    modules = dict(model.named_modules())
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for candidate in (path, path.removeprefix(prefix), prefix + path):
+        if candidate in modules:
+            return candidate
+    raise PackedError(f"the model has no module {path}", tensor=path, fix=_FIX)
+
+
+def find(model: nn.Module, path: str) -> nn.Module:
+    """The module that `locate` finds."""
+    return model.get_submodule(locate(model, path)) if path else model
+
+
+_FIX = "download or quantize the checkpoint again"

@@ -1,0 +1,90 @@
+"""Modules over packed bytes. They hold uint8 buffers only; nothing is ever unpacked into memory for good."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from moeq.format.blob import Entries
+from moeq.format.packing import decode_matrix
+from moeq.kernels import dispatch
+from moeq.kernels.packed import PackedLayer, PackedMatrix
+from moeq.spec import QuantSpec
+
+
+class PackedExperts(nn.Module):
+    """The handler attached to a family's experts module (`moeq.arch.hooks`).
+
+    It is made empty, while the model is a skeleton, and bound to its bytes after loading.
+    """
+
+    data: Tensor | None
+
+    def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
+        super().__init__()
+        self.shapes = shapes
+        self.entries: Entries = ()
+        self.register_buffer("data", None, persistent=False)
+
+    def bind(self, data: Tensor, entries: Entries) -> None:
+        """Take the layer's blob (uint8) and what its table says."""
+        self.data = data
+        self.entries = entries
+
+    @property
+    def layer(self) -> PackedLayer:
+        """The packed weights, as views."""
+        assert self.data is not None, "used before loading"
+        return PackedLayer(data=self.data, entries=self.entries, shapes=self.shapes)
+
+    def forward(self, experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(T, H), (T, k), (T, k) -> (T, H)."""
+        return dispatch.experts(experts, self.layer, hidden_states, top_k_index, top_k_weights)
+
+    def extra_repr(self) -> str:
+        """Shapes and size, for print(model)."""
+        size = 0 if self.data is None else self.data.numel()
+        return f"experts={len(self.entries)}, shapes={self.shapes}, bytes={size}"
+
+
+class PackedLinear(nn.Module):
+    """A linear layer over packed weights; stands in for nn.Linear."""
+
+    data: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.bias = linear.bias
+        self.spec: QuantSpec | None = None
+        self.register_buffer("data", None, persistent=False)
+
+    def bind(self, data: Tensor, spec: QuantSpec) -> None:
+        """Take the matrix record (uint8) and its spec."""
+        self.data = data
+        self.spec = spec
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        """The packed weights, as views."""
+        assert self.data is not None, "used before loading"
+        assert self.spec is not None
+        return PackedMatrix(record=self.data, spec=self.spec, shape=(self.out_features, self.in_features))
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weights (out_features, in_features), float32; for code that looks at them."""
+        return decode_matrix(self.matrix.record, self.matrix.spec, self.matrix.shape)
+
+    def forward(self, hidden_states: Tensor, *_: Any) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        flat = hidden_states.reshape(-1, self.in_features)
+        out = dispatch.linear(flat, self.matrix)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.view(*hidden_states.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Shape and width, for print(model)."""
+        bits = "?" if self.spec is None else self.spec.bits
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={bits}"

@@ -1,0 +1,64 @@
+"""Continues a text, to see a model speak."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moeq.checkpoint.read import resolve
+from moeq.errors import OptionError
+from moeq.stages import quality
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateReport:
+    """A prompt and what the model added."""
+
+    model: str
+    prompt: str
+    continuation: str
+    new_tokens: int
+
+
+def run(
+    model: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "auto",
+) -> GenerateReport:
+    """Continue `prompt`, greedily at temperature 0.
+
+    Raises:
+        OptionError: empty prompt, or a count or temperature that makes no sense.
+        CheckpointError, PackedError: the model cannot be loaded.
+    """
+    if max_new_tokens < 1:
+        raise OptionError(f"{max_new_tokens} is too small", option="max-new-tokens", fix="give at least 1")
+    if temperature < 0:
+        raise OptionError(f"{temperature} is negative", option="temperature", fix="give 0 for greedy, or more")
+    directory = resolve(model)
+    tokenizer = quality.load_tokenizer(directory)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if ids.numel() == 0:
+        raise OptionError("the prompt has no tokens", option="prompt", fix="give some text")
+    loaded = quality.load_any(directory, device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    with torch.random.fork_rng(enabled=temperature > 0), torch.inference_mode():
+        torch.manual_seed(seed)
+        output = loaded.generate(
+            ids.to(loaded.device),
+            attention_mask=torch.ones_like(ids).to(loaded.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **sampling,
+        )
+    added = output[0, ids.shape[1] :]
+    return GenerateReport(
+        model=str(directory),
+        prompt=prompt,
+        continuation=tokenizer.decode(added, skip_special_tokens=True),
+        new_tokens=int(added.numel()),
+    )

@@ -1,0 +1,143 @@
+"""What a source checkpoint holds, from its config and headers; no weights are read but a few samples."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeq.arch.discover import discover
+from moeq.artifacts import Inventory
+from moeq.checkpoint.identity import model_hash
+from moeq.checkpoint.read import read_headers, resolve
+from moeq.codec import read_json
+from moeq.format.blob import DATA_SUFFIX, TABLE_SUFFIX
+from moeq.format.manifest import MANIFEST_NAME
+from moeq.format.validate import validate_packed
+from moeq.spec import TensorInfo
+from moeq.stages import summary
+
+ELEMENT_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+
+
+def run(directory: Path) -> tuple[Inventory, dict[str, TensorInfo]]:
+    """The Inventory of a checkpoint and the headers it was made from.
+
+    Raises:
+        CheckpointError: broken, not an MoE, quantized already, or of an unknown family.
+    """
+    headers = read_headers(directory)
+    return build(directory, headers), headers
+
+
+def build(directory: Path, headers: Mapping[str, TensorInfo]) -> Inventory:
+    """The Inventory that `headers` describe."""
+    found = discover(directory, headers)
+    first = found.layers[0]
+    sample = headers[first.sources["down"].tensor(0)]
+    inventory = Inventory(
+        model_type=found.model_type,
+        architecture=found.architecture,
+        model_hash=model_hash(directory, headers),
+        layers=found.layers,
+        dense=found.dense,
+        source_bytes=sum(info.stop - info.start for info in headers.values()),
+        parameters=sum(math.prod(info.shape) for info in headers.values()),
+        element_bytes=ELEMENT_BYTES[sample.dtype],
+    )
+    inventory.validate()
+    return inventory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectReport:
+    """What a checkpoint holds; field names are those of the JSON document (docs/json.md).
+
+    Attributes:
+        plan_hash: of the plan that made it, None if it is not packed.
+    """
+
+    model: str
+    packed: bool
+    model_type: str
+    architecture: str
+    model_hash: str
+    layers: int
+    experts_per_layer: int
+    parameters: int
+    expert_parameters: int
+    stored_bytes: int
+    expert_bytes: int
+    expert_bits_per_weight: float
+    families: dict[str, summary.Family]
+    plan_hash: str | None
+    method: str | None
+
+
+def report(model: str | Path) -> InspectReport:
+    """Sizes of a packed or source checkpoint, by family.
+
+    Raises:
+        CheckpointError, PackedError: it is broken, or not an MoE.
+    """
+    directory = resolve(model)
+    if (directory / MANIFEST_NAME).is_file():
+        return _packed_report(directory)
+    inventory, headers = run(directory)
+    rows = summary.families(inventory, headers)
+    return InspectReport(
+        model=str(directory),
+        packed=False,
+        model_type=inventory.model_type,
+        architecture=inventory.architecture,
+        model_hash=inventory.model_hash,
+        layers=len(inventory.layers),
+        experts_per_layer=inventory.layers[0].num_experts,
+        parameters=inventory.parameters,
+        expert_parameters=inventory.expert_parameters,
+        stored_bytes=sum((directory / file).stat().st_size for file in {info.file for info in headers.values()}),
+        expert_bytes=rows["experts"].bytes,
+        expert_bits_per_weight=rows["experts"].bits_per_weight,
+        families=rows,
+        plan_hash=None,
+        method=None,
+    )
+
+
+def _packed_report(directory: Path) -> InspectReport:
+    manifest = validate_packed(directory)
+    headers = read_headers(directory)
+    config = read_json(directory / "config.json")
+    weights = sum(
+        layer.num_experts * rows * columns for layer in manifest.layers for rows, columns in layer.shapes.values()
+    )
+    size = sum(_pair_bytes(headers, layer.path) for layer in manifest.layers)
+    families = {"experts": summary.family(weights, size)}
+    dense = sum(rows * columns for linear in manifest.dense for rows, columns in [linear.shape])
+    dense_size = sum(_pair_bytes(headers, linear.path) for linear in manifest.dense)
+    if dense:
+        families["packed linears"] = summary.family(dense, dense_size)
+    rest = [info for name, info in headers.items() if not name.endswith((DATA_SUFFIX, TABLE_SUFFIX))]
+    other = sum(math.prod(info.shape) for info in rest)
+    families["other"] = summary.family(other, sum(info.stop - info.start for info in rest))
+    return InspectReport(
+        model=str(directory),
+        packed=True,
+        model_type=config["model_type"],
+        architecture=(config.get("architectures") or ["?"])[0],
+        model_hash=manifest.model_hash,
+        layers=len(manifest.layers),
+        experts_per_layer=manifest.layers[0].num_experts,
+        parameters=weights + dense + other,
+        expert_parameters=weights,
+        stored_bytes=sum((directory / file).stat().st_size for file in {info.file for info in headers.values()}),
+        expert_bytes=size,
+        expert_bits_per_weight=8 * size / weights,
+        families=families,
+        plan_hash=manifest.plan_hash,
+        method=manifest.method,
+    )
+
+
+def _pair_bytes(headers: Mapping[str, TensorInfo], path: str) -> int:
+    infos = (headers[path + suffix] for suffix in (DATA_SUFFIX, TABLE_SUFFIX))
+    return sum(info.stop - info.start for info in infos)

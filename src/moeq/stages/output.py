@@ -1,0 +1,92 @@
+"""The output directory: built beside its final name, renamed when everything in it has been proven."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from moeq.checkpoint.journal import JOURNAL_NAME, remove_journal
+from moeq.errors import OutputError, ResumeError, StorageError
+
+PARTIAL_SUFFIX = ".partial"
+
+
+def partial_of(out: Path) -> Path:
+    """Where the checkpoint is built until it is complete."""
+    return out.with_name(out.name + PARTIAL_SUFFIX)
+
+
+def prepare(source: Path, out: Path, *, resume: bool, needed_bytes: int) -> Path:
+    """Check that `out` can be written and make the directory in which it is built.
+
+    Args:
+        source: the input; must not be the output.
+        out: the final directory; must not exist, or be empty.
+        resume: go on in an unfinished run's directory.
+        needed_bytes: free space required.
+
+    Returns:
+        The directory to build in.
+
+    Raises:
+        OutputError: `out` is the input, not empty, or cannot be written.
+        ResumeError: there is an unfinished run and `resume` is off, or the reverse.
+        StorageError: there is too little free space.
+    """
+    if _overlap(source, out):
+        raise OutputError("the output overlaps the input", option="output", fix="choose a directory outside the input")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out} exists and is not empty", option="output", fix="choose another, or remove it")
+    partial = partial_of(out)
+    unfinished = (partial / JOURNAL_NAME).exists()
+    if unfinished and not resume:
+        raise ResumeError(
+            f"an unfinished run lies in {partial}", option="resume", fix="go on with --resume, or remove that directory"
+        )
+    if partial.exists() and not unfinished and any(path.name[0] != "." for path in partial.iterdir()):
+        raise ResumeError(f"{partial} holds files of something else", option="output", fix="remove that directory")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {partial}: {error.strerror}", option="output", fix="choose another") from error
+    if not os.access(partial, os.W_OK | os.X_OK):
+        raise OutputError(f"no permission to write in {partial}", option="output", fix="choose another directory")
+    _check_space(partial, needed_bytes)
+    return partial
+
+
+def _overlap(source: Path, out: Path) -> bool:
+    source, out = source.resolve(), out.resolve()
+    return source == out or out in source.parents or source in out.parents
+
+
+def _check_space(partial: Path, needed_bytes: int) -> None:
+    present = sum(path.stat().st_size for path in partial.iterdir() if path.is_file())
+    free = shutil.disk_usage(partial).free
+    if free + present < needed_bytes:
+        raise StorageError(
+            f"the disk has {free} bytes free, the output needs {needed_bytes - present} more",
+            file=partial,
+            fix=f"free {needed_bytes - present - free} bytes, or write elsewhere",
+        )
+
+
+def publish(partial: Path, out: Path) -> None:
+    """Give a complete checkpoint its name.
+
+    Raises:
+        StorageError: the rename failed; everything is still in `partial`.
+    """
+    remove_journal(partial)
+    try:
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+        handle = os.open(out.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, "?")
+        raise StorageError(f"cannot rename {partial} to {out} ({name})", file=out, fix="rename it by hand") from error

@@ -1,0 +1,108 @@
+"""Writes the shards of a packed checkpoint from source weights, without or with calibration."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moeq.artifacts import DenseLinear, Inventory, MatrixSource, Plan
+from moeq.checkpoint.read import Reader
+from moeq.checkpoint.write import FileDigest, ShardWriter
+from moeq.format.blob import build_table
+from moeq.format.packing import decode_matrix, pack_matrix
+from moeq.quantizers.base import Quantizer
+from moeq.spec import QuantSpec, Unit
+from moeq.stages.shards import Shard
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being counted, how many are done and how many there are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Job:
+    """Everything that packing needs to know.
+
+    Attributes:
+        inventory: the source.
+        plan: the spec of every unit.
+        shards: the files to write.
+        reader: the source's tensors.
+        partial: where the files go.
+        quantizer: rounds the experts.
+        dense_quantizer: rounds the other linears; needs no data.
+        device: where rounding is done.
+    """
+
+    inventory: Inventory
+    plan: Plan
+    shards: tuple[Shard, ...]
+    reader: Reader
+    partial: Path
+    quantizer: Quantizer
+    dense_quantizer: Quantizer
+    device: torch.device
+
+    def matrix(self, unit: Unit) -> Tensor:
+        """The source weights (N, K) of a unit."""
+        layer = self.inventory.layers[unit.layer]
+        return self.reader.matrix(layer.sources[unit.projection], unit.expert, layer.shapes[unit.projection])
+
+    def dense_record(self, linear: DenseLinear) -> tuple[Tensor, QuantSpec]:
+        """The matrix record of a linear outside the experts."""
+        spec = self.plan.specs[self.plan.dense[linear.path]]
+        source = MatrixSource(name=linear.source, stacked=False)
+        weights = self.reader.matrix(source, 0, linear.shape).to(self.device)
+        rounded = self.dense_quantizer.quantize(weights, spec, None)
+        return pack_matrix(rounded.codes_NK, rounded.scale_NG, rounded.zero_NG, spec), spec
+
+    def dense_weights(self, linear: DenseLinear, dtype: torch.dtype) -> Tensor:
+        """What a packed linear outside the experts decodes to."""
+        record, spec = self.dense_record(linear)
+        return decode_matrix(record, spec, linear.shape, dtype)
+
+
+def expert_records(job: Job, layer: int) -> Iterator[memoryview]:
+    """The matrix records of a layer in storage order, each rounded when it is asked for; no data needed."""
+    shapes = job.inventory.layers[layer]
+    for expert in range(shapes.num_experts):
+        for projection in shapes.projections:
+            unit = Unit(layer=layer, expert=expert, projection=projection)
+            spec = job.plan.spec(unit, shapes.projections)
+            rounded = job.quantizer.quantize(job.matrix(unit).to(job.device), spec, None)
+            record = pack_matrix(rounded.codes_NK, rounded.scale_NG, rounded.zero_NG, spec)
+            yield memoryview(record.numpy())  # type: ignore[arg-type]
+
+
+def write_layer(job: Job, shard: Shard, blob: Tensor | Iterator[memoryview]) -> FileDigest:
+    """Write the shard of one MoE layer: its experts' blob, its packed linears, then all tables."""
+    assert shard.layer is not None
+    layer = job.inventory.layers[shard.layer]
+    shapes = [layer.shapes[projection] for projection in layer.projections]
+    linears = [job.inventory.dense[position] for position in shard.dense]
+    tables = [build_table(job.plan.layer_specs(shard.layer), shapes)]
+    declared = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard.tensors]
+    names = iter(tensor.name for tensor in shard.tensors)
+    writer = ShardWriter(job.partial / shard.file, declared)
+    try:
+        writer.write(next(names), blob)
+        for linear in linears:
+            record, spec = job.dense_record(linear)
+            writer.write(next(names), record)
+            tables.append(build_table([[spec]], [linear.shape]))
+        for table in tables:
+            writer.write(next(names), table)
+    except BaseException:
+        writer.abort()
+        raise
+    return writer.close()
+
+
+def write_copied(job: Job, shard: Shard) -> FileDigest:
+    """Write a shard of tensors copied byte for byte from the source."""
+    declared = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard.tensors]
+    writer = ShardWriter(job.partial / shard.file, declared)
+    for tensor in shard.tensors:
+        writer.write(tensor.name, job.reader.chunks(tensor.name))
+    return writer.close()

@@ -1,0 +1,131 @@
+"""`moeq plan`: what a run would do and need, before any weight is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeq.recipe import Recipe
+from moeq.spec import WHOLE_ROW
+from moeq.stages import quantize, summary
+
+READ_WRITE_BYTES_PER_SECOND = 0.5e9
+"""A modest disk; only for the rough time estimate."""
+WEIGHTS_PER_SECOND = {"minmax": 150e6, "rtn": 60e6, "hqq": 50e6, "gptq": 4e6, "gptq-mc": 4e6}
+"""Rounded weights per second on two CPU cores; only for the rough time estimate."""
+BASE_RAM = 600 * 2**20
+"""The interpreter with torch and transformers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanReport:
+    """What `moeq quantize` with the same options would do; field names are those of the JSON document.
+
+    Attributes:
+        families: sizes by kind of tensor.
+        allocation: code bits -> expert matrices that get them.
+        quantized: kinds of linears that are quantized beside the experts.
+        untouched: kinds of tensors that stay as they are.
+        ram_bytes: estimate of peak memory, without quality measurement.
+        disk_bytes: what the output directory will take.
+        seconds: rough estimate on two CPU cores.
+        warnings: what the user should know before starting.
+    """
+
+    model: str
+    model_type: str
+    architecture: str
+    method: str
+    quantizer: str
+    plan_hash: str
+    layers: int
+    experts_per_layer: int
+    expert_parameters: int
+    source_bytes: int
+    stored_bytes: int
+    expert_bytes: int
+    expert_bits_per_weight: float
+    families: dict[str, summary.Family]
+    allocation: dict[str, int]
+    quantized: tuple[str, ...]
+    untouched: tuple[str, ...]
+    ram_bytes: int
+    disk_bytes: int
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+def run(model: str | Path, recipe: Recipe) -> PlanReport:
+    """Everything `moeq quantize` decides before it reads weights.
+
+    Raises:
+        CheckpointError, BudgetError, OptionError: as `moeq quantize` would.
+    """
+    setup = quantize.setup(model, recipe)
+    inventory, plan = setup.inventory, setup.plan
+    rows = summary.families(inventory, setup.headers, plan)
+    packed = {linear.kind for linear in inventory.dense if linear.path in plan.dense}
+    allocation: dict[str, int] = {}
+    for layer in plan.experts:
+        for expert in layer:
+            for index in expert:
+                bits = str(plan.specs[index].bits)
+                allocation[bits] = allocation.get(bits, 0) + 1
+    sizes = setup.sizes
+    return PlanReport(
+        model=str(setup.source),
+        model_type=inventory.model_type,
+        architecture=inventory.architecture,
+        method=plan.method,
+        quantizer=str(setup.recipe.quantizer),
+        plan_hash=plan.hash,
+        layers=len(inventory.layers),
+        experts_per_layer=inventory.layers[0].num_experts,
+        expert_parameters=inventory.expert_parameters,
+        source_bytes=inventory.source_bytes,
+        stored_bytes=sizes.total,
+        expert_bytes=plan.expert_bytes,
+        expert_bits_per_weight=8 * plan.expert_bytes / inventory.expert_parameters,
+        families=rows,
+        allocation=dict(sorted(allocation.items(), key=lambda item: int(item[0]))),
+        quantized=("experts", *sorted(packed)),
+        untouched=tuple(sorted((set(rows) | {"other"}) - packed - {"experts"})),
+        ram_bytes=_ram(setup),
+        disk_bytes=sizes.total + quantize.sidecar_bytes(setup.source, setup.headers),
+        seconds=_seconds(setup),
+        warnings=_warnings(setup),
+    )
+
+
+def _ram(setup: quantize.Setup) -> int:
+    inventory, recipe = setup.inventory, setup.recipe
+    largest = max(rows * columns for layer in inventory.layers for rows, columns in layer.shapes.values())
+    if not str(recipe.quantizer).startswith("gptq"):
+        return BASE_RAM + 24 * largest
+    tokens = recipe.nsamples * recipe.seqlen
+    hidden = inventory.layers[0].shapes["down"][0]
+    widest = max(columns for layer in inventory.layers for _, columns in layer.shapes.values())
+    block = sum(2 * linear.shape[0] * linear.shape[1] for linear in inventory.dense if linear.block) // max(
+        1, len({linear.block for linear in inventory.dense if linear.block})
+    )
+    # Inputs, answers and two streams of hidden states; one Hessian with its factors; one expert; one block.
+    return BASE_RAM + tokens * hidden * 14 + 5 * 4 * widest**2 + 24 * largest + block
+
+
+def _seconds(setup: quantize.Setup) -> float:
+    inventory = setup.inventory
+    moved = (inventory.source_bytes + setup.sizes.total) / READ_WRITE_BYTES_PER_SECOND
+    return moved + inventory.expert_parameters / WEIGHTS_PER_SECOND[str(setup.recipe.quantizer)]
+
+
+def _warnings(setup: quantize.Setup) -> tuple[str, ...]:
+    found = []
+    bits = 8 * setup.plan.expert_bytes / setup.inventory.expert_parameters
+    recipe = setup.recipe
+    if bits < 4 and not str(recipe.quantizer).startswith("gptq"):
+        found.append("below 4 bits a calibrated quantizer (--quantizer gptq --calibration FILE) keeps far more quality")
+    widths = {columns for layer in setup.inventory.layers for _, columns in layer.shapes.values()}
+    if recipe.group_size != WHOLE_ROW and any(columns % recipe.group_size for columns in widths):
+        found.append(
+            f"group size {recipe.group_size} does not divide {min(w for w in widths if w % recipe.group_size)}: "
+            "the last group of each row is shorter"
+        )
+    return tuple(found)

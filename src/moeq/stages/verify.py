@@ -1,0 +1,91 @@
+"""Proves a packed checkpoint: structure, hashes, decoded weights, and a forward pass."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moeq.errors import PackedError
+from moeq.format.packing import decode_matrix
+from moeq.format.validate import validate_packed, verify_files
+from moeq.runtime import attach, load
+from moeq.runtime.modules import PackedExperts
+from moeq.spec import Unit
+
+PROBE_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What was checked.
+
+    Attributes:
+        files: files whose size and sha256 match the manifest.
+        layers: layers of experts whose tables and bytes were decoded.
+        decoded: matrices decoded and found finite (and equal to what was rounded, where known).
+        logits_finite: a forward pass of a few tokens gave finite logits.
+    """
+
+    files: int
+    layers: int
+    decoded: int
+    logits_finite: bool
+
+
+def weights_digest(weights_NK: Tensor) -> str:
+    """sha256 of decoded float32 weights."""
+    return hashlib.sha256(weights_NK.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def run(
+    directory: Path, *, hashes: bool = True, expected: Mapping[Unit, str] | None = None, every: bool = False
+) -> VerifyReport:
+    """Check a packed checkpoint from the outside, as a user would load it.
+
+    Args:
+        directory: the checkpoint.
+        hashes: read every file and compare its sha256 with the manifest.
+        expected: digests of decoded weights noted while they were rounded.
+        every: decode every matrix, not only those of `expected` and the first of each layer.
+
+    Raises:
+        PackedError and its relatives: naming the file or tensor that is wrong.
+    """
+    manifest = validate_packed(directory)
+    if hashes:
+        verify_files(directory, manifest)
+    model = load.load(directory, device="cpu")
+    expected = expected or {}
+    decoded = 0
+    for index, layer in enumerate(manifest.layers):
+        packed = attach.find(model, layer.path).get_submodule("moeq")
+        assert isinstance(packed, PackedExperts)
+        for expert in range(layer.num_experts):
+            for projection in layer.projections:
+                unit = Unit(layer=index, expert=expert, projection=projection)
+                if every or unit in expected or expert == 0:
+                    _check_matrix(packed, unit, layer.path, expected.get(unit))
+                    decoded += 1
+    ids = torch.arange(1, 1 + PROBE_TOKENS).unsqueeze(0) % int(model.config.get_text_config().vocab_size)
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits
+    if not bool(logits.isfinite().all()):
+        raise PackedError("the reloaded model gives logits that are not finite", file=directory, fix="report this")
+    files = len(manifest.files) if hashes else 0
+    return VerifyReport(files=files, layers=len(manifest.layers), decoded=decoded, logits_finite=True)
+
+
+def _check_matrix(packed: PackedExperts, unit: Unit, path: str, wanted: str | None) -> None:
+    matrix = packed.layer.matrix(unit.expert, unit.projection)
+    weights = decode_matrix(matrix.record, matrix.spec, matrix.shape)
+    if not bool(weights.isfinite().all()):
+        raise PackedError(f"expert {unit.expert} {unit.projection} decodes to NaN or infinity", tensor=path)
+    if wanted is not None and weights_digest(weights) != wanted:
+        raise PackedError(
+            f"expert {unit.expert} {unit.projection} decodes to other weights than were packed",
+            tensor=path,
+            fix="the disk or the memory of this machine may be faulty; quantize again",
+        )

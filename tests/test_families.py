@@ -1,0 +1,78 @@
+"""Every MoE family of transformers: quantize, write, reload through transformers, compare logits.
+
+The packed model must give the logits of the stock model that holds the same dequantized weights.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.utils import logging
+
+import moeq
+import zoo
+from moeq.artifacts import MoeLayer
+from moeq.format.packing import decode_matrix
+from moeq.runtime.modules import PackedExperts
+
+UNSUPPORTED = {"diffusion_gemma"}
+"""Named with their reasons in docs/families.md."""
+
+
+def stacked(handler: PackedExperts, layer: MoeLayer, projections: tuple[str, ...]) -> Tensor:
+    """The decoded weights in the arrangement of the family's own stacked parameter."""
+    experts = []
+    for expert in range(layer.num_experts):
+        parts = []
+        for projection in projections:
+            matrix = handler.layer.matrix(expert, projection)
+            parts.append(decode_matrix(matrix.record, matrix.spec, matrix.shape))
+        whole = torch.cat(parts) if layer.concatenated else torch.stack(parts, dim=1).flatten(0, 1)
+        experts.append(whole.T if layer.transposed else whole)
+    return torch.stack(experts)
+
+
+def fill(experts: nn.Module, handler: PackedExperts, layer: MoeLayer) -> None:
+    """Give a stock experts module the weights that the packed one decodes to."""
+    inputs = tuple(name for name in layer.projections if name != "down")
+    fused = experts.gate_up_proj if "gate" in inputs else experts.up_proj
+    with torch.no_grad():
+        fused.copy_(stacked(handler, layer, inputs))
+        experts.down_proj.copy_(stacked(handler, layer, ("down",)))
+
+
+def logits(model: nn.Module, ids_NT: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(input_ids=ids_NT, use_cache=False).logits
+
+
+@pytest.mark.parametrize("model_type", [name for name in zoo.FAMILIES if name not in UNSUPPORTED])
+def test_family(model_type: str, tmp_path: Path) -> None:
+    logging.disable_progress_bar()
+    source, packed_dir = tmp_path / "source", tmp_path / "packed"
+    zoo.make_tiny(model_type, source, dtype=torch.float32)
+    # Between two widths: some matrices of a layer get 3 bits and some 4.
+    report = moeq.quantize(source, packed_dir, bits=4.4, quantizer="rtn", group_size=32, dense_bits="8", device="cpu")
+    assert report.verified.logits_finite
+    architecture = getattr(transformers, zoo.FAMILIES[model_type].architecture)
+    inventory = moeq.inspect(source)
+    packed = architecture.from_pretrained(packed_dir, dtype=torch.float32)
+    stock = architecture.from_pretrained(source, dtype=torch.float32)
+    original = logits(stock, ids := torch.arange(2, 26).view(2, 12))
+    for layer in inventory.layers:
+        fill(stock.get_submodule(layer.path), packed.get_submodule(layer.path).moeq, layer)
+    for linear in inventory.dense:
+        packed_linear = packed.get_submodule(linear.path)
+        if linear.kind != "lm_head":
+            assert packed_linear.data is not None, linear.path
+            with torch.no_grad():
+                stock.get_submodule(linear.path).weight.copy_(packed_linear.weight)
+    wanted, answer = logits(stock, ids), logits(packed, ids)
+    assert not torch.allclose(original, wanted, rtol=1e-3, atol=1e-4), "quantization must have changed something"
+    torch.testing.assert_close(answer, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+def test_at_least_sixty_families() -> None:
+    assert len(zoo.FAMILIES) - len(UNSUPPORTED) >= 60
