@@ -21,31 +21,57 @@ from transformers.utils import logging
 import moeq
 from moeq.calibration.tokens import read_text, windows
 from moeq.evals import suite
+from moeq.evals.reference import save_reference
 from moeq.report.tables import markdown_table
 from moeq.stages import quality
 
 TEXTS = {"wikitext2": "wikitext2/test.txt", "c4": "c4/eval.txt", "mixture": "mixture/heldout.jsonl"}
 QUANTIZERS = ("minmax", "rtn", "hqq", "gptq-mc", "gptq")
+GAINED = ("rtn", "hqq", "gptq")
+"""Quantizers that match the gain of what they rounded, unless told not to."""
 WIDTHS = (8, 4, 3, 2, 1)
 LEVELS = ("asym", "asym16", "sym", "half")
 SEQLEN = 256
+BATCH = 16
 
 
 def configurations(seeds: int) -> list[dict[str, Any]]:
     main = [
-        {"quantizer": quantizer, "bits": bits, "levels": "asym", "seed": seed}
+        {"quantizer": quantizer, "bits": bits, "levels": "asym", "seed": seed, "gain": True}
         for bits in WIDTHS
         for quantizer in QUANTIZERS
         for seed in range(seeds if quantizer.startswith("gptq") and bits in (2, 3) else 1)
     ]
+    plain = [
+        {"quantizer": quantizer, "bits": bits, "levels": "asym", "seed": 0, "gain": False}
+        for bits in (3, 2)
+        for quantizer in GAINED
+    ]
     levels = [
-        {"quantizer": quantizer, "bits": bits, "levels": name, "seed": 0}
-        for bits in (4, 3, 2, 1)
+        {"quantizer": quantizer, "bits": bits, "levels": name, "seed": 0, "gain": True}
+        for bits in (3, 2, 1)
         for name in LEVELS[1:]
         for quantizer in ("hqq", "gptq")
         if not (bits == 1 and name == "sym")
     ]
-    return main + levels
+    return main + plain + levels
+
+
+def clean_calibration(data: Path, out: Path) -> Path:
+    """The C4 calibration text without the documents that the C4 evaluation text holds as well."""
+    held_out = set(read_text(data / "c4" / "eval.txt").splitlines())
+    lines = read_text(data / "c4" / "calibration.txt").splitlines()
+    out.write_text("\n".join(line for line in lines if line not in held_out) + "\n", encoding="utf-8")
+    return out
+
+
+def references(args: argparse.Namespace, rows: dict[str, Any]) -> dict[str, Path]:
+    """What the original says about each text, computed once."""
+    model = quality.load_any(args.model, args.device, torch.float32)
+    paths = {name: args.log.with_name(f"reference-{name}.safetensors") for name in rows}
+    for name, windows_ in rows.items():
+        save_reference(model, windows_, paths[name], batch_size=BATCH)
+    return paths
 
 
 def measure(
@@ -54,7 +80,7 @@ def measure(
     options = {**configuration, "accounting": "codes", "group_size": args.group_size, "device": args.device}
     options |= {"nsamples": args.nsamples, "seqlen": SEQLEN}
     if configuration["quantizer"].startswith("gptq"):
-        options["calibration"] = str(args.data / "c4" / "calibration.txt")
+        options["calibration"] = str(args.log.with_name("calibration.txt"))
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         packed = Path(scratch) / "packed"
         report = moeq.quantize(args.model, packed, **options)
@@ -66,23 +92,30 @@ def measure(
             "seconds": report.seconds["pack"],
         }
         for name, windows_ in rows.items():
-            metrics, tokens = suite.compare_all(model, reference, windows_, 16, None)
+            metrics, tokens = suite.compare_all(model, reference[name], windows_, BATCH, None)
             result |= {f"{name}_{key}": value for key, value in metrics.items()} | {f"{name}_tokens": tokens}
     return result
+
+
+def select(results: list[dict[str, Any]], quantizer: str, bits: int, levels: str, gain: bool) -> list[dict[str, Any]]:
+    wanted = (quantizer, bits, levels, gain)
+    return [r for r in results if (r["quantizer"], r["bits"], r["levels"], r["gain"]) == wanted]
 
 
 def average(rows: list[dict[str, Any]], key: str) -> float:
     return sum(row[key] for row in rows) / len(rows)
 
 
-def table(results: list[dict[str, Any]], wanted: list[tuple[str, int, str]], with_levels: bool) -> str:
+def table(
+    results: list[dict[str, Any]], wanted: list[tuple[str, int, str]], with_levels: bool = False, gain: bool = True
+) -> str:
     header = ["bits", "levels" if with_levels else None, "quantizer", "stored bits/weight"]
     for name in TEXTS:
         header += [f"{name} ppl", f"{name} KL", f"{name} top-1"]
     header.append("seconds")
     lines = []
     for quantizer, bits, levels in wanted:
-        rows = [r for r in results if (r["quantizer"], r["bits"], r["levels"]) == (quantizer, bits, levels)]
+        rows = select(results, quantizer, bits, levels, gain)
         if not rows:
             continue
         label = quantizer + (f" ({len(rows)} seeds)" if len(rows) > 1 else "")
@@ -102,7 +135,7 @@ def claims(results: list[dict[str, Any]]) -> str:
     """The inequalities that must hold, with the ratio of mean KL over the three texts."""
 
     def kl(quantizer: str, bits: int) -> float:
-        rows = [r for r in results if (r["quantizer"], r["bits"], r["levels"]) == (quantizer, bits, "asym")]
+        rows = select(results, quantizer, bits, "asym", gain=True)
         return sum(average(rows, f"{name}_kl") for name in TEXTS) / len(TEXTS)
 
     pairs = (("gptq", "hqq"), ("gptq", "rtn"), ("hqq", "minmax"), ("rtn", "minmax"), ("gptq", "gptq-mc"))
@@ -116,25 +149,34 @@ def claims(results: list[dict[str, Any]]) -> str:
 
 def write(results: list[dict[str, Any]], args: argparse.Namespace, reference: dict[str, float]) -> None:
     main = [(q, b, "asym") for b in WIDTHS for q in QUANTIZERS]
-    levels = [(q, b, name) for b in (4, 3, 2, 1) for q in ("hqq", "gptq") for name in LEVELS]
+    levels = [(q, b, name) for b in (3, 2, 1) for q in ("hqq", "gptq") for name in LEVELS]
+    plain = [(q, b, "asym") for b in (3, 2) for q in GAINED]
     original = ", ".join(f"{name} {value:.2f}" for name, value in reference.items())
     text = f"""# Uniform bits: every quantizer at every width
 
 Made by `python benchmarks/uniform.py` (moeq {moeq.__version__}, torch {torch.__version__}),
 model `{args.model.name}`, group size {args.group_size}. Every expert matrix has the same width; all rows
 of one width and level set take the same stored bytes. Calibration of gptq and gptq-mc:
-{args.nsamples} x {SEQLEN} tokens of C4. Measured on the first {args.max_tokens} tokens of each text in
-windows of {SEQLEN}, in float32. KL is to the original model, in nats per token; "±" is half the range over
-seeds. Seconds are of packing alone, on a shared machine: compare only their order of magnitude.
+{args.nsamples} x {SEQLEN} tokens of C4 (documents of the evaluation text taken out).
+Measured on the first {args.max_tokens} tokens of each text in windows of {SEQLEN}, in float32.
+KL is to the original model, in nats per token; "±" is half the range over seeds. Seconds are of packing
+alone, on a shared machine: compare only their order of magnitude.
 Perplexity of the original: {original}.
 
 ## Asymmetric levels, 8-bit zeros
 
-{table(results, main, with_levels=False)}
+{table(results, main)}
 
 ## What must hold
 
 {claims(results)}
+
+## Without matching the gain (`--no-gain`)
+
+The same quantizers with scales as least squares leaves them: compare with the rows of the first table
+(docs/decisions/0013).
+
+{table(results, plain, gain=False)}
 
 ## Level sets
 
@@ -153,7 +195,7 @@ def main() -> int:
     parser.add_argument("--log", type=Path, default=Path("build/uniform.jsonl"))
     parser.add_argument("--scratch", type=Path, default=None)
     parser.add_argument("--nsamples", type=int, default=128)
-    parser.add_argument("--max-tokens", type=int, default=30_000)
+    parser.add_argument("--max-tokens", type=int, default=16_384)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
@@ -167,8 +209,9 @@ def main() -> int:
         name: windows(tokenizer, read_text(args.data / path), SEQLEN, max_tokens=args.max_tokens)
         for name, path in TEXTS.items()
     }
-    reference = quality.load_any(args.model, args.device, torch.float32)
-    keys = ("quantizer", "bits", "levels", "seed")
+    clean_calibration(args.data, args.log.with_name("calibration.txt"))
+    reference = references(args, rows)
+    keys = ("quantizer", "bits", "levels", "seed", "gain")
     for configuration in configurations(args.seeds):
         if any(all(result[key] == configuration[key] for key in keys) for result in results):
             continue

@@ -1,10 +1,24 @@
+import os
+
+# Before torch is imported, and inherited by subprocesses: tiny matrices gain nothing from threads, and on a busy
+# machine threads that wait for each other make tests ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import string
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
+
+import moeq
+import zoo
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -31,3 +45,40 @@ def demo_model(demo_dir: Path) -> nn.Module:
     """The bundled model, bfloat16 on the CPU. Shared by all tests: change a copy, never this."""
     logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(demo_dir, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def calibration_text(text_dir: Path) -> Path:
+    """The bundled calibration text, a document per line."""
+    return text_dir / "calibration.txt"
+
+
+@pytest.fixture(scope="session")
+def packed_demo(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model, packed with mixed widths and 8-bit linears. Shared: change a copy, never this."""
+    out = tmp_path_factory.mktemp("session") / "packed-demo"
+    moeq.quantize(demo_dir, out, quantizer="rtn", bits=3.7, dense_bits="8", device="cpu")
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random qwen3_moe of a few hundred kB, bfloat16, whose tokens are letters. Shared: change a copy, never this."""
+    logging.disable_progress_bar()
+    directory = tmp_path_factory.mktemp("session") / "tiny"
+    zoo.make_tiny("qwen3_moe", directory, dtype=torch.bfloat16)
+    letters = ["<unk>", "<pad>", "<eos>", *string.printable]
+    tokenizer = Tokenizer(WordLevel({letter: index for index, letter in enumerate(letters)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    tokenizer.decoder = Fuse()
+    special = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def packed_tiny(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_dir`, packed. Shared: change a copy, never this."""
+    out = tmp_path_factory.mktemp("session") / "packed-tiny"
+    moeq.quantize(tiny_dir, out, quantizer="minmax", bits=5, group_size=32, dense_bits="8", device="cpu")
+    return out

@@ -283,10 +283,14 @@ class Plan(Artifact):
                 option="plan",
                 fix="allocate a plan for this model",
             )
-        shape = [(layer.num_experts, len(layer.projections)) for layer in inventory.layers]
-        planned = [(len(layer), len(layer[0]) if layer else 0) for layer in self.experts]
-        if shape != planned:
+        wanted = [[len(layer.projections)] * layer.num_experts for layer in inventory.layers]
+        if [[len(expert) for expert in layer] for layer in self.experts] != wanted:
             raise ArtifactError("the plan covers other experts than the model has", option="plan", fix="allocate again")
+        unknown = sorted(set(self.dense) - {linear.path for linear in inventory.dense})
+        if unknown:
+            raise ArtifactError(
+                f"the plan rounds {unknown[0]!r}, which is no linear of the model", option="plan", fix="allocate again"
+            )
         if self.expert_bytes != expert_bytes(self, inventory):
             raise ArtifactError("the plan's expert_bytes disagrees with its specs", option="plan", fix="allocate again")
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from moeq.errors import BudgetError
 
@@ -38,7 +39,8 @@ class Budget:
         if len(given) != 1:
             raise BudgetError("give exactly one of a width and a size", option="bits, size", fix="drop one of them")
         if not given[0] > 0:
-            raise BudgetError(f"a budget of {given[0]} is not positive", option="bits", fix="give a positive number")
+            option = "bits" if self.size is None else "size"
+            raise BudgetError(f"a budget of {given[0]} is not positive", option=option, fix="give a positive number")
         for bits in (self.bits, self.code_bits):
             if bits is not None and bits > 16:
                 raise BudgetError(
@@ -57,4 +59,4 @@ def parse_size(text: str | int) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
     if match is None or match.group(2).upper() not in UNITS:
         raise BudgetError(f"{text!r} is not a size", option="size", fix="write for example 8GB, 7.5GiB or 900MB")
-    return int(float(match.group(1)) * UNITS[match.group(2).upper()])
+    return int(Fraction(match.group(1)) * UNITS[match.group(2).upper()])

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from moeq import cli_text, codec
-from moeq.errors import MoeqError
+from moeq.checkpoint.write import write_file_atomic
+from moeq.errors import MoeqError, OutputError
 from moeq.recipe import Recipe, load_recipe
 from moeq.stages import generate as generate_stage
 from moeq.stages import inspect as inspect_stage
@@ -23,6 +24,8 @@ from moeq.stages import quantize as quantize_stage
 from moeq.stages import verify as verify_stage
 from moeq.version import __version__
 
+BUDGETS = ("bits", "size", "plan")
+"""Options of which one decides how large the result may be."""
 JSON_VERSION = 1
 """Version of the JSON documents (docs/json.md)."""
 
@@ -44,20 +47,24 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seqlen", type=int, help="tokens of a sequence (default 512)")
     add("--seed", type=int, help="seed of everything random (default 0)")
     add("--routing", help="whose statistics see a token: natural (default), all, or r for top-k x r")
-    add("--act-order", action="store_true", default=None, help="gptq: important columns first")
-    add("--damp", type=float, help="gptq: damping in mean diagonals (default 0.01)")
+    add("--act-order", action=argparse.BooleanOptionalAction, help="gptq: important columns first (default on)")
+    add("--damp", type=float, help="gptq: damping in mean diagonals (default 0.1)")
+    add("--gain", action=argparse.BooleanOptionalAction, help="match the gain of what was rounded (default on)")
     add("--device", help="auto (default), cpu or cuda[:n]")
     add("--plan", metavar="FILE", help="follow this plan instead of allocating")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All verbs and options; frozen by a test."""
-    parser = argparse.ArgumentParser(prog="moeq", description="Make Mixture-of-Experts language models small.")
+    parser = argparse.ArgumentParser(
+        prog="moeq", allow_abbrev=False, description="Make Mixture-of-Experts language models small."
+    )
     parser.add_argument("--version", action="version", version=f"moeq {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        description = text[0].upper() + text[1:] + "."
+        sub = verbs.add_parser(name, help=text, allow_abbrev=False, description=description)
         sub.add_argument("--json", action="store_true", help="one JSON document on stdout")
         return sub
 
@@ -102,8 +109,16 @@ def build_parser() -> argparse.ArgumentParser:
 def _recipe(args: argparse.Namespace) -> Recipe:
     options: dict[str, Any] = {} if args.recipe is None else load_recipe(Path(args.recipe))
     names = Recipe.__dataclass_fields__
-    options.update({name: value for name, value in vars(args).items() if name in names and value is not None})
-    return Recipe(**options)
+    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    if given.keys() & set(BUDGETS):  # a budget on the command line replaces that of the file, whatever its unit
+        options = {name: value for name, value in options.items() if name not in BUDGETS}
+    return Recipe(**{**options, **given})
+
+
+def _check_file(option: str, file: str | None) -> None:
+    """Find out before the work, not after it, that its result cannot be saved."""
+    if file is not None and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+        raise OutputError("no file can be written there", file=file, option=option, fix="give a file name")
 
 
 @contextlib.contextmanager
@@ -114,8 +129,10 @@ def _progress() -> Iterator[Any]:
 
 def _plan(args: argparse.Namespace) -> Any:
     recipe = _recipe(args)
+    _check_file("save-plan", args.save_plan)
     if args.save_plan is not None:
-        quantize_stage.setup(args.model, recipe).plan.save(Path(args.save_plan))
+        plan = quantize_stage.setup(args.model, recipe).plan
+        write_file_atomic(Path(args.save_plan), codec.canonical(plan.to_dict()) + b"\n")
     return preflight.run(args.model, recipe)
 
 
@@ -125,14 +142,16 @@ def _inspect(args: argparse.Namespace) -> Any:
 
 def _quantize(args: argparse.Namespace) -> Any:
     recipe = _recipe(args)
-    words = [word for word in sys.argv[1:] if word not in ("--json", "--resume")]
+    _check_file("save-recipe", args.save_recipe)
+    words = [word for word in args.words if word not in ("--json", "--resume")]
     command = shlex.join(["moeq", *words])
     with _progress() as progress:
         report = quantize_stage.run(
             args.model, args.output, recipe, resume=args.resume, command=command, progress=progress
         )
     if args.save_recipe is not None:
-        Path(args.save_recipe).write_text(recipe.replace(quantizer=report.quantizer).to_yaml(), encoding="utf-8")
+        saved = recipe.replace(quantizer=report.quantizer)
+        write_file_atomic(Path(args.save_recipe), saved.to_yaml().encode())
     return report
 
 
@@ -186,14 +205,16 @@ def document(verb: str, result: Any) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(words)
+    args.words = words
     run, text = VERBS[args.verb]
     try:
         result = run(args)
     except MoeqError as error:
         return _fail(args, type(error).__name__, str(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted" + ("; go on with --resume" if args.verb == "quantize" else ""), file=sys.stderr)
         return 130
     if args.json:
         print(json.dumps(document(args.verb, result), indent=1))

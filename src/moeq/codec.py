@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
-from moeq.errors import ArtifactError
+from moeq.errors import ArtifactError, OptionError
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ def decode(kind: type[T], data: Any, where: str = "$") -> T:
         where: the path to `data`, for messages.
 
     Raises:
-        ArtifactError: a key is missing or unknown, or a value has another type.
+        ArtifactError: a key is missing or unknown, or a value has another type or is refused by its dataclass.
     """
     return typing.cast(T, _decode(kind, data, where))
 
@@ -89,7 +89,11 @@ def _decode_dataclass(kind: type, data: Any, where: str) -> Any:
     missing = sorted(required - set(data))
     if missing:
         raise ArtifactError(f"missing key {missing[0]!r} at {where}", fix="write the artifact again")
-    return kind(**{name: _decode(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+    values = {name: _decode(hints[name], value, f"{where}.{name}") for name, value in data.items()}
+    try:
+        return kind(**values)
+    except OptionError as error:
+        raise ArtifactError(f"{where}.{error.option}: {error.message}", fix=error.fix) from error
 
 
 def _decode_union(kind: Any, data: Any, where: str) -> Any:

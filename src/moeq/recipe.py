@@ -1,8 +1,8 @@
 """A recipe: every choice of a quantization run, under the names that CLI, YAML and Python API share."""
 
 import dataclasses
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -38,6 +38,7 @@ class Recipe:
         routing: "natural", "all" or a number r: which experts' statistics see a token.
         act_order: gptq quantizes columns by falling importance.
         damp: gptq's damping, in mean diagonals of the Hessian.
+        gain: rescale what was rounded so that it is not shorter than the original (docs/decisions/0013).
         device: "auto", "cpu" or "cuda[:n]".
         plan: path of a Plan to follow instead of allocating.
     """
@@ -55,12 +56,16 @@ class Recipe:
     seqlen: int = 512
     seed: int = 0
     routing: str = "natural"
-    act_order: bool = False
-    damp: float = 0.01
+    act_order: bool = True
+    damp: float = 0.1
+    gain: bool = True
     device: str = "auto"
     plan: str | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(Recipe).items():
+            # The same choice must be the same bytes in hashes, journal and YAML, whoever made it: 3 is 3.0.
+            object.__setattr__(self, name, _typed(name, kind, getattr(self, name)))
         method(self.method)
         _choose("accounting", self.accounting, ACCOUNTINGS)
         _choose("group-size", self.group_size, GROUP_SIZES)
@@ -120,6 +125,20 @@ class Recipe:
 AUTO_LEVELS = {bits: ("half" if bits <= 2 else "asym") for bits in BITS}
 
 
+TEXTS_OF_NUMBERS = ("size", "dense_bits", "routing")
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """`value` as the type that the field has; numbers and paths pass for the texts they stand for."""
+    if isinstance(value, PurePath) or (name in TEXTS_OF_NUMBERS and type(value) is int):
+        value = str(value)
+    option = name.replace("_", "-")
+    try:
+        return codec.decode(kind, value, option)
+    except ArtifactError as error:
+        raise OptionError(error.message, option=option, fix="give a value of that type") from error
+
+
 def _choose(option: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         legal = ", ".join(str(choice) for choice in choices)
@@ -127,27 +146,35 @@ def _choose(option: str, value: object, choices: tuple[object, ...]) -> None:
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
-    """The options a YAML file gives, by name.
+    """The options a YAML file gives, by name; a null counts as not given.
 
     Raises:
-        RecipeError: not readable, not YAML, unknown keys or values of another type.
+        RecipeError: not readable, not YAML, unknown keys, or values that a Recipe refuses.
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"cannot read the recipe: {error}", file=path, fix="give a YAML file") from error
-    fields = {field.name for field in dataclasses.fields(Recipe)}
+    except RecursionError:
+        raise RecipeError("the recipe is nested too deeply", file=path, fix="give a mapping of options") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"cannot read the recipe: {reason}", file=path, fix="give a YAML file") from error
+    fields = [field.name for field in dataclasses.fields(Recipe)]
+    known = f"options are {', '.join(sorted(fields))}"
     if not isinstance(data, dict):
-        raise RecipeError("a recipe is a mapping of options", file=path, fix=f"options are {', '.join(sorted(fields))}")
-    data = {str(key).replace("-", "_"): value for key, value in data.items()}
-    unknown = sorted(set(data) - fields)
-    if unknown:
-        raise RecipeError(f"unknown option {unknown[0]!r}", file=path, fix=f"options are {', '.join(sorted(fields))}")
-    for name in ("size", "dense_bits", "routing"):
-        if isinstance(data.get(name), int):
-            data[name] = str(data[name])
+        raise RecipeError("a recipe is a mapping of options", file=path, fix=known)
+    options: dict[str, Any] = {}
+    for key, value in data.items():
+        name = str(key).replace("-", "_")
+        if name not in fields:
+            raise RecipeError(f"unknown option {str(key)[:40]!r}", file=path, fix=known)
+        if name in options:
+            raise RecipeError(f"option {name!r} is given twice", file=path, fix="drop one of them")
+        if value is not None:
+            options[name] = value
+    # The command line may add the budget; everything else must be sound by itself.
+    budget: dict[str, Any] = {} if options.keys() & {"bits", "size", "plan"} else {"bits": 4.0}
     try:
-        codec.decode(Recipe, {"bits": 4.0, **data} if "size" not in data and "plan" not in data else data)
-    except ArtifactError as error:
-        raise RecipeError(error.message, file=path, fix="correct the value") from error
-    return data
+        recipe = Recipe(**budget, **options)
+    except OptionError as error:
+        raise RecipeError(error.message, file=path, option=error.option, fix=error.fix) from error
+    return {name: getattr(recipe, name) for name in options}

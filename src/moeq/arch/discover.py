@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 
+from moeq.arch.complete import check_complete
 from moeq.arch.dense import dense_linears
 from moeq.arch.keymap import KeyMap, build_keymap
 from moeq.arch.meta import CONFIG_NAME, build_meta_model
@@ -50,8 +51,8 @@ def discover(directory: Path, tensors: Mapping[str, TensorInfo]) -> Discovery:
     Raises:
         NotMoeError: the model has no routed experts.
         AlreadyQuantizedError: the source is quantized.
-        MissingTensorError: an expert's tensor is absent.
-        TensorError: an expert's tensor has a wrong shape or dtype.
+        MissingTensorError: a tensor that the model needs is absent.
+        TensorError: a tensor has a wrong shape or dtype.
         CheckpointError: config.json is unusable, or the family stores its experts in an unknown way.
     """
     model = build_meta_model(directory)
@@ -68,6 +69,7 @@ def discover_model(model: PreTrainedModel, keymap: KeyMap, tensors: Mapping[str,
             fix="give a Mixture-of-Experts checkpoint; moeq does not quantize dense models",
         )
     layers = tuple(_layer(model, path, keymap, tensors, file) for path in paths)
+    check_complete(model, keymap, tensors, file)
     blocks = decoder_blocks(model, layers)
     return Discovery(
         model_type=model.config.model_type,

@@ -135,14 +135,14 @@ def load_prefix(
     """
     skipped = frozenset(skip)
     keys = [key for key in model.state_dict() if _within(key, prefix) and not _skipped(key, skipped)]
-    partners = _tied_partners(model)
+    partners = tied_partners(model)
     sources: dict[str, str] = {}
     for key in keys:
         candidates = (key, *partners.get(key, ()))
         feeding = next((candidate for candidate in candidates if candidate in keymap.routes), None)
         if feeding is not None:
             sources[key] = feeding
-        elif _is_required(model, key):
+        elif is_required(model, key):
             raise MissingTensorError(
                 "no tensor of the checkpoint feeds this parameter", tensor=key, fix="download the checkpoint again"
             )
@@ -176,14 +176,15 @@ def _skipped(key: str, skipped: frozenset[str]) -> bool:
     return any(".".join(parts[:end]) in skipped for end in range(1, len(parts) + 1))
 
 
-def _tied_partners(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+def tied_partners(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """Key -> the other keys that share its value."""
     groups: dict[str, set[str]] = {}
     for target, source in model.all_tied_weights_keys.items():
         groups.setdefault(source, {source}).add(target)
     return {key: tuple(sorted(group - {key})) for group in groups.values() for key in group}
 
 
-def _is_required(model: PreTrainedModel, key: str) -> bool:
+def is_required(model: PreTrainedModel, key: str) -> bool:
     """Whether transformers could only invent the value: a parameter that its class does not declare optional."""
     owner, _, name = key.rpartition(".")
     optional = any(re.search(pattern, key) for pattern in model._keys_to_ignore_on_load_missing)

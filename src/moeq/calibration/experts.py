@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moeq.arch import hooks
 from moeq.artifacts import MoeLayer
 from moeq.calibration.stream import Capture
-from moeq.format.packing import dequantize, pack_matrix
+from moeq.format.packing import dequantize
 from moeq.quantizers.base import QuantizedMatrix, Quantizer
 from moeq.spec import QuantSpec
 
@@ -21,7 +21,7 @@ MIN_TOKENS = 256
 """Statistics of an expert with fewer routed tokens are filled up with tokens of the whole layer."""
 
 ReadMatrix = Callable[[int, str], Tensor]
-Sink = Callable[[int, str, Tensor], None]
+Sink = Callable[[int, str, QuantizedMatrix], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,7 +33,7 @@ class ExpertsTask:
         specs: expert -> projection (storage order) -> spec.
         read: (expert, projection) -> the source weights (N, K).
         quantizer: rounds a matrix given the second moments of its inputs.
-        sink: takes (expert, projection, matrix record) in storage order.
+        sink: takes (expert, projection, rounded matrix) in storage order.
         device: where the work is done.
     """
 
@@ -99,8 +99,8 @@ def _quantize_expert(
 
     def settle(projection: str, quantized: QuantizedMatrix) -> None:
         spec = specs[projection]
+        task.sink(expert, projection, quantized)
         parts = (quantized.codes_NK, quantized.scale_NG, quantized.zero_NG)
-        task.sink(expert, projection, pack_matrix(*parts, spec))
         rounded[projection] = dequantize(*parts, spec, dtype).to(task.device)
 
     inputs = [projection for projection in projections if projection != "down"]

@@ -31,6 +31,7 @@ INDEX_NAME: Final = "model.safetensors.index.json"
 CHUNK_BYTES: Final = 16 * 2**20
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BAD_VALUES: Final = "download the file again, or get a checkpoint that was saved without overflow"
 _OTHER_WEIGHTS: Final = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*")
 
 
@@ -224,12 +225,27 @@ class Reader:
         info = self.info(name)
         return self._read(info, 0, info.stop - info.start).numpy().data.toreadonly()
 
-    def chunks(self, name: str, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
-        """The bytes of a tensor in pieces of `size`, so that a copy never holds the tensor; raises as `raw`."""
+    def chunks(self, name: str, size: int = CHUNK_BYTES, *, check_nan: bool = False) -> Iterator[memoryview]:
+        """The bytes of a tensor in pieces of `size`, so that a copy never holds the tensor.
+
+        Args:
+            name: the tensor.
+            size: bytes of a piece, a multiple of 8 if `check_nan`.
+            check_nan: look for NaN in 16-bit floats and wider ones; infinity is let pass, masks may hold it.
+
+        Raises:
+            TensorError: there is a NaN.
+            MissingTensorError, HeaderError, CheckpointError: as `raw`.
+        """
         info = self.info(name)
         total = info.stop - info.start
         for start in range(0, total, size):
-            yield self._read(info, start, min(size, total - start)).numpy().data.toreadonly()
+            piece = self._read(info, start, min(size, total - start))
+            if check_nan and info.dtype in WEIGHT_DTYPES and has_nan(piece.view(TORCH_DTYPES[info.dtype])):
+                raise TensorError(
+                    "the weights hold NaN", file=self._directory / info.file, tensor=name, fix=_BAD_VALUES
+                )
+            yield piece.numpy().data.toreadonly()
 
     def matrix(self, source: MatrixSource, expert: int, shape: tuple[int, int], *, check_finite: bool = True) -> Tensor:
         """One expert's matrix, contiguous, in the dtype of the checkpoint; reads only what it needs.
@@ -266,7 +282,7 @@ class Reader:
                 f"the weights{where} hold NaN or infinity",
                 file=self._directory / info.file,
                 tensor=name,
-                fix="download the file again, or get a checkpoint that was saved without overflow",
+                fix=_BAD_VALUES,
             )
         return w_NK
 
@@ -306,6 +322,11 @@ def is_finite(weights: Tensor) -> bool:
         return True
     low, high = torch.aminmax(weights)
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def has_nan(weights: Tensor) -> bool:
+    """Whether an element is NaN; min is, if any element is."""
+    return bool(weights.numel()) and bool(torch.isnan(torch.aminmax(weights)[0]))
 
 
 def _expert_shape(

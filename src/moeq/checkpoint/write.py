@@ -7,7 +7,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -261,8 +261,13 @@ def write_index(directory: Path, weight_map: Mapping[str, str], total_size: int)
     Raises:
         StorageError: the disk is full or refuses.
     """
+    return write_file_atomic(directory / INDEX_NAME, index_text(weight_map, total_size))
+
+
+def index_text(weight_map: Mapping[str, str], total_size: int) -> bytes:
+    """What `write_index` writes."""
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    return write_file_atomic(directory / INDEX_NAME, json.dumps(index, indent=2).encode() + b"\n")
+    return json.dumps(index, indent=2).encode() + b"\n"
 
 
 def copy_sidecars(source: Path, out: Path, skip: Collection[str] = ()) -> dict[str, FileDigest]:
@@ -283,8 +288,16 @@ def copy_sidecars(source: Path, out: Path, skip: Collection[str] = ()) -> dict[s
         CheckpointError: a file cannot be read, or is a link that leads elsewhere.
         StorageError: the disk is full or refuses.
     """
-    copied: dict[str, FileDigest] = {}
-    output = out.resolve()
+    return {name: _copy_file(path, out / name) for name, path in list_sidecars(source, skip, out)}
+
+
+def list_sidecars(source: Path, skip: Collection[str] = (), out: Path | None = None) -> Iterator[tuple[str, Path]]:
+    """What `copy_sidecars` copies: (path relative to `source`, path). `out` is not looked into.
+
+    Raises:
+        CheckpointError: a file is a link that leads elsewhere.
+    """
+    output = None if out is None else out.resolve()
     for folder, folders, names in os.walk(source, followlinks=False):
         here = Path(folder)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and (here / name).resolve() != output)
@@ -294,8 +307,7 @@ def copy_sidecars(source: Path, out: Path, skip: Collection[str] = ()) -> dict[s
                 continue
             _check_inside(here / name, source)
             if (here / name).is_file():
-                copied[relative.as_posix()] = _copy_file(here / name, out / relative)
-    return copied
+                yield relative.as_posix(), here / name
 
 
 def _stays_behind(relative: Path) -> bool:

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from moeq.spec import BLOCK, PLANES, QuantSpec, Sections, num_groups, plane_row_bytes, sections
+from moeq.spec import BLOCK, QuantSpec, Sections, num_groups, plane_row_bytes, sections
 
 CODE_DTYPE: Final = torch.uint8
 
@@ -30,9 +30,10 @@ def _unpack_block(packed: Tensor, width: int) -> Tensor:
     fields = 8 // width
     if fields == 1:
         return packed
-    mask = (1 << width) - 1
-    parts = [(packed >> (field * width)) & mask for field in range(fields)]
-    return torch.cat(parts, dim=-1)
+    out = packed.new_empty(*packed.shape[:-1], fields, packed.shape[-1])
+    for field in range(fields):
+        torch.bitwise_right_shift(packed, field * width, out=out[..., field, :])
+    return out.bitwise_and_((1 << width) - 1).flatten(-2)
 
 
 def pack_plane(codes_NK: Tensor, width: int) -> Tensor:
@@ -65,6 +66,8 @@ def unpack_plane(packed_NB: Tensor, width: int, columns: int) -> Tensor:
     split = full // BLOCK * block_bytes
     head = packed_NB[:, :split].unflatten(-1, (full // BLOCK, block_bytes)) if full else None
     parts = [_unpack_block(head, width).flatten(1)] if head is not None else []
+    if head is not None and columns == full:
+        return parts[0]
     if columns - full:
         parts.append(_unpack_block(packed_NB[:, split:], width)[:, : columns - full])
     return torch.cat(parts, dim=1) if parts else packed_NB.new_zeros(rows, 0)
@@ -101,13 +104,9 @@ def pack_matrix(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, spec
 def unpack_codes(record: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
     """The uint8 codes (N, K) of a matrix record."""
     rows, columns = shape
-    codes = None
-    for width, offset, size in sections(spec, shape).planes:
-        plane = record[offset : offset + size].view(rows, plane_row_bytes(columns, width))
-        unpacked = unpack_plane(plane, width, columns)
-        codes = unpacked if codes is None else (codes << width) | unpacked
-    assert codes is not None, PLANES
-    return codes
+    where = sections(spec, shape).planes
+    planes = [(w, record[at : at + size].view(rows, plane_row_bytes(columns, w))) for w, at, size in where]
+    return _join(planes, columns)
 
 
 def unpack_scales(record: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
@@ -151,13 +150,40 @@ def dequantize(
     if padded != columns:
         codes = torch.nn.functional.pad(codes, (0, padded - columns))
     w_NGg = codes.view(rows, groups, group_size)
-    w_NGg = (w_NGg - (zero if isinstance(zero, float) else zero.unsqueeze(-1))) * scale_NG.unsqueeze(-1)
+    w_NGg.sub_(zero if isinstance(zero, float) else zero.unsqueeze(-1)).mul_(scale_NG.unsqueeze(-1))
     return w_NGg.view(rows, padded)[:, :columns].to(dtype)
+
+
+CHUNK_WEIGHTS: Final = 1 << 18
+"""Weights decoded at a time: what fits into a core's second-level cache with its temporaries."""
 
 
 def decode_matrix(
     record: Tensor, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The weights (N, K) of a matrix record in `dtype`. This is the truth every kernel is tested against."""
+    rows, columns = shape
     scale_NG, zero_NG = unpack_scales(record, spec, shape)
-    return dequantize(unpack_codes(record, spec, shape), scale_NG, zero_NG, spec, dtype)
+    planes = [
+        (width, record[offset : offset + size].view(rows, plane_row_bytes(columns, width)))
+        for width, offset, size in sections(spec, shape).planes
+    ]
+    step = max(1, CHUNK_WEIGHTS // columns)
+    if rows <= step:
+        return dequantize(_join(planes, columns), scale_NG, zero_NG, spec, dtype)
+    w_NK = torch.empty(shape, dtype=dtype, device=record.device)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        codes = _join([(width, plane[part]) for width, plane in planes], columns)
+        zero = None if zero_NG is None else zero_NG[part]
+        w_NK[part] = dequantize(codes, scale_NG[part], zero, spec, dtype)
+    return w_NK
+
+
+def _join(planes: list[tuple[int, Tensor]], columns: int) -> Tensor:
+    """The codes that planes hold, most significant plane first."""
+    width, plane = planes[0]
+    codes = unpack_plane(plane, width, columns)
+    for width, plane in planes[1:]:
+        codes = codes.bitwise_left_shift(width).bitwise_or_(unpack_plane(plane, width, columns))
+    return codes

@@ -17,8 +17,20 @@ import torch
 from torch import Tensor
 
 from moeq.quantizers.base import QuantizedMatrix
+from moeq.quantizers.gain import match_rows
 from moeq.quantizers.hessian import Factor, FactorCache, check_hessian
-from moeq.quantizers.levels import Fit, Groups, check_matrix, fit_groups, inverse, levels_of, quantize_groups, to_stored
+from moeq.quantizers.levels import (
+    SCALE_MAX,
+    Fit,
+    Groups,
+    check_finite,
+    check_matrix,
+    fit_groups,
+    inverse,
+    levels_of,
+    quantize_groups,
+    to_stored,
+)
 from moeq.quantizers.rtn import fit_range
 from moeq.spec import WHOLE_ROW, QuantSpec
 
@@ -84,8 +96,11 @@ class _Columns:
         self.scale_GN = scale_NG.t().contiguous()
         self.zero_GN = zero_NG.t().contiguous()
         self.inverse_GN = inverse(self.scale_GN)
-        w_KN = w_NK.t().float()
+        w_KN = w_NK.detach().t().float()
         self.w_KN = w_KN.clone(memory_format=torch.contiguous_format) if order_K is None else w_KN[order_K]
+        check_finite(self.w_KN.amin(), self.w_KN.amax())
+        # What lies beyond the largest scale would only make the feedback overflow.
+        self.w_KN.clamp_(-SCALE_MAX * self.top, SCALE_MAX * self.top)
         self.codes_KN = torch.empty(columns, rows, dtype=torch.uint8, device=w_NK.device)
 
     def run(self, *, feedback: bool) -> QuantizedMatrix:
@@ -168,12 +183,15 @@ class Gptq:
         damp: damping in units of the Hessian's mean diagonal; grows tenfold while the Hessian stays singular.
         act_order: process inputs by falling second moment, with parameters fitted to the original weights, instead
             of in storage order. How the matrix is stored does not change, and the error is the same or lower.
+        gain: match the gain of groups when they are fitted and of rows, over the calibration inputs, in the end
+            (docs/decisions/0013).
     """
 
-    __slots__ = ("_factors", "needs_hessian")
+    __slots__ = ("_factors", "gain", "needs_hessian")
 
-    def __init__(self, *, damp: float = 0.01, act_order: bool = True) -> None:
+    def __init__(self, *, damp: float = 0.01, act_order: bool = True, gain: bool = False) -> None:
         self.needs_hessian = True
+        self.gain = gain
         self._factors = FactorCache(damp=damp, act_order=act_order)
 
     def quantize(self, w_NK: Tensor, spec: QuantSpec, hessian_KK: Tensor | None) -> QuantizedMatrix:
@@ -188,9 +206,13 @@ class Gptq:
         hessian_KK = check_hessian(hessian_KK, w_NK.shape[1], "gptq")
 
         def fit(groups: Groups) -> tuple[Tensor, Tensor]:
-            return fit_range(groups, spec.bits)
+            ratio_M1, zero_M1 = fit_range(groups, spec.bits)
+            if self.gain:
+                ratio_M1 = groups.stored(ratio_M1 * groups.gain(ratio_M1, zero_M1))
+            return ratio_M1, zero_M1
 
         if not hessian_KK.any():
-            return quantize_groups(w_NK, spec, fit)
+            return quantize_groups(w_NK, spec, lambda groups: fit_range(groups, spec.bits), gain=self.gain)
         factor = self._factors.get(hessian_KK, w_NK.device)
-        return round_columns(w_NK, factor, spec, fit, root_K=factor.root_K)
+        rounded = round_columns(w_NK, factor, spec, fit, root_K=factor.root_K)
+        return match_rows(w_NK, rounded, spec, hessian_KK) if self.gain else rounded

@@ -91,6 +91,8 @@ class FactorCache:
     __slots__ = ("_act_order", "_damp", "_last")
 
     def __init__(self, *, damp: float, act_order: bool) -> None:
+        if not 0 <= damp <= MAX_DAMP:
+            raise OptionError(f"{damp} is no damping", option="damp", fix=f"choose a number from 0 to {MAX_DAMP:g}")
         self._damp = damp
         self._act_order = act_order
         self._last: tuple[weakref.ref[Tensor], Tensor, Factor] | None = None

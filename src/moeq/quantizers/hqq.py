@@ -6,10 +6,10 @@ the shrinkage step solves  min |e'|^p + beta/2 (e - e')^2  approximately, e' = s
 then least squares fits zero and scale to the weights less e'. Weights whose error was shrunk to e' = 0 count fully,
 clipped ones only with the part |e - e'|.
 
-The threshold of the shrinkage, beta^(-1 / (2 - p)), is a length. In raw weight units, as in the published code, an
-expert's weights of size 0.02 lie all below it and the shrinkage does nothing. Here errors are measured in codes
-(divided by the scale): rounding errors end at 0.5 whatever the weights' size, and beta starts where the threshold
-is just that, so that at first exactly the clipped weights are set apart.
+The threshold of the shrinkage, beta^(-1 / (2 - p)), is a length. In raw weight units, as in the published code, all
+errors of an expert with weights of size 0.02 lie below it and the shrinkage does nothing. Here errors are measured in
+codes (divided by the scale): rounding errors end at 0.5 whatever the weights' size. The threshold starts at one code,
+so that at first only clearly clipped weights are set apart, and sinks towards 0.35.
 
 Legend: M groups in a chunk, g weights per group.
 """
@@ -28,10 +28,11 @@ from moeq.spec import QuantSpec
 
 BETA: Final = 1.0
 """The shrinkage first sets apart what was clipped by more than a code."""
-GROWTH: Final = 1.5
-ITERATIONS: Final = 4
+GROWTH: Final = 2.0
+ITERATIONS: Final = 3
 SETTLED: Final = 1e-3
-"""Stop when no scale changes by more than this share and no zero by more than this part of a code."""
+"""A group is done when its scale changes by no more than this share and its zero by no more than this part of a code.
+"""
 
 
 def _step(groups: Groups, ratio_M1: Tensor, zero_M1: Tensor, beta: float, p: float) -> tuple[Tensor, Tensor]:
@@ -67,13 +68,17 @@ def _sane(growth_M1: Tensor) -> Tensor:
 def fit_half_quadratic(groups: Groups, bits: int, iterations: int, p: float) -> tuple[Tensor, Tensor]:
     """(ratio, zero) of each group, as stored: a coarsely searched range, then half-quadratic alternations."""
     ratio_M1, zero_M1 = fit_range(groups, bits, refits=0, every=2)
+    moving_M1 = torch.ones_like(ratio_M1, dtype=torch.bool)
     beta = BETA
     for _ in range(iterations):
-        old_ratio_M1, old_zero_M1 = ratio_M1, zero_M1
-        ratio_M1, zero_M1 = _step(groups, ratio_M1, zero_M1, beta, p)
-        moved = torch.maximum((ratio_M1 - old_ratio_M1).abs() / ratio_M1.abs(), (zero_M1 - old_zero_M1).abs())
-        if not bool((moved > SETTLED).any()):
+        new_ratio_M1, new_zero_M1 = _step(groups, ratio_M1, zero_M1, beta, p)
+        # Group by group, so that the result does not depend on which groups share a chunk.
+        shift_M1 = torch.maximum((new_ratio_M1 / ratio_M1 - 1).abs(), (new_zero_M1 - zero_M1).abs())
+        moving_M1 &= shift_M1 > SETTLED
+        if not bool(moving_M1.any()):
             break
+        ratio_M1 = torch.where(moving_M1, new_ratio_M1, ratio_M1)
+        zero_M1 = torch.where(moving_M1, new_zero_M1, zero_M1)
         beta *= GROWTH
     return ratio_M1, zero_M1
 
@@ -84,20 +89,22 @@ class Hqq:
     Args:
         iterations: most alternations per group.
         p: exponent of the error, above 0 and at most 1.
+        gain: match the gain of every group (docs/decisions/0013); raises the squared error, lowers the model's.
     """
 
-    __slots__ = ("iterations", "needs_hessian", "p")
+    __slots__ = ("gain", "iterations", "needs_hessian", "p")
 
-    def __init__(self, *, iterations: int = ITERATIONS, p: float = 0.7) -> None:
+    def __init__(self, *, iterations: int = ITERATIONS, p: float = 0.7, gain: bool = False) -> None:
         if not 0 < p <= 1:
             raise OptionError(f"{p} is no exponent", option="p", fix="choose a number above 0 and at most 1")
         self.needs_hessian = False
         self.iterations = iterations
+        self.gain = gain
         self.p = p
 
     def quantize(self, w_NK: Tensor, spec: QuantSpec, hessian_KK: Tensor | None = None) -> QuantizedMatrix:
         """Round `w_NK`; see `moeq.quantizers.base.Quantizer`. The Hessian is not looked at."""
         del hessian_KK
         return quantize_groups(
-            w_NK, spec, lambda groups: fit_half_quadratic(groups, spec.bits, self.iterations, self.p)
+            w_NK, spec, lambda groups: fit_half_quadratic(groups, spec.bits, self.iterations, self.p), gain=self.gain
         )

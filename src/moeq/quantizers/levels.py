@@ -16,7 +16,9 @@ from torch import Tensor
 
 from moeq.errors import TensorError
 from moeq.quantizers.base import QuantizedMatrix
-from moeq.spec import WHOLE_ROW, QuantSpec, num_groups
+from moeq.quantizers.chunks import Part, chunk_for, cut, root_of, spread, threads_for
+from moeq.quantizers.gain import bounded_gain
+from moeq.spec import QuantSpec, num_groups
 
 SCALE_MAX: Final = 65504.0
 """Largest finite float16."""
@@ -24,9 +26,6 @@ SCALE_MIN: Final = 2.0**-24
 """Smallest positive float16."""
 NOTHING: Final = 2.0**-26
 """A group whose largest weight is below this decodes to zeros: float16 scales cannot express it."""
-CHUNK: Final = {"cpu": 1 << 18}
-"""Weights that are worked on together; on a CPU the three buffers of a chunk should fit the cores' L2 caches."""
-CHUNK_ELSEWHERE: Final = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +74,14 @@ def inverse(x: Tensor) -> Tensor:
     return x.reciprocal().masked_fill_(x == 0, 0)
 
 
+def check_finite(*extremes: Tensor) -> None:
+    """Raise TensorError if weights with these smallest and largest values are not all finite."""
+    if not all(bool(torch.isfinite(extreme).all()) for extreme in extremes):
+        raise TensorError(
+            "the weights hold NaN or infinity", fix="repair the checkpoint, such weights cannot be rounded"
+        )
+
+
 class Groups:
     """M groups of g weights, in units of their min-max scale, with buffers to try parameters on them.
 
@@ -92,6 +99,7 @@ class Groups:
         zero_M1: the min-max zero of each group, already rounded to its stored form.
         levels: the level set.
         root_g: square roots of the columns' weights in the error, or None for equal weights.
+        scratch_Mg: a buffer for whoever fits.
     """
 
     __slots__ = ("_q_Mg", "_sums", "_t_Mg", "levels", "root_g", "scratch_Mg", "unit_M1", "v_Mg", "zero_M1")
@@ -100,10 +108,7 @@ class Groups:
         w_Mg, self._t_Mg, self._q_Mg, self.scratch_Mg = buffers_4Mg
         low_M1 = w_Mg.amin(1, keepdim=True)
         high_M1 = w_Mg.amax(1, keepdim=True)
-        if not bool((torch.isfinite(low_M1) & torch.isfinite(high_M1)).all()):
-            raise TensorError(
-                "the weights hold NaN or infinity", fix="repair the checkpoint, such weights cannot be rounded"
-            )
+        check_finite(low_M1, high_M1)
         # The range always holds zero: a stored zero is a code between 0 and the top one.
         low_M1.clamp_(max=0)
         high_M1.clamp_(min=0)
@@ -184,6 +189,16 @@ class Groups:
         )
         return new_M1, torch.where(moves_M1, new_zero_M1, zero_M1)
 
+    def gain(self, ratio_M1: Tensor, zero_M1: Tensor) -> Tensor:
+        """What the scale must grow by, codes held fixed, so that <w_hat, w> = <w, w> (docs/decisions/0013), (M, 1)."""
+        t_Mg, d_Mg = self.code(ratio_M1, zero_M1)
+        d_Mg.sub_(zero_M1)
+        if self.root_g is not None:
+            d_Mg.mul_(self.root_g.square())
+        vd_M1 = torch.mul(self.v_Mg, d_Mg, out=t_Mg).sum(1, keepdim=True).mul_(ratio_M1)
+        gain_M1 = self._energy(torch.mul(self.v_Mg, 1, out=d_Mg)) / vd_M1
+        return bounded_gain(gain_M1)
+
     def _energy(self, d_Mg: Tensor) -> Tensor:
         """sum h d^2 of each group, (M, 1); overwrites `d_Mg` when columns have weights."""
         if self.root_g is not None:
@@ -226,30 +241,6 @@ Fit = Callable[[Groups], tuple[Tensor, Tensor]]
 """Chooses (ratio, zero), both (M, 1) and as stored."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
-    """Equal groups of some rows: rows r0 .. r1, columns c0 .. c1, the first group being number `group`."""
-
-    r0: int
-    r1: int
-    c0: int
-    c1: int
-    group: int
-    width: int
-
-
-def _parts(rows: int, columns: int, group_size: int, chunk: int) -> Iterator[_Part]:
-    """Cut a matrix into chunks of equal groups; a ragged last group makes chunks of its own."""
-    width = columns if group_size == WHOLE_ROW else group_size
-    full = columns // width * width if width else 0
-    for c0, c1, group, part in ((0, full, 0, width), (full, columns, full // max(width, 1), columns - full)):
-        if c0 == c1:
-            continue
-        step = max(1, chunk // (c1 - c0))
-        for r0 in range(0, rows, step):
-            yield _Part(r0=r0, r1=min(rows, r0 + step), c0=c0, c1=c1, group=group, width=part)
-
-
 def check_matrix(w_NK: Tensor) -> None:
     """Raise TensorError unless `w_NK` is a floating-point matrix with at least one element."""
     if w_NK.ndim != 2 or not w_NK.is_floating_point() or not w_NK.numel():
@@ -260,7 +251,13 @@ def check_matrix(w_NK: Tensor) -> None:
 
 
 def fit_groups(
-    w_NK: Tensor, spec: QuantSpec, fit: Fit, codes_NK: Tensor | None = None, root_K: Tensor | None = None
+    w_NK: Tensor,
+    spec: QuantSpec,
+    fit: Fit,
+    codes_NK: Tensor | None = None,
+    root_K: Tensor | None = None,
+    *,
+    gain: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Choose the parameters of every group of a matrix, chunk by chunk.
 
@@ -270,6 +267,7 @@ def fit_groups(
         fit: chooses the parameters of a chunk of groups.
         codes_NK: uint8, receives the codes when given.
         root_K: square roots of the columns' weights in the error.
+        gain: multiply scales by `Groups.gain` after codes are chosen.
 
     Returns:
         scale and zero (in codes), both (N, G) float32 on the device of `w_NK`, exactly as stored.
@@ -280,28 +278,33 @@ def fit_groups(
     check_matrix(w_NK)
     rows, columns = w_NK.shape
     levels = levels_of(spec)
+    w_NK = w_NK.detach()
     scale_NG = torch.empty(rows, num_groups(columns, spec.group_size), device=w_NK.device)
     zero_NG = torch.empty_like(scale_NG)
-    chunk = min(max(CHUNK.get(w_NK.device.type, CHUNK_ELSEWHERE), columns), w_NK.numel())
-    workspace = torch.empty(4 * chunk, device=w_NK.device)
-    for part in _parts(rows, columns, spec.group_size, chunk):
-        inside = (slice(part.r0, part.r1), slice(part.c0, part.c1))
-        weights = w_NK[inside]
-        buffers_4Mg = workspace[: 4 * weights.numel()].view(4, -1, part.width)
-        buffers_4Mg[0].view(weights.shape).copy_(weights)
-        root_g = None
-        if root_K is not None:
-            # A chunk's groups lie side by side in the columns, so weights are per group only if all are the same.
-            root_g = root_K[part.c0 : part.c1].view(-1, part.width)
-            root_g = root_g[0] if len(root_g) == 1 else root_g.repeat(part.r1 - part.r0, 1)
-        groups = Groups(buffers_4Mg, levels, root_g)
-        ratio_M1, zero_M1 = fit(groups)
-        place = (inside[0], slice(part.group, part.group + (part.c1 - part.c0) // part.width))
-        scale_NG[place] = groups.scale(ratio_M1).view(part.r1 - part.r0, -1)
-        zero_NG[place] = zero_M1.view(part.r1 - part.r0, -1)
-        if codes_NK is not None:
-            _, q_Mg = groups.code(ratio_M1, zero_M1)
-            codes_NK[inside] = q_Mg.view(part.r1 - part.r0, -1)
+    threads = threads_for(w_NK)
+    parts = list(cut(rows, columns, spec.group_size, chunk_for(w_NK, threads)))
+    size = max((part.r1 - part.r0) * (part.c1 - part.c0) for part in parts)
+
+    def work(parts: Iterator[Part]) -> None:
+        workspace = torch.empty(4 * size, device=w_NK.device)
+        for part in parts:
+            inside = (slice(part.r0, part.r1), slice(part.c0, part.c1))
+            weights = w_NK[inside]
+            buffers_4Mg = workspace[: 4 * weights.numel()].view(4, -1, part.width)
+            buffers_4Mg[0].view(weights.shape).copy_(weights)
+            groups = Groups(buffers_4Mg, levels, None if root_K is None else root_of(part, root_K))
+            ratio_M1, zero_M1 = fit(groups)
+            place = (inside[0], slice(part.group, part.group + (part.c1 - part.c0) // part.width))
+            scale_NG[place] = groups.scale(ratio_M1).view(part.r1 - part.r0, -1)
+            zero_NG[place] = zero_M1.view(part.r1 - part.r0, -1)
+            if codes_NK is not None:
+                _, q_Mg = groups.code(ratio_M1, zero_M1)
+                codes_NK[inside] = q_Mg.view(part.r1 - part.r0, -1)
+            if gain:
+                grown_M1 = groups.scale(ratio_M1 * groups.gain(ratio_M1, zero_M1))
+                scale_NG[place] = grown_M1.view(part.r1 - part.r0, -1)
+
+    spread(work, parts, threads)
     return scale_NG, zero_NG
 
 
@@ -316,13 +319,13 @@ def to_stored(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor, spec: QuantSp
     )
 
 
-def quantize_groups(w_NK: Tensor, spec: QuantSpec, fit: Fit) -> QuantizedMatrix:
-    """Round a matrix group by group, each with the parameters that `fit` chooses.
+def quantize_groups(w_NK: Tensor, spec: QuantSpec, fit: Fit, *, gain: bool = False) -> QuantizedMatrix:
+    """Round a matrix group by group, each with the parameters that `fit` chooses, and optionally match its gain.
 
     Raises:
         TensorError: not a floating-point matrix, or it holds NaN or infinity.
     """
     check_matrix(w_NK)
     codes_NK = torch.empty(w_NK.shape, dtype=torch.uint8, device=w_NK.device)
-    scale_NG, zero_NG = fit_groups(w_NK, spec, fit, codes_NK)
+    scale_NG, zero_NG = fit_groups(w_NK, spec, fit, codes_NK, gain=gain)
     return to_stored(codes_NK, scale_NG, zero_NG, spec)

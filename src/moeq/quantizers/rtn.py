@@ -1,7 +1,7 @@
 """Rounding to nearest: `minmax` without a search, `rtn` with a searched clip range.
 
 The range [low, high] of a group spends levels on its few largest weights. Clipping them costs less than it gains at
-low widths: with a wide search a Gaussian group loses 0.113 of its energy at 2 bits instead of 0.251 (specs: a +-10 %
+low widths: with a wide search a Gaussian group loses 0.113 of its energy at 2 bits instead of 0.251 (a +-10 %
 search, as published code has it, reaches 0.20). The search here is coarse, over shrink ratios fitting the width, and
 then alternates least squares for scale and zero with rounding, which finds the nearby optimum the grid missed.
 
@@ -75,15 +75,17 @@ class Rtn:
 
     Args:
         refits: alternations of least squares and rounding after the search.
+        gain: match the gain of every group (docs/decisions/0013); raises the squared error, lowers the model's.
     """
 
-    __slots__ = ("needs_hessian", "refits")
+    __slots__ = ("gain", "needs_hessian", "refits")
 
-    def __init__(self, *, refits: int = REFITS) -> None:
+    def __init__(self, *, refits: int = REFITS, gain: bool = False) -> None:
         self.needs_hessian = False
+        self.gain = gain
         self.refits = refits
 
     def quantize(self, w_NK: Tensor, spec: QuantSpec, hessian_KK: Tensor | None = None) -> QuantizedMatrix:
         """Round `w_NK`; see `moeq.quantizers.base.Quantizer`. The Hessian is not looked at."""
         del hessian_KK
-        return quantize_groups(w_NK, spec, lambda groups: fit_range(groups, spec.bits, self.refits))
+        return quantize_groups(w_NK, spec, lambda groups: fit_range(groups, spec.bits, self.refits), gain=self.gain)

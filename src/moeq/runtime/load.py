@@ -7,7 +7,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from moeq.errors import DeviceError
+from moeq import codec
+from moeq.errors import DeviceError, MoeqError, PackedError
+from moeq.format.manifest import Manifest
 from moeq.format.validate import validate_packed
 
 
@@ -26,12 +28,40 @@ def load(directory: str | Path, *, device: str | torch.device = "auto", dtype: A
     """
     path = Path(directory)
     place = pick_device(device)
-    validate_packed(path)
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    _check_config(path, validate_packed(path))
+    try:
+        model = from_pretrained(path, dtype)
+    except (MoeqError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever transformers and a family's class make of an altered config
+        raise PackedError(
+            f"transformers cannot load it: {' '.join(str(error).split())[:200]}",
+            file=path / "config.json",
+            fix="download the checkpoint again, or quantize the model again",
+        ) from error
+    return model.to(place).eval()
+
+
+def _check_config(directory: Path, manifest: Manifest) -> None:
+    """transformers goes by config.json alone: without our part it would fill the experts with random numbers."""
+    path = directory / "config.json"
+    data = codec.read_json(path)
+    facts = data.get("quantization_config") if isinstance(data, dict) else None
+    if not isinstance(facts, dict) or facts.get("quant_method") != "moeq":
+        raise PackedError("there is no quantization_config of moeq", file=path, fix="download the checkpoint again")
+    packed = {"layers": codec.encode(manifest.layers), "dense": codec.encode(manifest.dense)}
+    if facts.get("format_version") == Manifest.VERSION and any(facts.get(key) != packed[key] for key in packed):
+        raise PackedError(
+            "quantization_config and moeq.json name different layers", file=path, fix="download the checkpoint again"
+        )
+
+
+def from_pretrained(directory: Path, dtype: Any) -> PreTrainedModel:
+    """The model of a directory, of the class that its config names; raises whatever transformers does."""
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     names = config.architectures or []
     cls = getattr(transformers, names[0], None) if names else None
-    model = (cls or AutoModelForCausalLM).from_pretrained(path, dtype=dtype, local_files_only=True)
-    return model.to(place).eval()
+    return (cls or AutoModelForCausalLM).from_pretrained(directory, dtype=dtype, local_files_only=True)
 
 
 def pick_device(device: str | torch.device) -> torch.device:

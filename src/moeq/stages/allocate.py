@@ -12,7 +12,12 @@ from moeq.stages import shards
 Uniform = tuple[tuple[tuple[int, ...], ...], ...]
 
 
-def run(inventory: Inventory, headers: Mapping[str, TensorInfo], recipe: Recipe, sidecar_bytes: int = 0) -> Plan:
+def run(
+    inventory: Inventory,
+    headers: Mapping[str, TensorInfo],
+    recipe: Recipe,
+    sidecars: Callable[[Plan], int] = lambda _: 0,
+) -> Plan:
     """Decide the spec of every unit.
 
     `uniform` gives every matrix the same width; what a fractional budget leaves over raises the
@@ -22,7 +27,7 @@ def run(inventory: Inventory, headers: Mapping[str, TensorInfo], recipe: Recipe,
         inventory: the model.
         headers: its tensors.
         recipe: method, budget and options.
-        sidecar_bytes: bytes that the files beside the weights will take; they count for `size`.
+        sidecars: bytes that the files beside the weights take at most under a plan; they count for `size`.
 
     Raises:
         BudgetError: the budget lies below the smallest reachable size or above the original's.
@@ -57,7 +62,7 @@ def run(inventory: Inventory, headers: Mapping[str, TensorInfo], recipe: Recipe,
             return palette[width].bits * shape[0] * shape[1]
         return stored_bytes(palette[width], shape)
 
-    limit = _limit(inventory, headers, budget, make, sidecar_bytes)
+    limit = _limit(inventory, headers, budget, make, sidecars)
     plan = make(_fill(inventory, weigh, limit, budget))
     plan.validate()
     return plan
@@ -79,7 +84,7 @@ def _limit(
     headers: Mapping[str, TensorInfo],
     budget: Budget,
     make: Callable[[Uniform], Plan],
-    sidecar_bytes: int,
+    sidecars: Callable[[Plan], int],
 ) -> int:
     """What the matrices may weigh together, in the unit of `weigh`."""
     tables = sum(table_bytes(layer.num_experts, len(layer.projections)) for layer in inventory.layers)
@@ -94,11 +99,11 @@ def _limit(
             option="size",
             fix="give a smaller size; nothing needs quantizing for this one",
         )
-    smallest = make(_uniform(inventory, 0))
-    files = shards.arrange(inventory, smallest, headers)
-    return (
-        budget.size - (shards.sizes(inventory, smallest, files).total - smallest.expert_bytes) - sidecar_bytes - tables
-    )
+    # No other plan needs longer numbers in headers and sidecars than the widest.
+    widest = make(_uniform(inventory, len(BITS) - 1))
+    files = shards.arrange(inventory, widest, headers)
+    others = shards.sizes(inventory, widest, files).total - widest.expert_bytes
+    return budget.size - others - sidecars(widest) - tables
 
 
 def _uniform(inventory: Inventory, width: int) -> Uniform:

@@ -19,6 +19,7 @@ from moeq.checkpoint.write import FileDigest
 from moeq.errors import CheckpointError
 from moeq.format.blob import DATA_SUFFIX, build_table, parse_table, record
 from moeq.format.packing import decode_matrix
+from moeq.quantizers.base import QuantizedMatrix
 from moeq.spec import Unit, stored_bytes
 from moeq.stages.packing import Job, Progress, write_layer
 from moeq.stages.shards import Shard
@@ -151,7 +152,8 @@ def _round(
             starts[expert, projection] = offset
             offset += size
 
-    def sink(expert: int, projection: str, part: Tensor) -> None:
+    def sink(expert: int, projection: str, rounded: QuantizedMatrix) -> None:
+        part = job.settle(Unit(layer=layer, expert=expert, projection=projection), rounded)
         start = starts[expert, projection]
         blob[start : start + part.numel()] = part
 

@@ -1,13 +1,15 @@
 """What makes packed shards a checkpoint: config, hook, index, plan, manifest and model card."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moeq import codec
 from moeq.artifacts import Inventory, Plan
-from moeq.checkpoint.write import FileDigest, copy_sidecars, write_file_atomic, write_index
-from moeq.format.manifest import Manifest, PackedLayer, PackedLinear
+from moeq.checkpoint.read import INDEX_NAME
+from moeq.checkpoint.write import FileDigest, copy_sidecars, index_text, list_sidecars, write_file_atomic
+from moeq.format.manifest import MANIFEST_NAME, Manifest, PackedLayer, PackedLinear
 from moeq.recipe import Recipe
 from moeq.stages.shards import Shard
 from moeq.version import __version__
@@ -16,6 +18,10 @@ QUANT_METHOD = "moeq"
 HOOK_NAME = "moeq_hook.py"
 PLAN_NAME = "moeq_plan.json"
 RECIPE_NAME = "moeq_recipe.yaml"
+OWN_FILES = (MANIFEST_NAME, PLAN_NAME, HOOK_NAME, RECIPE_NAME)
+CARD_RESERVE = 10 * 1024
+"""Bytes kept free for the model card, a long command included, and for hashes in the manifest."""
+CARD_RESERVE_PER_LAYER = 100
 HOOK_TEXT = '''"""Lets transformers load this checkpoint with trust_remote_code=True and no other import.
 
 It needs the package moeq (pip install moeq); importing it registers the quantizer.
@@ -77,19 +83,71 @@ def write_files(
     Returns:
         file -> digest.
     """
-    files = copy_sidecars(source, partial, skip=("moeq.json", PLAN_NAME, HOOK_NAME, RECIPE_NAME))
+    files = copy_sidecars(source, partial, skip=OWN_FILES)
+    for name, text in _texts(source, inventory, plan, recipe, shards).items():
+        files[name] = write_file_atomic(partial / name, text)
+    return files
+
+
+def manifest(
+    inventory: Inventory,
+    plan: Plan,
+    recipe: Recipe,
+    files: Mapping[str, FileDigest],
+    calibration: dict[str, Any] | None,
+) -> Manifest:
+    """The manifest of a checkpoint that consists of `files`."""
+    return Manifest(
+        moeq_version=__version__,
+        method=plan.method,
+        plan_hash=plan.hash,
+        model_hash=inventory.model_hash,
+        files=dict(files),
+        layers=packed_layers(inventory),
+        dense=packed_linears(inventory, plan),
+        recipe=codec.encode(recipe),
+        calibration=calibration,
+    )
+
+
+def sidecar_limit(source: Path, inventory: Inventory, plan: Plan, recipe: Recipe, shards: tuple[Shard, ...]) -> int:
+    """Bytes that everything beside the weight files takes at most, whatever the weights are.
+
+    The texts are those that will be written; what is not known yet (hashes, token counts) has its
+    largest length. Only the model card is estimated.
+
+    Raises:
+        CheckpointError: the source has a link that leads out of it.
+    """
+    sizes = {name: path.stat().st_size for name, path in list_sidecars(source, OWN_FILES)}
+    sizes |= {name: len(text) for name, text in _texts(source, inventory, plan, recipe, shards).items()}
+    digest = FileDigest(bytes=10**15, sha256="0" * 64)
+    files = dict.fromkeys([*sizes, *(shard.file for shard in shards)], digest)
+    tokens = recipe.nsamples * recipe.seqlen
+    calibration = {
+        "source": recipe.calibration,
+        "tokens_per_expert": [[tokens] * layer.num_experts for layer in inventory.layers],
+    }
+    listed = manifest(inventory, plan, recipe, files, calibration if recipe.calibration else None)
+    card = CARD_RESERVE + CARD_RESERVE_PER_LAYER * len(inventory.layers)
+    return sum(sizes.values()) + len(codec.canonical(listed)) + card
+
+
+def _texts(
+    source: Path, inventory: Inventory, plan: Plan, recipe: Recipe, shards: tuple[Shard, ...]
+) -> dict[str, bytes]:
+    """Our own files: name -> content."""
     config = codec.read_json(source / "config.json")
     config["quantization_config"] = quantization_config(inventory, plan, recipe)
     config["auto_map"] = {"AutoConfig": f"{HOOK_NAME.removesuffix('.py')}.Cfg"}
-    files["config.json"] = write_file_atomic(partial / "config.json", _pretty(config))
-    files[HOOK_NAME] = write_file_atomic(partial / HOOK_NAME, _hook(config).encode())
-    files[PLAN_NAME] = write_file_atomic(partial / PLAN_NAME, codec.canonical(plan.to_dict()) + b"\n")
-    files[RECIPE_NAME] = write_file_atomic(partial / RECIPE_NAME, recipe.to_yaml().encode())
     weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
-    total = sum(tensor.size for shard in shards for tensor in shard.tensors)
-    index = "model.safetensors.index.json"
-    files[index] = write_index(partial, weight_map, total)
-    return files
+    return {
+        "config.json": _pretty(config),
+        HOOK_NAME: _hook(config).encode(),
+        PLAN_NAME: codec.canonical(plan.to_dict()) + b"\n",
+        RECIPE_NAME: recipe.to_yaml().encode(),
+        INDEX_NAME: index_text(weight_map, sum(tensor.size for shard in shards for tensor in shard.tensors)),
+    }
 
 
 def _hook(config: dict[str, Any]) -> str:

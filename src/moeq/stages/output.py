@@ -1,12 +1,14 @@
 """The output directory: built beside its final name, renamed when everything in it has been proven."""
 
+import contextlib
 import errno
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from moeq.checkpoint.journal import JOURNAL_NAME, remove_journal
-from moeq.errors import OutputError, ResumeError, StorageError
+from moeq.errors import HeaderError, MissingTensorError, OutputError, ResumeError, StorageError, TensorError
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -14,6 +16,30 @@ PARTIAL_SUFFIX = ".partial"
 def partial_of(out: Path) -> Path:
     """Where the checkpoint is built until it is complete."""
     return out.with_name(out.name + PARTIAL_SUFFIX)
+
+
+@contextlib.contextmanager
+def building(source: Path, out: Path, *, resume: bool, needed_bytes: int) -> Iterator[Path]:
+    """The directory to build in; after an error it stays only if a later run can go on there.
+
+    Args and errors are those of `prepare`.
+    """
+    partial = prepare(source, out, resume=resume, needed_bytes=needed_bytes)
+    try:
+        yield partial
+    except (HeaderError, MissingTensorError, TensorError):
+        # The input must change before a run can succeed, and a run with another input cannot go on here.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    except BaseException:
+        _drop_unbegun(partial)
+        raise
+
+
+def _drop_unbegun(partial: Path) -> None:
+    """Remove a directory in which no run has begun."""
+    if partial.is_dir() and all(path.name[0] == "." and path.name != JOURNAL_NAME for path in partial.iterdir()):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def prepare(source: Path, out: Path, *, resume: bool, needed_bytes: int) -> Path:
@@ -33,11 +59,30 @@ def prepare(source: Path, out: Path, *, resume: bool, needed_bytes: int) -> Path
         ResumeError: there is an unfinished run and `resume` is off, or the reverse.
         StorageError: there is too little free space.
     """
+    partial = partial_of(out) if out.name else out
+    try:
+        _check_free(source, out, partial, resume)
+        partial.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(
+            f"cannot make {partial}: {reason}", option="output", fix="choose another directory"
+        ) from error
+    if not os.access(partial, os.W_OK | os.X_OK):
+        raise OutputError(f"no permission to write in {partial}", option="output", fix="choose another directory")
+    try:
+        _check_space(partial, needed_bytes)
+    except StorageError:
+        _drop_unbegun(partial)
+        raise
+    return partial
+
+
+def _check_free(source: Path, out: Path, partial: Path, resume: bool) -> None:
     if _overlap(source, out):
         raise OutputError("the output overlaps the input", option="output", fix="choose a directory outside the input")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise OutputError(f"{out} exists and is not empty", option="output", fix="choose another, or remove it")
-    partial = partial_of(out)
     unfinished = (partial / JOURNAL_NAME).exists()
     if unfinished and not resume:
         raise ResumeError(
@@ -45,14 +90,6 @@ def prepare(source: Path, out: Path, *, resume: bool, needed_bytes: int) -> Path
         )
     if partial.exists() and not unfinished and any(path.name[0] != "." for path in partial.iterdir()):
         raise ResumeError(f"{partial} holds files of something else", option="output", fix="remove that directory")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make {partial}: {error.strerror}", option="output", fix="choose another") from error
-    if not os.access(partial, os.W_OK | os.X_OK):
-        raise OutputError(f"no permission to write in {partial}", option="output", fix="choose another directory")
-    _check_space(partial, needed_bytes)
-    return partial
 
 
 def _overlap(source: Path, out: Path) -> bool:
@@ -75,13 +112,13 @@ def publish(partial: Path, out: Path) -> None:
     """Give a complete checkpoint its name.
 
     Raises:
-        StorageError: the rename failed; everything is still in `partial`.
+        StorageError: the rename failed; everything is still in `partial`, to be resumed.
     """
-    remove_journal(partial)
     try:
         if out.exists():
             out.rmdir()
         partial.rename(out)
+        remove_journal(out)
         handle = os.open(out.parent, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -89,4 +126,6 @@ def publish(partial: Path, out: Path) -> None:
             os.close(handle)
     except OSError as error:
         name = errno.errorcode.get(error.errno or 0, "?")
-        raise StorageError(f"cannot rename {partial} to {out} ({name})", file=out, fix="rename it by hand") from error
+        raise StorageError(
+            f"cannot rename {partial} to {out} ({name})", file=out, fix="free that name, then --resume"
+        ) from error

@@ -1,7 +1,10 @@
 """Writes the shards of a packed checkpoint from source weights, without or with calibration."""
 
+import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,13 +14,18 @@ from moeq.artifacts import DenseLinear, Inventory, MatrixSource, Plan
 from moeq.checkpoint.read import Reader
 from moeq.checkpoint.write import FileDigest, ShardWriter
 from moeq.format.blob import build_table
-from moeq.format.packing import decode_matrix, pack_matrix
-from moeq.quantizers.base import Quantizer
+from moeq.format.packing import decode_matrix, dequantize, pack_matrix
+from moeq.quantizers.base import QuantizedMatrix, Quantizer
 from moeq.spec import QuantSpec, Unit
 from moeq.stages.shards import Shard
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being counted, how many are done and how many there are."""
+
+
+def weights_digest(weights_NK: Tensor) -> str:
+    """sha256 of decoded float32 weights."""
+    return hashlib.sha256(memoryview(weights_NK.contiguous().view(-1).numpy())).hexdigest()  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,6 +41,8 @@ class Job:
         quantizer: rounds the experts.
         dense_quantizer: rounds the other linears; needs no data.
         device: where rounding is done.
+        noted: unit -> digest of its rounded weights, filled for a few units of each layer; what
+            `verify` compares the reloaded model with.
     """
 
     inventory: Inventory
@@ -43,6 +53,16 @@ class Job:
     quantizer: Quantizer
     dense_quantizer: Quantizer
     device: torch.device
+    noted: dict[Unit, str] = field(default_factory=dict)
+
+    def settle(self, unit: Unit, rounded: QuantizedMatrix) -> Tensor:
+        """The matrix record of a rounded expert matrix."""
+        layer = self.inventory.layers[unit.layer]
+        spec = self.plan.spec(unit, layer.projections)
+        parts = (rounded.codes_NK, rounded.scale_NG, rounded.zero_NG)
+        if unit.expert in (0, layer.num_experts - 1):
+            self.noted[unit] = weights_digest(dequantize(*parts, spec))
+        return pack_matrix(*parts, spec)
 
     def matrix(self, unit: Unit) -> Tensor:
         """The source weights (N, K) of a unit."""
@@ -64,15 +84,39 @@ class Job:
 
 
 def expert_records(job: Job, layer: int) -> Iterator[memoryview]:
-    """The matrix records of a layer in storage order, each rounded when it is asked for; no data needed."""
-    shapes = job.inventory.layers[layer]
-    for expert in range(shapes.num_experts):
-        for projection in shapes.projections:
-            unit = Unit(layer=layer, expert=expert, projection=projection)
-            spec = job.plan.spec(unit, shapes.projections)
-            rounded = job.quantizer.quantize(job.matrix(unit).to(job.device), spec, None)
-            record = pack_matrix(rounded.codes_NK, rounded.scale_NG, rounded.zero_NG, spec)
-            yield memoryview(record.numpy())  # type: ignore[arg-type]
+    """The matrix records of a layer in storage order; no data needed.
+
+    On a CPU every core rounds a matrix of its own with single-threaded operations: the many small
+    operations of a search would otherwise wait for each other at every step. The bytes do not depend
+    on the number of cores.
+    """
+    shape = job.inventory.layers[layer]
+    units = (
+        Unit(layer=layer, expert=expert, projection=projection)
+        for expert in range(shape.num_experts)
+        for projection in shape.projections
+    )
+
+    def record(unit: Unit) -> Tensor:
+        spec = job.plan.spec(unit, shape.projections)
+        return job.settle(unit, job.quantizer.quantize(job.matrix(unit).to(job.device), spec, None))
+
+    threads = torch.get_num_threads()
+    workers = threads if job.device.type == "cpu" else 1
+    ahead: deque[Future[Tensor]] = deque()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for unit in units:
+                ahead.append(pool.submit(record, unit))
+                if len(ahead) > 2 * workers:
+                    yield memoryview(ahead.popleft().result().numpy())  # type: ignore[arg-type]
+            while ahead:
+                yield memoryview(ahead.popleft().result().numpy())  # type: ignore[arg-type]
+        finally:
+            for future in ahead:
+                future.cancel()
+            # The workers' setting became the default of threads to come.
+            torch.set_num_threads(threads)
 
 
 def write_layer(job: Job, shard: Shard, blob: Tensor | Iterator[memoryview]) -> FileDigest:
@@ -100,9 +144,13 @@ def write_layer(job: Job, shard: Shard, blob: Tensor | Iterator[memoryview]) -> 
 
 
 def write_copied(job: Job, shard: Shard) -> FileDigest:
-    """Write a shard of tensors copied byte for byte from the source."""
+    """Write a shard of tensors copied byte for byte from the source.
+
+    Raises:
+        TensorError: one of them holds NaN.
+    """
     declared = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard.tensors]
     writer = ShardWriter(job.partial / shard.file, declared)
     for tensor in shard.tensors:
-        writer.write(tensor.name, job.reader.chunks(tensor.name))
+        writer.write(tensor.name, job.reader.chunks(tensor.name, check_nan=True))
     return writer.close()

@@ -89,7 +89,7 @@ def run(model: str | Path, recipe: Recipe) -> PlanReport:
         quantized=("experts", *sorted(packed)),
         untouched=tuple(sorted((set(rows) | {"other"}) - packed - {"experts"})),
         ram_bytes=_ram(setup),
-        disk_bytes=sizes.total + quantize.sidecar_bytes(setup.source, setup.headers),
+        disk_bytes=setup.disk_bytes,
         seconds=_seconds(setup),
         warnings=_warnings(setup),
     )

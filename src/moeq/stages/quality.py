@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from moeq.artifacts import EvalResult
 from moeq.calibration.tokens import read_text
 from moeq.checkpoint.read import resolve
-from moeq.errors import CheckpointError
+from moeq.errors import CheckpointError, MoeqError
 from moeq.evals import suite
 from moeq.evals.forward import Progress
 from moeq.evals.tasks import read_pairs
@@ -25,13 +25,12 @@ def load_any(directory: Path, device: str | torch.device = "auto", dtype: object
         return load.load(directory, device=device, dtype=dtype)
     place = load.pick_device(device)
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        names = config.architectures or []
-        cls = getattr(transformers, names[0], None) if names else None
-        model = (cls or AutoModelForCausalLM).from_pretrained(directory, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
+        model = load.from_pretrained(directory, dtype)
+    except (MoeqError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever transformers and a family's class make of broken files
         raise CheckpointError(
-            f"transformers cannot load it: {str(error).splitlines()[0]}", file=directory, fix="check the directory"
+            f"transformers cannot load it: {_one_line(error)}", file=directory, fix="check the directory"
         ) from error
     return model.to(place).eval()
 
@@ -42,14 +41,19 @@ def load_tokenizer(directory: Path) -> transformers.PreTrainedTokenizerBase:
     Raises:
         CheckpointError: there is none that transformers can read.
     """
+    fix = "copy the model's tokenizer files into the directory"
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"no tokenizer could be loaded: {str(error).splitlines()[0]}",
-            file=directory,
-            fix="copy the model's tokenizer files into the directory",
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # each tokenizer class fails in its own way
+        raise CheckpointError(f"no tokenizer could be loaded: {_one_line(error)}", file=directory, fix=fix) from error
+    # Without files some families make one that knows its special tokens only, and encodes any text as nothing.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise CheckpointError("there is no tokenizer", file=directory, fix=fix)
+    return tokenizer
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def held_out(source: Path, packed: Path, rows: Sequence[Tensor], device: torch.device) -> EvalResult:

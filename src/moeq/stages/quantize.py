@@ -1,5 +1,6 @@
 """The whole way from a checkpoint to a packed one."""
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,11 +18,11 @@ from moeq.checkpoint.journal import Journal
 from moeq.checkpoint.read import Reader, resolve
 from moeq.checkpoint.write import FileDigest, write_file_atomic
 from moeq.errors import MoeqError, OptionError
-from moeq.format.manifest import Manifest, write_manifest
+from moeq.format.manifest import write_manifest
 from moeq.methods import method
 from moeq.quantizers.registry import make_quantizer
 from moeq.recipe import Recipe
-from moeq.report.card import model_card
+from moeq.report.card import CalibrationFacts, model_card
 from moeq.runtime.load import pick_device
 from moeq.spec import TensorInfo
 from moeq.stages import allocate, calibrated, card, finish, inspect, output, quality, summary, verify
@@ -29,8 +30,6 @@ from moeq.stages import shards as layout
 from moeq.stages.packing import Job, Progress, expert_records, write_copied, write_layer
 from moeq.version import __version__
 
-SIDECAR_RESERVE = 48 * 1024
-"""Bytes kept free under a `size` budget for config, manifest, index and model card, plus 320 per tensor."""
 HELD_OUT = 8
 """Windows of calibration text kept aside to measure quality on."""
 
@@ -59,6 +58,12 @@ class Setup:
     def sizes(self) -> layout.Sizes:
         """Bytes of the weight files."""
         return layout.sizes(self.inventory, self.plan, self.shards)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Upper bound of all files."""
+        beside = finish.sidecar_limit(self.source, self.inventory, self.plan, self.recipe, self.shards)
+        return self.sizes.total + beside
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,19 +105,14 @@ def setup(model: str | Path, recipe: Recipe) -> Setup:
         plan.check_model(inventory)
         recipe = recipe.replace(method=plan.method)
     else:
-        plan = allocate.run(inventory, headers, recipe, sidecar_bytes(source, headers))
+
+        def sidecars(draft: Plan) -> int:
+            shards = layout.arrange(inventory, draft, headers)
+            return finish.sidecar_limit(source, inventory, draft, recipe, shards)
+
+        plan = allocate.run(inventory, headers, recipe, sidecars)
     files = layout.arrange(inventory, plan, headers)
     return Setup(source=source, inventory=inventory, headers=headers, recipe=recipe, plan=plan, shards=files)
-
-
-def sidecar_bytes(source: Path, headers: Mapping[str, TensorInfo]) -> int:
-    """An upper estimate of what lies beside the weight files."""
-    copied = sum(
-        path.stat().st_size
-        for path in source.rglob("*")
-        if path.is_file() and not path.name.endswith((".safetensors", ".bin", ".index.json"))
-    )
-    return copied + SIDECAR_RESERVE + 320 * len(headers)
 
 
 def run(
@@ -142,61 +142,74 @@ def run(
     started = time.perf_counter()
     device = pick_device(recipe.device)
     plan = setup(model, recipe)
-    recipe, out = plan.recipe, Path(out)
+    recipe, out = plan.recipe, Path(os.path.abspath(out))
     quantizer = make_quantizer(str(recipe.quantizer), **_quantizer_options(recipe))
     tokens, rest = _tokens(plan.source, recipe, quantizer.needs_hessian)
-    partial = output.prepare(plan.source, out, resume=resume, needed_bytes=plan.sizes.total)
-    options = {**codec.encode(recipe), "tokens": None if tokens is None else tokens.hash}
-    journal = Journal.open_or_create(
-        partial,
-        fingerprint=fingerprint(plan.source),
-        options=options,
-        plan_hash=plan.plan.hash,
-        moeq_version=__version__,
-    )
-    with Reader(plan.source, plan.headers) as reader:
-        job = Job(
-            inventory=plan.inventory,
-            plan=plan.plan,
-            shards=plan.shards,
-            reader=reader,
-            partial=partial,
-            quantizer=quantizer,
-            dense_quantizer=make_quantizer("rtn"),
-            device=device,
+    with output.building(plan.source, out, resume=resume, needed_bytes=plan.sizes.total) as partial:
+        options = {**codec.encode(recipe), "tokens": None if tokens is None else tokens.hash}
+        journal = Journal.open_or_create(
+            partial,
+            fingerprint=fingerprint(plan.source),
+            options=options,
+            plan_hash=plan.plan.hash,
+            moeq_version=__version__,
         )
-        files, counts = _pack(job, plan, journal, tokens, progress)
-    packed = time.perf_counter()
-    files |= finish.write_files(plan.source, partial, plan.inventory, plan.plan, recipe, plan.shards)
-    manifest = Manifest(
-        moeq_version=__version__,
-        method=plan.plan.method,
-        plan_hash=plan.plan.hash,
-        model_hash=plan.inventory.model_hash,
-        files=files,
-        layers=finish.packed_layers(plan.inventory),
-        dense=finish.packed_linears(plan.inventory, plan.plan),
-        recipe=codec.encode(recipe),
-        calibration=_calibration(tokens, counts),
-    )
-    write_manifest(partial, manifest)
-    if progress is not None:
-        progress("verify", 0, 1)
-    checked = verify.run(partial)
-    verified = time.perf_counter()
-    measured, note = _quality(plan, partial, rest, device)
-    report = _report(plan, out, partial, counts, checked)
-    report = replace(
-        report,
-        quality=measured,
-        quality_note=note,
-        seconds={"pack": packed - started, "verify": verified - packed, "quality": time.perf_counter() - verified},
-    )
-    text = "windows of the calibration text that calibration did not see" if measured else note or ""
+        with Reader(plan.source, plan.headers) as reader:
+            job = Job(
+                inventory=plan.inventory,
+                plan=plan.plan,
+                shards=plan.shards,
+                reader=reader,
+                partial=partial,
+                quantizer=quantizer,
+                dense_quantizer=make_quantizer("rtn", gain=recipe.gain),
+                device=device,
+            )
+            files, counts = _pack(job, plan, journal, tokens, progress)
+        packed = time.perf_counter()
+        _write_rest(plan, partial, files, tokens, counts)
+        if progress is not None:
+            progress("verify", 0, 1)
+        checked = verify.run(partial, expected=job.noted)
+        verified = time.perf_counter()
+        measured, note = _quality(plan, partial, rest, device)
+        report = _report(plan, out, partial, counts, checked)
+        seconds = {"pack": packed - started, "verify": verified - packed, "quality": time.perf_counter() - verified}
+        report = replace(report, quality=measured, quality_note=note, seconds=seconds)
+        _write_card(model, plan, partial, report, command, card.calibration_facts(tokens, counts))
+        report = replace(report, directory_bytes=directory_bytes(partial))
+        _check_budget(recipe, report)
+        output.publish(partial, out)
+    return report
+
+
+def _write_rest(
+    plan: Setup,
+    partial: Path,
+    shards: Mapping[str, FileDigest],
+    tokens: TokenBatch | None,
+    counts: Mapping[int, list[int]],
+) -> None:
+    """Everything that makes the finished shards a checkpoint, but the model card."""
+    files = finish.write_files(plan.source, partial, plan.inventory, plan.plan, plan.recipe, plan.shards)
+    calibration = _calibration(tokens, counts)
+    write_manifest(partial, finish.manifest(plan.inventory, plan.plan, plan.recipe, {**shards, **files}, calibration))
+
+
+def _write_card(
+    model: str | Path,
+    plan: Setup,
+    partial: Path,
+    report: QuantizeReport,
+    command: str,
+    calibration: CalibrationFacts | None,
+) -> None:
+    measured = report.quality
+    text = "windows of the calibration text that calibration did not see" if measured else report.quality_note or ""
     facts = card.facts(
         model=model,
         source=plan.source,
-        out=out,
+        out=Path(report.output),
         inventory=plan.inventory,
         plan=plan.plan,
         quantizer=report.quantizer,
@@ -204,21 +217,17 @@ def run(
         command=command,
         quality=measured,
         quality_text=text,
-        calibration=card.calibration_facts(tokens, counts),
+        calibration=calibration,
     )
     write_file_atomic(partial / "README.md", model_card(facts).encode())
-    report = replace(report, directory_bytes=directory_bytes(partial))
-    _check_budget(recipe, report)
-    output.publish(partial, out)
-    return report
 
 
 def _quantizer_options(recipe: Recipe) -> dict[str, Any]:
-    if str(recipe.quantizer) != "gptq":
-        if recipe.act_order:
-            raise OptionError("only gptq orders columns", option="act-order", fix="drop it, or use --quantizer gptq")
-        return {}
-    return {"act_order": recipe.act_order, "damp": recipe.damp}
+    name = str(recipe.quantizer)
+    options: dict[str, Any] = {"gain": recipe.gain} if name in ("rtn", "hqq", "gptq") else {}
+    if name == "gptq":
+        options |= {"act_order": recipe.act_order, "damp": recipe.damp}
+    return options
 
 
 def _tokens(source: Path, recipe: Recipe, needed: bool) -> tuple[TokenBatch | None, TokenBatch | None]:

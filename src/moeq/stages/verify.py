@@ -1,12 +1,11 @@
 """Proves a packed checkpoint: structure, hashes, decoded weights, and a forward pass."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from moeq.errors import PackedError
 from moeq.format.packing import decode_matrix
@@ -14,8 +13,10 @@ from moeq.format.validate import validate_packed, verify_files
 from moeq.runtime import attach, load
 from moeq.runtime.modules import PackedExperts
 from moeq.spec import Unit
+from moeq.stages.packing import weights_digest
 
-PROBE_TOKENS = 4
+PROBE_TOKENS = 2
+"""Enough to see every part of the model work; more would decode most experts of a large one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +34,6 @@ class VerifyReport:
     layers: int
     decoded: int
     logits_finite: bool
-
-
-def weights_digest(weights_NK: Tensor) -> str:
-    """sha256 of decoded float32 weights."""
-    return hashlib.sha256(weights_NK.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def run(
@@ -73,16 +69,24 @@ def run(
     with torch.inference_mode():
         logits = model(input_ids=ids, use_cache=False).logits
     if not bool(logits.isfinite().all()):
-        raise PackedError("the reloaded model gives logits that are not finite", file=directory, fix="report this")
+        raise _not_finite(model, directory)
     files = len(manifest.files) if hashes else 0
     return VerifyReport(files=files, layers=len(manifest.layers), decoded=decoded, logits_finite=True)
+
+
+def _not_finite(model: nn.Module, directory: Path) -> PackedError:
+    bad = next((name for name, value in model.named_parameters() if not bool(value.isfinite().all())), None)
+    fix = "report this as a bug" if bad is None else "this tensor was copied as it is: look at the original"
+    return PackedError("the reloaded model gives logits that are not finite", file=directory, tensor=bad, fix=fix)
 
 
 def _check_matrix(packed: PackedExperts, unit: Unit, path: str, wanted: str | None) -> None:
     matrix = packed.layer.matrix(unit.expert, unit.projection)
     weights = decode_matrix(matrix.record, matrix.spec, matrix.shape)
     if not bool(weights.isfinite().all()):
-        raise PackedError(f"expert {unit.expert} {unit.projection} decodes to NaN or infinity", tensor=path)
+        raise PackedError(
+            f"expert {unit.expert} {unit.projection} decodes to NaN or infinity", tensor=path, fix="quantize again"
+        )
     if wanted is not None and weights_digest(weights) != wanted:
         raise PackedError(
             f"expert {unit.expert} {unit.projection} decodes to other weights than were packed",
