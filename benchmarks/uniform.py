@@ -40,7 +40,7 @@ def configurations(seeds: int) -> list[dict[str, Any]]:
         {"quantizer": quantizer, "bits": bits, "levels": "asym", "seed": seed, "gain": True}
         for bits in WIDTHS
         for quantizer in QUANTIZERS
-        for seed in range(seeds if quantizer.startswith("gptq") and bits in (2, 3) else 1)
+        for seed in range(seeds if quantizer == "gptq" and bits in (2, 3) else 1)
     ]
     plain = [
         {"quantizer": quantizer, "bits": bits, "levels": "asym", "seed": 0, "gain": False}
@@ -49,10 +49,9 @@ def configurations(seeds: int) -> list[dict[str, Any]]:
     ]
     levels = [
         {"quantizer": quantizer, "bits": bits, "levels": name, "seed": 0, "gain": True}
-        for bits in (3, 2, 1)
+        for bits in (3, 2)
         for name in LEVELS[1:]
         for quantizer in ("hqq", "gptq")
-        if not (bits == 1 and name == "sym")
     ]
     return main + plain + levels
 
@@ -149,7 +148,7 @@ def claims(results: list[dict[str, Any]]) -> str:
 
 def write(results: list[dict[str, Any]], args: argparse.Namespace, reference: dict[str, float]) -> None:
     main = [(q, b, "asym") for b in WIDTHS for q in QUANTIZERS]
-    levels = [(q, b, name) for b in (3, 2, 1) for q in ("hqq", "gptq") for name in LEVELS]
+    levels = [(q, b, name) for b in (3, 2) for q in ("hqq", "gptq") for name in LEVELS]
     plain = [(q, b, "asym") for b in (3, 2) for q in GAINED]
     original = ", ".join(f"{name} {value:.2f}" for name, value in reference.items())
     text = f"""# Uniform bits: every quantizer at every width

@@ -1,0 +1,149 @@
+"""Rounding the experts of a layer from captured inputs: nobody starves, and replay answers the same."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from moeq.artifacts import MatrixSource, MoeLayer
+from moeq.calibration import experts as module
+from moeq.calibration.stream import Capture
+from moeq.format.packing import dequantize
+from moeq.quantizers.base import QuantizedMatrix
+from moeq.quantizers.registry import make_quantizer
+from moeq.spec import QuantSpec
+
+HIDDEN, INNER, EXPERTS = 32, 48, 4
+SHAPES = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
+SPECS = [
+    [QuantSpec(bits=bits, group_size=32) for bits in widths] for widths in ((3, 3, 4), (2, 4, 3), (8, 8, 8), (3, 3, 3))
+]
+
+
+def make_layer() -> MoeLayer:
+    source = MatrixSource(name="w{expert}", stacked=False)
+    return MoeLayer(
+        path="experts", block="", num_experts=EXPERTS, top_k=2, shapes=SHAPES, sources=dict.fromkeys(SHAPES, source)
+    )
+
+
+def make_experts() -> MixtralExperts:
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=HIDDEN, intermediate_size=INNER, num_local_experts=EXPERTS, num_experts_per_tok=2
+    )
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    experts = MixtralExperts(config)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return experts
+
+
+def make_capture(num_tokens: int = 300, routing: str = "natural") -> Capture:
+    """Expert 2 gets a single token, expert 3 none."""
+    x_TH = torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(1))
+    index_Tk = torch.tensor([[0, 1]]).repeat(num_tokens, 1)
+    index_Tk[7] = torch.tensor([2, 0])
+    weights_Tk = torch.rand(num_tokens, 2, generator=torch.Generator().manual_seed(2))
+    return Capture(
+        x_TH=x_TH, index_Tk=index_Tk, weights_Tk=weights_Tk, stats_Tk=index_Tk if routing == "natural" else None
+    )
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.rounded: dict[tuple[int, str], QuantizedMatrix] = {}
+
+    def __call__(self, expert: int, projection: str, rounded: QuantizedMatrix) -> None:
+        self.rounded[expert, projection] = rounded
+
+    def weights(self, expert: int, projection: str) -> Tensor:
+        rounded = self.rounded[expert, projection]
+        spec = SPECS[expert][list(SHAPES).index(projection)]
+        return dequantize(rounded.codes_NK, rounded.scale_NG, rounded.zero_NG, spec)
+
+
+def read(experts: MixtralExperts, expert: int, projection: str) -> Tensor:
+    if projection == "down":
+        return experts.down_proj.data[expert]
+    fused = experts.gate_up_proj.data[expert]
+    return fused[:INNER] if projection == "gate" else fused[INNER:]
+
+
+def run(capture: Capture, quantizer: str = "gptq") -> tuple[MixtralExperts, Sink, Tensor, list[int]]:
+    experts, sink = make_experts(), Sink()
+    task = module.ExpertsTask(
+        layer=make_layer(),
+        specs=SPECS,
+        read=lambda expert, projection: read(experts, expert, projection),
+        quantizer=make_quantizer(quantizer),
+        sink=sink,
+        device=torch.device("cpu"),
+    )
+    with torch.inference_mode():
+        y_TH, counts = module.quantize_experts(task, experts, capture)
+    return experts, sink, y_TH, counts
+
+
+@pytest.mark.parametrize("routing", ["natural", "all"])
+def test_the_answer_is_that_of_the_rounded_weights(routing: str) -> None:
+    capture = make_capture(routing=routing)
+    experts, sink, y_TH, counts = run(capture)
+    assert counts == [300, 299, 1, 0]
+    with torch.no_grad():
+        for expert in range(EXPERTS):
+            gate_up = torch.cat([sink.weights(expert, "gate"), sink.weights(expert, "up")])
+            experts.gate_up_proj[expert] = gate_up
+            experts.down_proj[expert] = sink.weights(expert, "down")
+        wanted = experts(capture.x_TH, capture.index_Tk, capture.weights_Tk)
+    torch.testing.assert_close(y_TH, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_replay_gives_the_same_bits() -> None:
+    capture = make_capture()
+    experts, sink, y_TH, counts = run(capture)
+    with torch.inference_mode():
+        again_TH, again = module.replay_experts(make_layer(), sink.weights, experts, capture, torch.device("cpu"))
+    assert torch.equal(again_TH, y_TH)
+    assert again == counts
+
+
+def test_experts_without_tokens_are_rounded_from_the_layers() -> None:
+    """Not zero, not NaN, and with statistics: better on the layer's inputs than rounding without any."""
+    capture = make_capture()
+    experts, sink, _, _ = run(capture)
+    _, blind, _, _ = run(capture, "rtn")
+    for expert in (2, 3):
+        for projection in ("gate", "up"):
+            source = read(experts, expert, projection)
+            rounded, plain = sink.weights(expert, projection), blind.weights(expert, projection)
+            assert bool(rounded.isfinite().all())
+            relative = (rounded - source).norm() / source.norm()
+            assert relative < 0.5
+            error, plain_error = (((w - source) @ capture.x_TH.T).norm() for w in (rounded, plain))
+            assert error < plain_error
+
+
+def test_no_token_at_all_falls_back_to_rounding() -> None:
+    capture = Capture(
+        x_TH=torch.empty(0, HIDDEN),
+        index_Tk=torch.empty(0, 2, dtype=torch.int64),
+        weights_Tk=torch.empty(0, 2),
+        stats_Tk=torch.empty(0, 2, dtype=torch.int64),
+    )
+    experts, sink, y_TH, counts = run(capture)
+    assert y_TH.shape == (0, HIDDEN)
+    assert counts == [0] * EXPERTS
+    for expert in range(EXPERTS):
+        source = read(experts, expert, "down")
+        assert (sink.weights(expert, "down") - source).norm() < 0.6 * source.norm()
+
+
+def test_gate_and_up_share_one_rounding_when_their_specs_agree() -> None:
+    """Stacked or one by one, rows come out the same."""
+    capture = make_capture()
+    _, sink, _, _ = run(capture)
+    seen = capture.x_TH[(capture.index_Tk == 0).any(1)]
+    gate = make_quantizer("gptq").quantize(read(make_experts(), 0, "gate"), SPECS[0][0], seen.T @ seen)
+    assert torch.equal(gate.codes_NK, sink.rounded[0, "gate"].codes_NK)
