@@ -21,8 +21,8 @@ MODEL = ROOT / "assets" / "demo-qwen3moe-4m"
 CALIBRATION = ROOT / "assets" / "text" / "calibration.txt"
 EVALUATION = ROOT / "assets" / "text" / "eval.txt"
 PROMPT = "The old man looked at the sea and"
-WIDTHS = (8.2, 4.2, 3.2, 2.2)
-"""Budgets in stored bits per expert weight: codes of 8, 4, 3 and 2 bits with their scales."""
+WIDTHS = (8, 4, 3, 2)
+"""Bits of every expert's codes; the table says what they take with scales and padding."""
 MAX_TOKENS = 8192
 SEQLEN = 256
 
@@ -67,14 +67,13 @@ def main() -> int:
     inventory = moeq.inspect(MODEL)
     rows = [row("bf16 (original)", inventory.source_bytes, 16, measure(MODEL), continuation(MODEL))]
     for bits in WIDTHS:
-        print(f"quantizing to {bits} bits per expert weight ...", file=sys.stderr)
-        packed = output / f"demo-{bits:g}bit"
-        report = moeq.quantize(
-            MODEL, packed, bits=bits, calibration=str(CALIBRATION), nsamples=64, seqlen=SEQLEN, device="cpu"
-        )
+        print(f"quantizing to codes of {bits} bits ...", file=sys.stderr)
+        packed = output / f"demo-{bits}bit"
+        options = {"bits": bits, "accounting": "codes", "calibration": str(CALIBRATION)}
+        report = moeq.quantize(MODEL, packed, nsamples=64, seqlen=SEQLEN, device="cpu", **options)
         rows.append(
             row(
-                f"moeq {int(bits)}-bit codes",
+                f"moeq {bits}-bit codes",
                 report.stored_bytes,
                 report.expert_bits_per_weight,
                 measure(packed),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -19,6 +20,9 @@ from transformers.utils import logging
 
 import moeq
 import zoo
+
+settings.register_profile("moeq", deadline=None)  # how long an example takes says nothing on a shared machine
+settings.load_profile("moeq")
 
 ASSETS = Path(__file__).parent.parent / "assets"
 

@@ -235,9 +235,10 @@ def test_a_packed_checkpoint_is_not_packed_again(packed_tiny: Path, tmp_path: Pa
 def test_a_link_leads_out_of_the_model(tiny_dir: Path, tmp_path: Path) -> None:
     source, out = copy_of(tiny_dir, tmp_path / "source"), tmp_path / "out"
     (tmp_path / "secret").write_text("secret", encoding="utf-8")
-    (source / "tokenizer.json").symlink_to(tmp_path / "secret")
+    (source / "notes.json").symlink_to(tmp_path / "secret")
     call = lambda: moeq.quantize(source, out, **OPTIONS)  # noqa: E731
-    refused(errors.CheckpointError, call, "tokenizer.json", "link", out=out)
+    refused(errors.CheckpointError, call, "notes.json", "link", out=out)
+    no_partial(out)
 
 
 def test_an_evaluated_model_is_broken(tiny_dir: Path, text_dir: Path, demo_dir: Path, tmp_path: Path) -> None:

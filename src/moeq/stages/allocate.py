@@ -9,6 +9,8 @@ from moeq.recipe import Recipe
 from moeq.spec import BITS, QuantSpec, TensorInfo, stored_bytes, table_bytes
 from moeq.stages import shards
 
+SIZE_SLACK = 128
+"""Recipe, manifest and config spell out the size and numbers that depend on it."""
 Uniform = tuple[tuple[tuple[int, ...], ...], ...]
 
 
@@ -137,7 +139,7 @@ def _fill(inventory: Inventory, weigh: Callable[[int, tuple[int, int]], int], li
 
 def _too_small(inventory: Inventory, budget: Budget, missing: int) -> BudgetError:
     if budget.size is not None:
-        least = f"{budget.size + missing} bytes"
+        least = f"{budget.size + missing + SIZE_SLACK} bytes"
         return BudgetError(
             f"{budget.size} bytes cannot be reached", option="size", fix=f"give at least {least}, or lower --dense-bits"
         )

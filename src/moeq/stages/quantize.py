@@ -145,7 +145,7 @@ def run(
     recipe, out = plan.recipe, Path(os.path.abspath(out))
     quantizer = make_quantizer(str(recipe.quantizer), **_quantizer_options(recipe))
     tokens, rest = _tokens(plan.source, recipe, quantizer.needs_hessian)
-    with output.building(plan.source, out, resume=resume, needed_bytes=plan.sizes.total) as partial:
+    with output.building(plan.source, out, resume=resume, needed_bytes=plan.disk_bytes) as partial:
         options = {**codec.encode(recipe), "tokens": None if tokens is None else tokens.hash}
         journal = Journal.open_or_create(
             partial,
