@@ -189,15 +189,17 @@ class Groups:
         )
         return new_M1, torch.where(moves_M1, new_zero_M1, zero_M1)
 
-    def gain(self, ratio_M1: Tensor, zero_M1: Tensor) -> Tensor:
-        """What the scale must grow by, codes held fixed, so that <w_hat, w> = <w, w> (docs/decisions/0013), (M, 1)."""
-        t_Mg, d_Mg = self.code(ratio_M1, zero_M1)
-        d_Mg.sub_(zero_M1)
+    def gain(self, ratio_M1: Tensor, zero_M1: Tensor, q_Mg: Tensor | None = None) -> Tensor:
+        """What the scale must grow by, codes held fixed, so that <w_hat, w> = <w, w> (docs/decisions/0013), (M, 1).
+
+        `q_Mg`: the codes, when they were just computed; overwritten.
+        """
+        d_Mg = (self.code(ratio_M1, zero_M1)[1] if q_Mg is None else q_Mg).sub_(zero_M1)
         if self.root_g is not None:
             d_Mg.mul_(self.root_g.square())
-        vd_M1 = torch.mul(self.v_Mg, d_Mg, out=t_Mg).sum(1, keepdim=True).mul_(ratio_M1)
-        gain_M1 = self._energy(torch.mul(self.v_Mg, 1, out=d_Mg)) / vd_M1
-        return bounded_gain(gain_M1)
+        vd_M1 = torch.mul(self.v_Mg, d_Mg, out=self._t_Mg).sum(1, keepdim=True).mul_(ratio_M1)
+        v_Mg = self.v_Mg if self.root_g is None else torch.mul(self.v_Mg, self.root_g, out=d_Mg)
+        return bounded_gain(torch.linalg.vector_norm(v_Mg, dim=1, keepdim=True).square_() / vd_M1)
 
     def _energy(self, d_Mg: Tensor) -> Tensor:
         """sum h d^2 of each group, (M, 1); overwrites `d_Mg` when columns have weights."""
@@ -297,11 +299,12 @@ def fit_groups(
             place = (inside[0], slice(part.group, part.group + (part.c1 - part.c0) // part.width))
             scale_NG[place] = groups.scale(ratio_M1).view(part.r1 - part.r0, -1)
             zero_NG[place] = zero_M1.view(part.r1 - part.r0, -1)
+            q_Mg = None
             if codes_NK is not None:
                 _, q_Mg = groups.code(ratio_M1, zero_M1)
                 codes_NK[inside] = q_Mg.view(part.r1 - part.r0, -1)
             if gain:
-                grown_M1 = groups.scale(ratio_M1 * groups.gain(ratio_M1, zero_M1))
+                grown_M1 = groups.scale(ratio_M1 * groups.gain(ratio_M1, zero_M1, q_Mg))
                 scale_NG[place] = grown_M1.view(part.r1 - part.r0, -1)
 
     spread(work, parts, threads)
