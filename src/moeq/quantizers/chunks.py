@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moeq.spec import WHOLE_ROW
 
-CHUNK: Final = 1 << 17
+CHUNK: Final = 1 << 18
 """Weights that are worked on together; on a CPU the buffers of a chunk should about fit the cores' L2 caches."""
 CHUNK_ELSEWHERE: Final = 1 << 24
 SERIAL: Final = (1 << 15) - 1
