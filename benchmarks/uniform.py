@@ -173,7 +173,7 @@ Perplexity of the original: {original}.
 ## Without matching the gain (`--no-gain`)
 
 The same quantizers with scales as least squares leaves them: compare with the rows of the first table
-(docs/decisions/0013).
+(docs/decisions/0013-match-the-gain.md).
 
 {table(results, plain, gain=False)}
 
