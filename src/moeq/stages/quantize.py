@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from moeq import codec
@@ -30,6 +29,8 @@ from moeq.stages import shards as layout
 from moeq.stages.packing import Job, Progress, expert_records, write_copied, write_layer
 from moeq.version import __version__
 
+QUALITY_BYTES = 2**30
+"""Originals up to this size are loaded to measure quality; above it the promise of bounded memory counts."""
 HELD_OUT = 8
 """Windows of calibration text kept aside to measure quality on."""
 
@@ -298,14 +299,11 @@ def _calibration(tokens: TokenBatch | None, counts: Mapping[int, list[int]]) -> 
 def _quality(
     plan: Setup, partial: Path, rest: TokenBatch | None, device: torch.device
 ) -> tuple[dict[str, float] | None, str | None]:
-    """Quality on held-out windows when the original fits into memory, or why it was not measured."""
+    """Quality on held-out windows when the original is small, or why it was not measured."""
     if rest is None:
         return None, "not measured: no calibration text was left over; run moeq eval"
-    free = psutil.virtual_memory().available
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    if 2 * plan.inventory.source_bytes > free:
-        return None, "not measured: the original does not fit into memory beside it; run moeq eval"
+    if plan.inventory.source_bytes > QUALITY_BYTES:
+        return None, "not measured: the original is too large to load it unasked; run moeq eval"
     result = quality.held_out(plan.source, partial, list(rest.ids_NT), device)
     return {**result.metrics, "tokens": float(result.tokens)}, None
 
