@@ -170,6 +170,9 @@ class Streamer:
                 capture = self._capture(block, experts, layer, batches)
                 hooks.attach_handler(experts, _Replayer(self.visitor(layer, experts, capture)))
             output = self._outputs(block, batches, num_sequences)
+            for _, experts in inside:
+                # The handler holds the layer's answers for all tokens: they must go with the block.
+                experts._modules.pop(hooks.HANDLER)
             self.loader.unload(path)
             if self.progress is not None:
                 self.progress(position + 1, len(self.blocks))
