@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from moeq import codec
 from moeq.errors import ArtifactError, VersionError
-from moeq.spec import QuantSpec, Unit, stored_bytes, table_bytes
+from moeq.spec import EXPERT, QuantSpec, Unit, stored_bytes, table_bytes
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -198,6 +198,20 @@ class Inventory(Artifact):
                 for projection in layer.projections:
                     yield Unit(layer=index, expert=expert, projection=projection), layer.shapes[projection]
 
+    def cost_units(self, unit: str) -> Iterator[tuple[Unit, tuple[tuple[int, int], ...]]]:
+        """The units of a cost table in storage order, each with the shapes of its matrices.
+
+        Args:
+            unit: "matrix" or "expert".
+        """
+        if unit == "matrix":
+            yield from ((each, (shape,)) for each, shape in self.units())
+            return
+        for index, layer in enumerate(self.layers):
+            shapes = tuple(layer.shapes[projection] for projection in layer.projections)
+            for expert in range(layer.num_experts):
+                yield Unit(layer=index, expert=expert, projection=EXPERT), shapes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostTable(Artifact):
@@ -206,33 +220,83 @@ class CostTable(Artifact):
     Attributes:
         model_hash: the model measured.
         cost: name of the cost.
+        unit: "expert" or "matrix".
         provenance: what the numbers depend on (tokens hash, seed, versions, options).
-        units: the units, in storage order.
-        candidates: the specs a unit may get.
-        costs: unit -> candidate -> predicted harm.
+        units: the units, in storage order; their projection is `moeq.spec.EXPERT` when units are experts.
+        candidates: the specs a unit may get, by rising stored size.
+        costs: unit -> candidate -> predicted harm, not negative.
         sizes: unit -> candidate -> stored bytes.
+        statistics: name -> one number per unit that the costs were made from (alpha, variance, tokens, ...).
+        dense: paths of linears outside the experts that may join the program.
+        dense_costs: linear -> candidate -> predicted harm; a last column for leaving it as it is, 0.
+        dense_sizes: linear -> candidate -> stored bytes, in the same columns.
     """
 
     KIND: ClassVar[str] = "cost-table"
 
     model_hash: str
     cost: str
+    unit: str
     provenance: dict[str, Any]
     units: tuple[Unit, ...]
     candidates: tuple[QuantSpec, ...]
     costs: tuple[tuple[float, ...], ...]
     sizes: tuple[tuple[int, ...], ...]
+    statistics: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    dense: tuple[str, ...] = ()
+    dense_costs: tuple[tuple[float, ...], ...] = ()
+    dense_sizes: tuple[tuple[int, ...], ...] = ()
 
     def validate(self) -> None:
-        """Raise ArtifactError on NaN, ragged rows or duplicate units."""
-        if len(set(self.units)) != len(self.units):
-            raise ArtifactError("a cost table names a unit twice", fix="measure again")
-        for rows, what in ((self.costs, "costs"), (self.sizes, "sizes")):
-            if len(rows) != len(self.units) or any(len(row) != len(self.candidates) for row in rows):
-                raise ArtifactError(f"{what} must have one row per unit and one column per candidate")
-        for unit, row in zip(self.units, self.costs, strict=True):
-            if not all(math.isfinite(cost) for cost in row):
-                raise ArtifactError(f"unit {unit} has a cost that is not finite", fix="measure again")
+        """Raise ArtifactError on NaN, negative costs, ragged rows or duplicate units."""
+        again = "measure again"
+        if self.unit not in ("expert", "matrix"):
+            raise ArtifactError(f"a cost table cannot have units {self.unit!r}", fix=again)
+        if len(set(self.units)) != len(self.units) or len(set(self.dense)) != len(self.dense):
+            raise ArtifactError("a cost table names a unit twice", fix=again)
+        if not self.candidates or len(set(self.candidates)) != len(self.candidates):
+            raise ArtifactError("the candidates of a cost table must be different specs, at least one", fix=again)
+        columns = len(self.candidates)
+        for rows, what, keys, width in (
+            (self.costs, "costs", self.units, columns),
+            (self.sizes, "sizes", self.units, columns),
+            (self.dense_costs, "dense_costs", self.dense, columns + 1),
+            (self.dense_sizes, "dense_sizes", self.dense, columns + 1),
+        ):
+            if len(rows) != len(keys) or any(len(row) != width for row in rows):
+                raise ArtifactError(f"{what} must have one row per unit and one column per candidate", fix=again)
+        for name, values in self.statistics.items():
+            if len(values) != len(self.units):
+                raise ArtifactError(f"statistic {name!r} must have one number per unit", fix=again)
+        for key, row in (*zip(self.units, self.costs, strict=True), *zip(self.dense, self.dense_costs, strict=True)):
+            if not all(math.isfinite(cost) and cost >= 0 for cost in row):
+                raise ArtifactError(f"unit {key} has a cost that is negative or not finite", fix=again)
+
+    def check_model(self, inventory: Inventory) -> None:
+        """Raise ArtifactError unless this table was measured on exactly this model."""
+        if self.model_hash != inventory.model_hash:
+            raise ArtifactError(
+                f"the costs are of model {self.model_hash[:12]}, this is {inventory.model_hash[:12]}",
+                option="costs",
+                fix="measure this model",
+            )
+        wanted = tuple(unit for unit, _ in inventory.cost_units(self.unit))
+        if self.units != wanted:
+            odd = sorted(set(wanted) ^ set(self.units))
+            what = f"unit {odd[0]} is in one only" if odd else "their order differs"
+            raise ArtifactError(
+                f"the costs cover other units than the model has: {what}", option="costs", fix="measure again"
+            )
+        for (unit, shapes), row in zip(inventory.cost_units(self.unit), self.sizes, strict=True):
+            if row != tuple(sum(stored_bytes(spec, shape) for shape in shapes) for spec in self.candidates):
+                raise ArtifactError(
+                    f"the sizes of unit {unit} are not what it takes", option="costs", fix="measure again"
+                )
+        unknown = sorted(set(self.dense) - {linear.path for linear in inventory.dense})
+        if unknown:
+            raise ArtifactError(
+                f"the costs name {unknown[0]!r}, which is no linear of the model", option="costs", fix="measure again"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@
     |- OptionError            an option, recipe key or argument is wrong
     |  |- RecipeError         a recipe file has unknown keys or wrong types
     |  |- BudgetError         the budget cannot be met, or is not one
+    |  |  `- InfeasibleError  no choice of candidates fits; says the smallest that would
     |  |- DeviceError         the device asked for is not there
     |  `- OutputError         the output directory cannot be used
     |- CheckpointError        the source checkpoint is broken or not for us
@@ -71,6 +72,19 @@ class RecipeError(OptionError):
 
 class BudgetError(OptionError):
     """The budget lies below the smallest or above the largest reachable size."""
+
+
+class InfeasibleError(BudgetError):
+    """No choice of candidates fits the limit and the shares.
+
+    Args:
+        smallest: the smallest limit that could be met, in the units of the problem; None when the
+            shares contradict each other and no limit helps.
+    """
+
+    def __init__(self, message: str, *, smallest: int | None, fix: str = "") -> None:
+        super().__init__(message, option="bits, size", fix=fix)
+        self.smallest = smallest
 
 
 class DeviceError(OptionError):

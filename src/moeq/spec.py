@@ -37,6 +37,9 @@ PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 
 LAYOUTS = ("grouped",)
 
+EXPERT = "expert"
+"""Stands for all projections of an expert where units are whole experts."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class QuantSpec:
@@ -72,12 +75,12 @@ class QuantSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Unit:
-    """The smallest thing that gets its own width: one matrix of one expert.
+    """The smallest thing that gets its own width: one matrix of one expert, or one expert.
 
     Attributes:
         layer: index of the MoE layer in the Inventory, not of the decoder layer.
         expert: index of the expert inside the layer.
-        projection: "gate", "up" or "down".
+        projection: "gate", "up" or "down"; `EXPERT` for the whole expert.
     """
 
     layer: int

@@ -1,0 +1,103 @@
+"""The seam of all costs: layers in, predicted harm of every unit under every candidate out.
+
+Legend: T tokens, H hidden, k experts per token, N output rows, K input columns, U units, C candidates.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from moeq.artifacts import MoeLayer
+from moeq.spec import QuantSpec
+
+ReadMatrix = Callable[[int, str], Tensor]
+"""(expert, projection) -> weights (N, K)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerView:
+    """The experts of one layer, as a cost sees them.
+
+    Attributes:
+        index: MoE layer, as in the Inventory.
+        layer: its shapes.
+        read: the weights that will be rounded: the original's.
+        candidates: the specs a unit may get.
+        unit: "expert" or "matrix".
+        device: where to compute.
+    """
+
+    index: int
+    layer: MoeLayer
+    read: ReadMatrix
+    candidates: Sequence[QuantSpec]
+    unit: str
+    device: torch.device
+
+    @property
+    def num_units(self) -> int:
+        """Units of this layer."""
+        return self.layer.num_experts * (len(self.layer.projections) if self.unit == "matrix" else 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Asked:
+    """What the experts of one layer were asked in one batch of sequences, and how much the loss minds.
+
+    Attributes:
+        experts: the family's experts module, for activation and biases (`moeq.arch.hooks`).
+        x_TH: inputs of the experts, in the compute dtype.
+        index_Tk: chosen experts.
+        weights_Tk: their routing weights.
+        grad_TH: gradient of each sequence's loss (mean over its predicted tokens) with respect to the
+            experts' joint output; None for costs that need no gradients.
+    """
+
+    experts: nn.Module
+    x_TH: Tensor
+    index_Tk: Tensor
+    weights_Tk: Tensor
+    grad_TH: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerCosts:
+    """What a cost says of one layer, units in storage order.
+
+    Attributes:
+        costs_UC: predicted harm, float64.
+        statistics: name -> (U,) float64.
+    """
+
+    costs_UC: NDArray[np.float64]
+    statistics: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+
+class Cost(Protocol):
+    """Predicts harm.
+
+    Attributes:
+        needs: "weights", "activations" or "gradients": what `visit` must be given.
+    """
+
+    needs: str
+
+    def visit(self, view: LayerView, asked: Asked | None) -> None:
+        """Look at one layer: once if `needs` is "weights", else once for each batch of sequences.
+
+        Batches come in order; the layers of a batch come in any order. `asked` is None exactly if
+        `needs` is "weights".
+
+        Raises:
+            TensorError: weights that are not finite.
+        """
+        ...
+
+    def result(self) -> list[LayerCosts]:
+        """The costs of all layers, by layer index; called once, after the last visit."""
+        ...

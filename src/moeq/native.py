@@ -1,0 +1,1 @@
+"""The compiled kernels, where they could be built; nothing here needs them."""
