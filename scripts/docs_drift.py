@@ -27,8 +27,12 @@ from moeq import cli
 from moeq.artifacts import EvalResult
 from moeq.stages.generate import GenerateReport
 from moeq.stages.inspect import InspectReport
+from moeq.stages.measure import MeasureReport
+from moeq.stages.pareto import ParetoReport
 from moeq.stages.preflight import PlanReport
 from moeq.stages.quantize import QuantizeReport
+from moeq.stages.repair import RepairReport
+from moeq.stages.setup import AllocateReport
 from moeq.stages.summary import Family
 from moeq.stages.verify import VerifyReport
 from moeq.version import __version__
@@ -45,7 +49,11 @@ MAX_DECISION_LINES = 30
 REPORTS = {
     "plan": PlanReport,
     "inspect": InspectReport,
+    "measure": MeasureReport,
+    "allocate": AllocateReport,
+    "pareto": ParetoReport,
     "quantize": QuantizeReport,
+    "repair": RepairReport,
     "eval": EvalResult,
     "generate": GenerateReport,
     "verify": VerifyReport,

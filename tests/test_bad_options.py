@@ -13,7 +13,7 @@ import zoo
 from hostile import OPTIONS, copy_of, edit_json, no_partial, refused
 from moeq import cli, errors
 from moeq.recipe import load_recipe
-from moeq.stages import quantize
+from moeq.stages import setup
 
 WRONG: dict[str, tuple[dict[str, Any], type[errors.MoeqError], tuple[str, ...]]] = {
     "no budget": ({"bits": None}, errors.OptionError, ("option bits",)),
@@ -201,7 +201,7 @@ def test_an_empty_output_directory_and_a_relative_name_are_fine(
 
 
 def made_plan(tiny_dir: Path, path: Path) -> Path:
-    quantize.setup(tiny_dir, moeq.Recipe(**OPTIONS)).plan.save(path)
+    setup.setup(tiny_dir, moeq.Recipe(**OPTIONS)).plan.save(path)
     return path
 
 

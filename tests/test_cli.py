@@ -21,11 +21,18 @@ DOCUMENTATION = Path(__file__).parent.parent / "docs" / "json.md"
 RECIPE_OPTIONS = (
     "--recipe --method --bits --size --accounting --quantizer --group-size --levels --dense-bits --calibration "
     "--nsamples --seqlen --seed --routing --act-order --no-act-order --damp --gain "
-    "--no-gain --device --plan"
+    "--no-gain --device --plan --costs --cost --cost-options --unit --candidates --context --round-context "
+    "--no-round-context --scope --shares --solver --router --router-epochs --router-lr --quality --no-quality "
+    "--progressive"
 )
 OPTIONS = {
     "plan": f"model --json --save-plan {RECIPE_OPTIONS}",
     "inspect": "model --json",
+    "measure": f"model output --json {RECIPE_OPTIONS}",
+    "allocate": f"model output --json --svg {RECIPE_OPTIONS}",
+    "pareto": f"model --json --points --svg {RECIPE_OPTIONS}",
+    "repair": "directory output --json --calibration --nsamples --seqlen --seed --loss --reference --device "
+    "--router-epochs --router-lr",
     "quantize": f"model output --json --resume --save-recipe {RECIPE_OPTIONS}",
     "eval": "model --json --text --reference --pairs --seqlen --max-tokens --batch-size --device",
     "generate": "model prompt --json --max-new-tokens --temperature --seed --device",
@@ -120,6 +127,10 @@ def test_a_failure_exits_with_1_and_a_document(verb: str, tmp_path: Path, capsys
     missing = tmp_path / "nothing"
     rest = {
         "plan": ["--bits", "3"],
+        "measure": [tmp_path / "costs", "--cost", "weight-error", "--unit", "matrix"],
+        "allocate": [tmp_path / "plan", "--bits", "3"],
+        "pareto": ["--costs", missing, "--method", "gemq"],
+        "repair": [tmp_path / "out", "--calibration", missing],
         "quantize": [tmp_path / "out", "--bits", "3"],
         "eval": ["--text", missing],
         "generate": ["Once"],
@@ -174,7 +185,7 @@ def test_quantize_verify_and_the_card(tiny_dir: Path, tmp_path: Path, capsys: py
     assert document["stored_bytes"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
     assert document["tokens_per_expert"] is None
     assert "moeq eval" in document["quality_note"]
-    assert set(document["seconds"]) == {"pack", "verify", "quality"}
+    assert set(document["seconds"]) == {"allocate", "pack", "tune", "verify", "quality"}
     verified = run("verify", out, capsys=capsys)
     check_fields(verified, "verify")
     assert set(document["verified"]) == documented("verify")

@@ -1,9 +1,13 @@
 import pytest
 
+from moeq.costs.registry import make_cost
 from moeq.errors import OptionError
 from moeq.methods import METHODS, method
 from moeq.quantizers.registry import make_quantizer
-from moeq.spec import LAYOUTS
+from moeq.recipe import ROUTER_LOSSES, SCOPES
+from moeq.solvers.registry import make_solver
+from moeq.solvers.shares import parse_shares
+from moeq.spec import BITS, LAYOUTS
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -13,6 +17,15 @@ def test_rows_name_things_that_exist(name: str) -> None:
     assert row.layout in LAYOUTS
     assert not make_quantizer(row.dataless).needs_hessian
     make_quantizer(row.quantizer)
+    assert (row.cost is None) == (row.unit == "none") == (row.solver is None)
+    if row.cost is not None:
+        make_cost(row.cost, **row.cost_options)
+        make_solver(str(row.solver))
+        parse_shares(row.shares)
+        assert set(row.candidates) <= set(BITS)
+        assert list(row.candidates) == sorted(row.candidates)
+    assert row.scope in SCOPES
+    assert row.router in ROUTER_LOSSES
 
 
 def test_unknown_methods_are_refused_with_the_choices() -> None:

@@ -29,8 +29,7 @@ RECIPES = st.builds(
     act_order=st.booleans(),
     damp=st.floats(1e-6, 10),
     device=TEXT,
-    plan=st.none() | TEXT,
-)
+) | st.builds(Recipe, plan=TEXT, router=st.sampled_from((None, "none", "kl")))
 
 
 @given(RECIPES)
@@ -132,3 +131,77 @@ def test_the_budget_has_the_unit_that_was_asked_for() -> None:
     assert Recipe(bits=3, accounting="codes").budget().code_bits == 3
     assert Recipe(size="1MB").budget().size == 10**6
     assert Recipe(size="1MB", accounting="codes").budget().size == 10**6
+
+
+def test_a_method_brings_its_own_choices() -> None:
+    settled = Recipe(method="gemq", bits=2.5, calibration="a.txt").settled()
+    assert (settled.cost, settled.unit, settled.scope, settled.shares) == ("fisher", "expert", "global", "c2c3")
+    assert (settled.solver, settled.router, settled.quantizer) == ("auto", "task", "gptq")
+    assert Recipe(method="gemq", bits=2.5, shares="none", unit="matrix").settled().shares == "none"
+    plain = Recipe(bits=2.5).settled()
+    assert (plain.cost, plain.unit, plain.router, plain.quantizer) == (None, None, "none", "hqq")
+    assert settled.settled() == settled
+    assert plain.settled() == plain
+    followed = Recipe(method="gemq", plan="plan.json").settled()
+    assert (followed.cost, followed.router) == (None, "task")
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"method": "gemq", "bits": 2.5}, (1, 2, 3)),
+        ({"method": "gemq", "bits": 2.99}, (1, 2, 3)),
+        ({"method": "gemq", "bits": 3.0}, (1, 2, 3, 4)),
+        ({"method": "gemq", "bits": 5.5}, (1, 2, 3, 4, 5, 6)),
+        ({"method": "gemq", "bits": 16}, (1, 2, 3, 4, 5, 6, 8)),
+        ({"method": "alphaq", "bits": 1.5}, (1, 2, 3, 4)),
+        ({"method": "alphaq", "size": "1GB"}, (1, 2, 3, 4)),
+        ({"cost": "fisher", "bits": 2}, (1, 2, 3, 4)),
+        ({"method": "gemq", "bits": 2.5, "candidates": "4, 2,8"}, (2, 4, 8)),
+    ],
+)
+def test_candidates_leave_room_for_the_budget(options: dict[str, Any], wanted: tuple[int, ...]) -> None:
+    assert Recipe(**options).candidate_bits() == wanted
+
+
+def test_candidates_follow_what_a_size_leaves() -> None:
+    assert Recipe(method="gemq", size="1GB").candidate_bits(3.4) == (1, 2, 3, 4)
+    assert Recipe(method="gemq", size="1GB").candidate_bits(2.4) == (1, 2, 3)
+
+
+def test_options_of_the_cost_have_types() -> None:
+    found = Recipe(
+        cost="spectral-tail", cost_options="gamma=12, noise=measured,windows=256,variance=false"
+    ).options_of_cost()
+    assert found == {"gamma": 12, "noise": "measured", "windows": 256, "variance": False}
+    assert Recipe(method="alphaq").options_of_cost() == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        ({"bits": 3, "cost_options": "gamma=12"}, "cost-options"),
+        ({"bits": 3, "costs": "costs.json"}, "costs"),
+        ({"bits": 3, "progressive": "4"}, "progressive"),
+        ({"method": "gemq", "bits": 2, "cost_options": "gamma"}, "cost-options"),
+        ({"method": "gemq", "bits": 2, "candidates": "1,2,7"}, "candidates"),
+        ({"method": "gemq", "bits": 2, "candidates": "1,2,2"}, "candidates"),
+        ({"method": "gemq", "bits": 2, "candidates": "two"}, "candidates"),
+        ({"method": "gemq", "bits": 2, "unit": "layer"}, "unit"),
+        ({"method": "gemq", "bits": 2, "scope": "world"}, "scope"),
+        ({"method": "gemq", "bits": 2, "router": "mse"}, "router"),
+        ({"method": "gemq", "bits": 2, "router_epochs": 0}, "router-epochs"),
+        ({"method": "gemq", "bits": 2, "router_lr": 0.0}, "router-lr"),
+        ({"method": "gemq", "bits": 2, "progressive": "3,3"}, "progressive"),
+        ({"method": "gemq", "bits": 2, "progressive": "3,2"}, "progressive"),
+        ({"method": "gemq", "bits": 2, "progressive": "a"}, "progressive"),
+        ({"method": "gemq", "size": "1GB", "progressive": "3,2"}, "progressive"),
+        ({"method": "gemq", "bits": 2, "round_context": True}, "round-context"),
+        ({"plan": "plan.json", "bits": 2}, "bits"),
+        ({"plan": "plan.json", "cost": "fisher"}, "cost"),
+    ],
+)
+def test_contradictions_name_the_option(options: dict[str, Any], option: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        Recipe(**options)
+    assert caught.value.option == option

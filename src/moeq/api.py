@@ -3,16 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-from moeq.artifacts import EvalResult, Inventory
+from moeq.artifacts import CostTable, EvalResult, Inventory, Plan
 from moeq.checkpoint.read import resolve
 from moeq.recipe import Recipe
 from moeq.stages import inspect as inspect_stage
-from moeq.stages import preflight, quality
-from moeq.stages import quantize as quantize_stage
+from moeq.stages import measure as measure_stage
+from moeq.stages import pareto as pareto_stage
+from moeq.stages import preflight, progressive, quality
+from moeq.stages import repair as repair_stage
+from moeq.stages import setup as setup_stage
 from moeq.stages import verify as verify_stage
 from moeq.stages.packing import Progress
+from moeq.stages.pareto import ParetoReport
 from moeq.stages.preflight import PlanReport
 from moeq.stages.quantize import QuantizeReport
+from moeq.stages.repair import RepairReport
 from moeq.stages.verify import VerifyReport
 
 
@@ -27,12 +32,32 @@ def quantize(
     Raises:
         MoeqError: of the kind that says what is wrong.
     """
-    return quantize_stage.run(model, output, Recipe(**options), resume=resume, progress=progress)
+    return progressive.run(model, output, Recipe(**options), resume=resume, progress=progress)
 
 
 def plan(model: str | Path, **options: Any) -> PlanReport:
     """What `quantize` with the same options would do; reads no weights."""
     return preflight.run(model, Recipe(**options))
+
+
+def measure(model: str | Path, *, progress: Progress | None = None, **options: Any) -> CostTable:
+    """What each width would cost each unit; `CostTable.save` it for the option `costs`. Needs no budget."""
+    return measure_stage.run(model, Recipe(**options), progress)
+
+
+def allocate(model: str | Path, **options: Any) -> Plan:
+    """Spend a budget; `Plan.save` the result for the option `plan`. Methods that rank units need `costs`."""
+    return setup_stage.decided(model, Recipe(**options)).plan
+
+
+def pareto(model: str | Path, *, points: int = 20, **options: Any) -> ParetoReport:
+    """Solve many budgets by one table of `costs`."""
+    return pareto_stage.run(model, Recipe(**options), points)
+
+
+def repair(directory: str | Path, output: str | Path, *, calibration: str | Path, **options: Any) -> RepairReport:
+    """Tune the routers of a packed checkpoint; options are those of `moeq repair`, see `moeq.stages.repair.run`."""
+    return repair_stage.run(directory, output, calibration=str(calibration), **options)
 
 
 def inspect(model: str | Path) -> Inventory:

@@ -222,12 +222,12 @@ class CostTable(Artifact):
         cost: name of the cost.
         unit: "expert" or "matrix".
         provenance: what the numbers depend on (tokens hash, seed, versions, options).
-        units: the units, in storage order; their projection is `moeq.spec.EXPERT` when units are experts.
+        units: the units, in storage order (projection `moeq.spec.EXPERT` when they are experts).
         candidates: the specs a unit may get, by rising stored size.
         costs: unit -> candidate -> predicted harm, not negative.
         sizes: unit -> candidate -> stored bytes.
-        statistics: name -> one number per unit that the costs were made from (alpha, variance, tokens, ...).
-        dense: paths of linears outside the experts that may join the program.
+        statistics: name -> one number per unit that the costs come from (alpha, tokens, ...).
+        dense: paths of other linears that may join the program.
         dense_costs: linear -> candidate -> predicted harm; a last column for leaving it as it is, 0.
         dense_sizes: linear -> candidate -> stored bytes, in the same columns.
     """
@@ -250,13 +250,13 @@ class CostTable(Artifact):
     def validate(self) -> None:
         """Raise ArtifactError on NaN, negative costs, ragged rows or duplicate units."""
         again = "measure again"
+        columns = len(self.candidates)
         if self.unit not in ("expert", "matrix"):
             raise ArtifactError(f"a cost table cannot have units {self.unit!r}", fix=again)
         if len(set(self.units)) != len(self.units) or len(set(self.dense)) != len(self.dense):
             raise ArtifactError("a cost table names a unit twice", fix=again)
-        if not self.candidates or len(set(self.candidates)) != len(self.candidates):
+        if not columns or len(set(self.candidates)) != columns:
             raise ArtifactError("the candidates of a cost table must be different specs, at least one", fix=again)
-        columns = len(self.candidates)
         for rows, what, keys, width in (
             (self.costs, "costs", self.units, columns),
             (self.sizes, "sizes", self.units, columns),
@@ -283,20 +283,16 @@ class CostTable(Artifact):
         wanted = tuple(unit for unit, _ in inventory.cost_units(self.unit))
         if self.units != wanted:
             odd = sorted(set(wanted) ^ set(self.units))
-            what = f"unit {odd[0]} is in one only" if odd else "their order differs"
-            raise ArtifactError(
-                f"the costs cover other units than the model has: {what}", option="costs", fix="measure again"
-            )
+            message = "the costs cover other units than the model has: "
+            message += f"unit {odd[0]} is in one only" if odd else "their order differs"
+            raise ArtifactError(message, option="costs", fix="measure again")
         for (unit, shapes), row in zip(inventory.cost_units(self.unit), self.sizes, strict=True):
             if row != tuple(sum(stored_bytes(spec, shape) for shape in shapes) for spec in self.candidates):
-                raise ArtifactError(
-                    f"the sizes of unit {unit} are not what it takes", option="costs", fix="measure again"
-                )
+                raise ArtifactError(f"unit {unit} does not take these sizes", option="costs", fix="measure again")
         unknown = sorted(set(self.dense) - {linear.path for linear in inventory.dense})
         if unknown:
-            raise ArtifactError(
-                f"the costs name {unknown[0]!r}, which is no linear of the model", option="costs", fix="measure again"
-            )
+            message = f"the costs name {unknown[0]!r}, which is no linear of the model"
+            raise ArtifactError(message, option="costs", fix="measure again")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,6 +306,9 @@ class Plan(Artifact):
         experts: layer -> expert -> projection (storage order) -> index into `specs`.
         dense: path of a linear -> index into `specs`; absent linears stay 16-bit.
         expert_bytes: stored bytes of all routed experts, tables included.
+        unit: what a choice was made for: "expert" or "matrix"; None if all were treated alike.
+        cost: name of the cost that ranked the units, if one did.
+        costs_hash: hash of the cost table.
         objective: predicted harm, if a solver made the plan.
         bound: the solver's proven lower bound of the objective.
     """
@@ -322,6 +321,9 @@ class Plan(Artifact):
     experts: tuple[tuple[tuple[int, ...], ...], ...]
     dense: dict[str, int] = field(default_factory=dict)
     expert_bytes: int
+    unit: str | None = None
+    cost: str | None = None
+    costs_hash: str | None = None
     objective: float | None = None
     bound: float | None = None
 
@@ -352,9 +354,8 @@ class Plan(Artifact):
             raise ArtifactError("the plan covers other experts than the model has", option="plan", fix="allocate again")
         unknown = sorted(set(self.dense) - {linear.path for linear in inventory.dense})
         if unknown:
-            raise ArtifactError(
-                f"the plan rounds {unknown[0]!r}, which is no linear of the model", option="plan", fix="allocate again"
-            )
+            message = f"the plan rounds {unknown[0]!r}, which is no linear of the model"
+            raise ArtifactError(message, option="plan", fix="allocate again")
         if self.expert_bytes != expert_bytes(self, inventory):
             raise ArtifactError("the plan's expert_bytes disagrees with its specs", option="plan", fix="allocate again")
 

@@ -1,4 +1,4 @@
-"""The command line: plan, inspect, quantize, eval, generate, verify.
+"""The command line: plan, inspect, measure, allocate, pareto, quantize, repair, eval, generate, verify.
 
 stdout carries results (one JSON document with --json), stderr progress and errors. Exit status: 0 done,
 1 failed with a message, 2 wrong arguments, 130 interrupted.
@@ -15,12 +15,18 @@ from typing import Any
 
 from moeq import cli_text, codec
 from moeq.checkpoint.write import write_file_atomic
+from moeq.cli_args import build_parser
 from moeq.errors import MoeqError, OutputError
 from moeq.recipe import Recipe, load_recipe
+from moeq.report.curves import curve_svg
+from moeq.stages import card as card_stage
 from moeq.stages import generate as generate_stage
 from moeq.stages import inspect as inspect_stage
-from moeq.stages import preflight, quality
-from moeq.stages import quantize as quantize_stage
+from moeq.stages import measure as measure_stage
+from moeq.stages import pareto as pareto_stage
+from moeq.stages import preflight, progressive, quality
+from moeq.stages import repair as repair_stage
+from moeq.stages import setup as setup_stage
 from moeq.stages import verify as verify_stage
 from moeq.version import __version__
 
@@ -28,82 +34,6 @@ BUDGETS = ("bits", "size", "plan")
 """Options of which one decides how large the result may be."""
 JSON_VERSION = 1
 """Version of the JSON documents (docs/json.md)."""
-
-
-def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a Recipe; defaults stay None so that a recipe file can fill them."""
-    add = parser.add_argument
-    add("--recipe", metavar="FILE", help="YAML file with any of the options below; the command line wins")
-    add("--method", help="how bits are allocated (default uniform)")
-    add("--bits", type=float, help="mean stored bits per expert weight, scales and padding included")
-    add("--size", help="bytes of the whole checkpoint instead: 8GB, 7.5GiB")
-    add("--accounting", help="bytes (default) or codes: --bits counts code bits only, as papers do")
-    add("--quantizer", help="minmax, rtn, hqq, gptq, gptq-mc (default: gptq with calibration text, else hqq)")
-    add("--group-size", type=int, help="inputs per scale: 32, 64, 128 (default) or -1 for whole rows")
-    add("--levels", help="auto (default), asym, asym16, sym or half")
-    add("--dense-bits", help="other linears: 16 (default), 8, 6, 4, or attention=4,shared=8,dense=8,lm_head=16")
-    add("--calibration", metavar="FILE", help="text file (a document per line), jsonl, or dataset id")
-    add("--nsamples", type=int, help="calibration sequences (default 128)")
-    add("--seqlen", type=int, help="tokens of a sequence (default 512)")
-    add("--seed", type=int, help="seed of everything random (default 0)")
-    add("--routing", help="whose statistics see a token: natural (default), all, or r for top-k x r")
-    add("--act-order", action=argparse.BooleanOptionalAction, help="gptq: important columns first (default on)")
-    add("--damp", type=float, help="gptq: damping in mean diagonals (default 0.1)")
-    add("--gain", action=argparse.BooleanOptionalAction, help="match the gain of what was rounded (default on)")
-    add("--device", help="auto (default), cpu or cuda[:n]")
-    add("--plan", metavar="FILE", help="follow this plan instead of allocating")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """All verbs and options; frozen by a test."""
-    parser = argparse.ArgumentParser(
-        prog="moeq", allow_abbrev=False, description="Make Mixture-of-Experts language models small."
-    )
-    parser.add_argument("--version", action="version", version=f"moeq {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    def verb(name: str, text: str) -> argparse.ArgumentParser:
-        description = text[0].upper() + text[1:] + "."
-        sub = verbs.add_parser(name, help=text, allow_abbrev=False, description=description)
-        sub.add_argument("--json", action="store_true", help="one JSON document on stdout")
-        return sub
-
-    plan = verb("plan", "say what quantize would do, and its size, memory and time; reads no weights")
-    plan.add_argument("model", help="local directory or hub id")
-    plan.add_argument("--save-plan", metavar="FILE", help="write the plan for quantize --plan")
-    _recipe_arguments(plan)
-
-    inspect = verb("inspect", "say what a checkpoint, packed or not, holds")
-    inspect.add_argument("model", help="local directory or hub id")
-
-    quantize = verb("quantize", "write a packed checkpoint that obeys the budget")
-    quantize.add_argument("model", help="local directory or hub id")
-    quantize.add_argument("output", help="directory to make")
-    quantize.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    quantize.add_argument("--save-recipe", metavar="FILE", help="write all options, defaults included, as YAML")
-    _recipe_arguments(quantize)
-
-    evaluate = verb("eval", "measure perplexity, and divergence from a reference model")
-    evaluate.add_argument("model", help="packed checkpoint or any model transformers loads")
-    evaluate.add_argument("--text", required=True, metavar="FILE", help="text or jsonl file")
-    evaluate.add_argument("--reference", metavar="MODEL", help="the original: adds KL, top-1, router overlap")
-    evaluate.add_argument("--pairs", metavar="FILE", help="minimal pairs (jsonl): adds blimp accuracy")
-    evaluate.add_argument("--seqlen", type=int, default=2048, help="tokens per window (default 2048)")
-    evaluate.add_argument("--max-tokens", type=int, help="use only the start of the text")
-    evaluate.add_argument("--batch-size", type=int, default=1, help="windows per forward pass (default 1)")
-    evaluate.add_argument("--device", default="auto", help="auto (default), cpu or cuda[:n]")
-
-    generate = verb("generate", "continue a text")
-    generate.add_argument("model", help="packed checkpoint or any model transformers loads")
-    generate.add_argument("prompt", help="the text to continue")
-    generate.add_argument("--max-new-tokens", type=int, default=64, help="tokens to add (default 64)")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    generate.add_argument("--seed", type=int, default=0, help="seed of sampling (default 0)")
-    generate.add_argument("--device", default="auto", help="auto (default), cpu or cuda[:n]")
-
-    verify = verb("verify", "prove a packed checkpoint: structure, hashes, every matrix, a forward pass")
-    verify.add_argument("directory", help="what quantize wrote")
-    return parser
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -131,9 +61,58 @@ def _plan(args: argparse.Namespace) -> Any:
     recipe = _recipe(args)
     _check_file("save-plan", args.save_plan)
     if args.save_plan is not None:
-        plan = quantize_stage.setup(args.model, recipe).plan
+        plan = setup_stage.setup(args.model, recipe).plan
         write_file_atomic(Path(args.save_plan), codec.canonical(plan.to_dict()) + b"\n")
     return preflight.run(args.model, recipe)
+
+
+def _measure(args: argparse.Namespace) -> Any:
+    recipe = _recipe(args)
+    _check_file("output", args.output)
+    with _progress() as progress:
+        table = measure_stage.run(args.model, recipe, progress)
+    write_file_atomic(Path(args.output), codec.canonical(table.to_dict()) + b"\n")
+    return measure_stage.report(table, args.output)
+
+
+def _allocate(args: argparse.Namespace) -> Any:
+    recipe = _recipe(args)
+    for option, file in (("output", args.output), ("svg", args.svg)):
+        _check_file(option, file)
+    setup = setup_stage.decided(args.model, recipe)
+    write_file_atomic(Path(args.output), codec.canonical(setup.plan.to_dict()) + b"\n")
+    report = setup_stage.report(setup, args.output)
+    if args.svg is not None:
+        picture = card_stage.heatmap(setup.inventory, setup.plan, Path(args.model).name)
+        write_file_atomic(Path(args.svg), picture.encode())
+    return report
+
+
+def _pareto(args: argparse.Namespace) -> Any:
+    _check_file("svg", args.svg)
+    report = pareto_stage.run(args.model, _recipe(args), args.points)
+    if args.svg is not None:
+        curve = {report.cost: [(point.expert_bytes, point.objective) for point in report.points]}
+        write_file_atomic(Path(args.svg), curve_svg(curve, f"{Path(args.model).name}: {report.cost}").encode())
+    return report
+
+
+def _repair(args: argparse.Namespace) -> Any:
+    with _progress() as progress:
+        return repair_stage.run(
+            args.directory,
+            args.output,
+            calibration=args.calibration,
+            nsamples=args.nsamples,
+            seqlen=args.seqlen,
+            seed=args.seed,
+            loss=args.loss,
+            reference=args.reference,
+            lr=args.router_lr or 1e-4,
+            epochs=args.router_epochs or 1,
+            device=args.device,
+            progress=progress,
+        )
 
 
 def _inspect(args: argparse.Namespace) -> Any:
@@ -146,7 +125,7 @@ def _quantize(args: argparse.Namespace) -> Any:
     words = [word for word in args.words if word not in ("--json", "--resume")]
     command = shlex.join(["moeq", *words])
     with _progress() as progress:
-        report = quantize_stage.run(
+        report = progressive.run(
             args.model, args.output, recipe, resume=args.resume, command=command, progress=progress
         )
     if args.save_recipe is not None:
@@ -188,7 +167,11 @@ def _verify(args: argparse.Namespace) -> Any:
 VERBS: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Any], str]]] = {
     "plan": (_plan, cli_text.plan),
     "inspect": (_inspect, cli_text.inspect),
+    "measure": (_measure, cli_text.measure),
+    "allocate": (_allocate, cli_text.allocate),
+    "pareto": (_pareto, cli_text.pareto),
     "quantize": (_quantize, cli_text.quantize),
+    "repair": (_repair, cli_text.repair),
     "eval": (_eval, cli_text.evaluate),
     "generate": (_generate, cli_text.generate),
     "verify": (_verify, cli_text.verify),

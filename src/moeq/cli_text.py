@@ -9,8 +9,12 @@ from moeq.artifacts import EvalResult
 from moeq.report.tables import human_bytes, plain_table
 from moeq.stages.generate import GenerateReport
 from moeq.stages.inspect import InspectReport
+from moeq.stages.measure import MeasureReport
+from moeq.stages.pareto import ParetoReport
 from moeq.stages.preflight import PlanReport
 from moeq.stages.quantize import QuantizeReport
+from moeq.stages.repair import RepairReport
+from moeq.stages.setup import AllocateReport
 from moeq.stages.summary import Family
 from moeq.stages.verify import VerifyReport
 
@@ -42,7 +46,7 @@ def _families(rows: dict[str, Family]) -> str:
 
 def plan(report: PlanReport) -> str:
     """Text of `moeq plan`."""
-    widths = ", ".join(f"{count} x {bits} bits" for bits, count in report.allocation.items())
+    widths = ", ".join(f"{count} x {bits} bits" for bits, count in report.allocation.items()) or "still to be decided"
     lines = [
         f"{report.architecture}: {report.layers} MoE layers, {report.experts_per_layer} experts each",
         f"method {report.method}, quantizer {report.quantizer}, expert matrices: {widths}",
@@ -75,6 +79,42 @@ def inspect(report: InspectReport) -> str:
     return "\n".join(lines)
 
 
+def measure(report: MeasureReport) -> str:
+    """Text of `moeq measure`."""
+    rows = [(f"all at {bits} bits", f"{total:.6g}") for bits, total in report.totals.items()]
+    lines = [f"wrote {report.output}: {report.cost} costs of {report.units:,} units (each {report.unit})", ""]
+    lines.append(plain_table(("predicted cost", ""), rows))
+    for name, (low, middle, high) in report.statistics.items():
+        lines.append(f"{name}: {low:.4g} to {high:.4g}, median {middle:.4g}")
+    return "\n".join(lines)
+
+
+def allocate(report: AllocateReport) -> str:
+    """Text of `moeq allocate`."""
+    widths = ", ".join(f"{count} x {bits} bits" for bits, count in report.allocation.items())
+    lines = [f"wrote {report.output}: {report.expert_bits_per_weight:.4f} bits per expert weight, {widths}"]
+    if report.objective is not None:
+        lines.append(
+            f"predicted {report.cost} cost {report.objective:.6g}, at most {report.gap:.1e} of it could be saved"
+        )
+    return "\n".join([*lines, "", *report.map])
+
+
+def pareto(report: ParetoReport) -> str:
+    """Text of `moeq pareto`."""
+    rows = [
+        (
+            f"{point.expert_bits_per_weight:.4f}",
+            human_bytes(point.expert_bytes),
+            f"{point.objective:.6g}",
+            f"{point.gap:.1e}",
+            ", ".join(f"{count} x {bits}" for bits, count in point.allocation.items()),
+        )
+        for point in report.points
+    ]
+    return plain_table(("bits/weight", "experts", f"{report.cost} cost", "gap", "matrices x bits"), rows)
+
+
 def quantize(report: QuantizeReport) -> str:
     """Text of `moeq quantize`."""
     lines = [
@@ -95,6 +135,21 @@ def quantize(report: QuantizeReport) -> str:
         lines.append("held-out quality: " + ", ".join(f"{key} {value:.4f}" for key, value in report.quality.items()))
     elif report.quality_note:
         lines.append(f"quality {report.quality_note}")
+    return "\n".join(lines)
+
+
+def repair(report: RepairReport) -> str:
+    """Text of `moeq repair`."""
+    lines = [
+        f"wrote {report.output}: {report.parameters:,} router weights tuned in {report.steps:,} steps, "
+        f"{len(report.changed)} tensors changed",
+        f"{report.loss} loss on the calibration text: {report.loss_before:.5g} -> {report.loss_after:.5g}",
+    ]
+    if report.before is not None and report.after is not None:
+        rows = [(name, f"{value:.5g}", f"{report.after[name]:.5g}") for name, value in report.before.items()]
+        lines += ["", plain_table(("held-out windows", "before", "after"), rows)]
+    if report.quality_note:
+        lines.append(report.quality_note)
     return "\n".join(lines)
 
 

@@ -4,7 +4,9 @@ A method says which cost ranks the units, which solver spends the budget, how we
 which quantizer rounds them when the user names none. A new method is a row here.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from moeq.errors import OptionError
 
@@ -16,22 +18,37 @@ class Method:
     Attributes:
         unit: "none" (no choice is made per unit), "expert" or "matrix".
         cost: name of the cost that ranks units, or None.
+        cost_options: options of the cost that differ from its defaults.
         solver: name of the solver, or None: fill the budget in storage order.
+        scope: "global": one program over the whole model; "layer": each layer gets its share of the budget.
+        candidates: code widths that a unit may get; wider ones are added when the budget leaves room for them.
+        shares: minimum shares of widths in every layer, see `moeq.solvers.shares`.
         layout: storage layout.
         quantizer: the quantizer used when calibration text is given.
         dataless: the quantizer used when it is not.
+        router: loss that routers are tuned with after packing, or "none".
     """
 
     unit: str
-    cost: str | None
-    solver: str | None
-    layout: str
-    quantizer: str
-    dataless: str
+    cost: str | None = None
+    cost_options: Mapping[str, Any] = field(default_factory=dict)
+    solver: str | None = None
+    scope: str = "global"
+    candidates: tuple[int, ...] = ()
+    shares: str = "none"
+    layout: str = "grouped"
+    quantizer: str = "gptq"
+    dataless: str = "hqq"
+    router: str = "none"
 
 
 METHODS = {
-    "uniform": Method(unit="none", cost=None, solver=None, layout="grouped", quantizer="gptq", dataless="hqq"),
+    "uniform": Method(unit="none"),
+    "pmq": Method(
+        unit="expert", cost="output-error", solver="auto", scope="layer", candidates=(1, 2, 3), shares="c2c3"
+    ),
+    "alphaq": Method(unit="matrix", cost="spectral-tail", solver="auto", candidates=(1, 2, 3, 4)),
+    "gemq": Method(unit="expert", cost="fisher", solver="auto", candidates=(1, 2, 3), shares="c2c3", router="task"),
 }
 
 

@@ -1,1 +1,171 @@
-"""The compiled kernels, where they could be built; nothing here needs them."""
+"""The compiled kernels of `csrc/`, where they could be built; everything works without them, slower.
+
+Kernels run in the calling thread and let go of the interpreter lock, so callers spread work over threads. Results
+depend neither on the number of threads nor on the instruction set, which is chosen at run time; they may differ from
+those of the torch reference in the last bit of a sum, hence rarely in a code.
+
+Legend: N output rows, K input columns, G groups per row, B bytes per row.
+"""
+
+import importlib
+import warnings
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from moeq.spec import LEVELS, WHOLE_ROW, ZERO_BYTES, QuantSpec, num_groups, sections
+
+FITS: Final = ("minmax", "search", "half-quadratic")
+"""Ways to choose the parameters of a group; the position is the kernel's number for it."""
+DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+"""Weights that kernels take as they are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounding:
+    """How the parameters of a group are chosen, as plain numbers; `moeq.quantizers` explains them.
+
+    Attributes:
+        fit: one of `FITS`.
+        ratios: candidates of the search, for all fits but `minmax`.
+        refits: alternations of least squares and rounding after the search.
+        iterations: half-quadratic alternations.
+        p: exponent of the half-quadratic error.
+        beta: first threshold parameter of the shrinkage.
+        growth: factor of `beta` from one alternation to the next.
+        settled: change of scale or zero below which a group is done.
+    """
+
+    fit: str
+    ratios: tuple[float, ...] = ()
+    refits: int = 0
+    iterations: int = 0
+    p: float = 0.7
+    beta: float = 1.0
+    growth: float = 2.0
+    settled: float = 0.0
+
+
+def _load() -> Any:
+    """The extension module, or None where it was not built or is slower than torch."""
+    try:
+        module = importlib.import_module("moeq._native")
+    except ImportError:
+        return None
+    return module if module.worth_it() else None
+
+
+_module: Any = _load()
+
+
+def available() -> bool:
+    """Whether there are compiled kernels on this machine."""
+    return _module is not None
+
+
+def isas() -> tuple[str, ...]:
+    """Instruction sets that the kernels can use on this machine, best first; empty without kernels."""
+    return () if _module is None else tuple(_module.isas())
+
+
+_unsaid: Final = [
+    "moeq was installed without its compiled kernels: rounding takes about ten times as long. "
+    "Install a C++ compiler (g++ or clang++) and reinstall moeq"
+]
+
+
+def warn_missing() -> None:
+    """Say, the first time only, that something would be faster with the compiled kernels."""
+    if _unsaid:
+        warnings.warn(_unsaid.pop(), stacklevel=3)
+
+
+def round_matrix(
+    w_NK: Tensor, spec: QuantSpec, rounding: Rounding, *, gain: bool, isa: str = ""
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Round a matrix group by group, in this thread.
+
+    Args:
+        w_NK: weights on the CPU, of one of `DTYPES`, contiguous.
+        spec: how they are stored.
+        rounding: how the parameters of a group are chosen.
+        gain: match the gain of every group (docs/decisions/0013).
+        isa: one of `isas()` instead of the best.
+
+    Returns:
+        codes_NK, scale_NG and zero_NG of a `QuantizedMatrix`; None if a weight is NaN or infinite.
+    """
+    rows, columns = w_NK.shape
+    grid = rows, num_groups(columns, spec.group_size)
+    codes_NK = torch.empty(rows, columns, dtype=torch.uint8)
+    scale_NG = torch.empty(grid, dtype=torch.float16)
+    zero_dtype = torch.uint8 if ZERO_BYTES[spec.levels] == 1 else torch.float16
+    zero_NG = torch.empty(grid if ZERO_BYTES[spec.levels] else (0,), dtype=zero_dtype)
+    finite = _module.round_matrix(
+        w_NK.detach(),
+        codes_NK,
+        scale_NG,
+        zero_NG,
+        fit=FITS.index(rounding.fit),
+        bits=spec.bits,
+        levels=LEVELS.index(spec.levels),
+        group_size=columns if spec.group_size == WHOLE_ROW else spec.group_size,
+        ratios=rounding.ratios,
+        refits=rounding.refits,
+        iterations=rounding.iterations,
+        p=rounding.p,
+        beta=rounding.beta,
+        growth=rounding.growth,
+        settled=rounding.settled,
+        gain=gain,
+        isa=isa,
+    )
+    if not finite:
+        return None
+    return codes_NK, scale_NG, zero_NG if ZERO_BYTES[spec.levels] else None
+
+
+def pack_codes(codes_NK: Tensor, spec: QuantSpec, record: Tensor, *, isa: str = "") -> None:
+    """Write the planes of a matrix record (docs/format.md).
+
+    Args:
+        codes_NK: uint8 codes below 2^bits, on the CPU, contiguous.
+        spec: how they are stored.
+        record: uint8, the whole record, contiguous; only its planes are written.
+        isa: one of `isas()` instead of the best.
+    """
+    shift = spec.bits
+    rows, columns = codes_NK.shape
+    for width, offset, size in sections(spec, (rows, columns)).planes:
+        shift -= width
+        _module.pack_plane(codes_NK, width, shift, record[offset : offset + size], isa=isa)
+
+
+def decode_matrix(
+    record: Tensor, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype = torch.float32, *, isa: str = ""
+) -> Tensor:
+    """The weights of a matrix record, (N, K).
+
+    Args:
+        record: uint8, the whole record, on the CPU, contiguous, aligned to 2 bytes.
+        spec: how the matrix is stored.
+        shape: (N, K).
+        dtype: one of `DTYPES`.
+        isa: one of `isas()` instead of the best.
+    """
+    where = sections(spec, shape)
+    w_NK = torch.empty(shape, dtype=dtype)
+    _module.decode_matrix(
+        record,
+        [(width, offset) for width, offset, _ in where.planes],
+        where.scales[0],
+        where.zeros[0],
+        bits=spec.bits,
+        levels=LEVELS.index(spec.levels),
+        group_size=shape[1] if spec.group_size == WHOLE_ROW else spec.group_size,
+        w=w_NK,
+        isa=isa,
+    )
+    return w_NK

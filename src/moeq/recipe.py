@@ -1,6 +1,7 @@
 """A recipe: every choice of a quantization run, under the names that CLI, YAML and Python API share."""
 
 import dataclasses
+import itertools
 from pathlib import Path, PurePath
 from typing import Any, get_type_hints
 
@@ -9,12 +10,16 @@ import yaml
 from moeq import codec
 from moeq.budget import Budget, parse_size
 from moeq.errors import ArtifactError, OptionError, RecipeError
-from moeq.methods import method
+from moeq.methods import METHODS, method
 from moeq.spec import BITS, GROUP_SIZES, LEVELS
 
 DENSE_KINDS = ("attention", "shared", "dense", "lm_head")
 DENSE_BITS = (16, 8, 6, 4)
 ACCOUNTINGS = ("bytes", "codes")
+UNITS = ("expert", "matrix")
+SCOPES = ("global", "layer")
+ROUTER_LOSSES = ("none", "task", "kl")
+DEFAULT_CANDIDATES = (1, 2, 3, 4)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +46,23 @@ class Recipe:
         gain: rescale what was rounded so that it is not shorter than the original (docs/decisions/0013).
         device: "auto", "cpu" or "cuda[:n]".
         plan: path of a Plan to follow instead of allocating.
+        cost: name of the cost that ranks units; None takes the method's own, as all that follow.
+        cost_options: options of the cost, as "gamma=12,noise=measured".
+        costs: path of a CostTable to use instead of measuring.
+        unit: "expert" or "matrix".
+        candidates: code widths that a unit may get, as "1,2,3".
+        scope: "global" or "layer".
+        shares: minimum shares of widths in every layer: "none", "c2c3", "3:1,2:1" or "3+:10%".
+        solver: name of the solver.
+        context: path of a packed checkpoint of this model: costs are measured on its activations and gradients.
+        round_context: costs are those of rounding the context's weights once more, not the original's
+            (GEMQ's progressive loop read literally; an expert can then never regain bits).
+        router: loss that routers are tuned with after packing: "none", "task" or "kl".
+        router_epochs: passes over the calibration text.
+        router_lr: learning rate.
+        quality: measure quality on held-out windows of the calibration text, if the original is small.
+        progressive: falling budgets to go through before the last one, as "3,2.5", each measured on the
+            packed and tuned result of the one before.
     """
 
     method: str = "uniform"
@@ -61,6 +83,21 @@ class Recipe:
     gain: bool = True
     device: str = "auto"
     plan: str | None = None
+    cost: str | None = None
+    cost_options: str | None = None
+    costs: str | None = None
+    unit: str | None = None
+    candidates: str | None = None
+    scope: str | None = None
+    shares: str | None = None
+    solver: str | None = None
+    context: str | None = None
+    round_context: bool = False
+    router: str | None = None
+    router_epochs: int = 1
+    router_lr: float = 1e-4
+    quality: bool = True
+    progressive: str | None = None
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(Recipe).items():
@@ -79,9 +116,105 @@ class Recipe:
             raise OptionError(
                 f"{self.routing!r} is not a routing mode", option="routing", fix="give natural, all or a number from 2"
             )
-        if self.plan is None or self.bits is not None or self.size is not None:
+        if self.bits is not None or self.size is not None:
             self.budget()
         self.dense()
+        self._check_allocation()
+
+    def _check_allocation(self) -> None:
+        for name, value, choices in (
+            ("unit", self.unit, UNITS),
+            ("scope", self.scope, SCOPES),
+            ("router", self.router, ROUTER_LOSSES),
+        ):
+            if value is not None:
+                _choose(name, value, choices)
+        if self.router_epochs < 1:
+            raise OptionError(f"{self.router_epochs} is too small", option="router-epochs", fix="give at least 1")
+        if not 0 < self.router_lr <= 1:
+            raise OptionError(
+                f"{self.router_lr} is no learning rate", option="router-lr", fix="the usual value is 0.0001"
+            )
+        if self.round_context and self.context is None and self.progressive is None:
+            raise OptionError(
+                "there is no context to round", option="round-context", fix="give --context or --progressive"
+            )
+        self.options_of_cost()
+        self.candidate_bits()
+        budgets = self.progressive_bits()
+        if any(low >= high for high, low in itertools.pairwise(budgets)) or (
+            budgets and self.bits is not None and budgets[-1] <= self.bits
+        ):
+            raise OptionError(
+                "the budgets must fall, down to --bits",
+                option="progressive",
+                fix="give for example 3,2.5 with --bits 2",
+            )
+        if budgets and self.bits is None:
+            raise OptionError("it needs a budget in bits to end at", option="progressive", fix="give --bits")
+        _check_used(self)
+
+    def settled(self) -> "Recipe":
+        """With the method's own choices where none was made; the quantizer depends on whether there is text."""
+        row = method(self.method)
+        known = bool(row.cost or self.cost) and self.plan is None
+        return self.replace(
+            quantizer=self.quantizer or (row.quantizer if self.calibration else row.dataless),
+            cost=(self.cost or row.cost) if known else None,
+            unit=(self.unit or row.unit) if known else None,
+            scope=(self.scope or row.scope) if known else None,
+            shares=(self.shares or row.shares) if known else None,
+            solver=(self.solver or row.solver) if known else None,
+            router=self.router or row.router,
+        )
+
+    def options_of_cost(self) -> dict[str, Any]:
+        """The cost's options: the method's where it is the method's cost, and what `cost_options` says."""
+        row = method(self.method)
+        options = dict(row.cost_options) if self.cost in (None, row.cost) else {}
+        for part in (self.cost_options or "").split(","):
+            name, equals, value = part.partition("=")
+            if part.strip() and (not equals or not name.strip()):
+                raise OptionError(
+                    f"{part.strip()!r} is not NAME=VALUE", option="cost-options", fix="write for example gamma=12"
+                )
+            if part.strip():
+                options[name.strip().replace("-", "_")] = yaml.safe_load(value.strip() or "null")
+        return options
+
+    def candidate_bits(self, budget: float | None = None) -> tuple[int, ...]:
+        """Code widths that a unit may get, rising.
+
+        The method's own, and wider ones while the budget could pay for more than the widest.
+
+        Args:
+            budget: mean bits per weight that can be spent; None takes `bits`, or enough for most uses.
+        """
+        if self.candidates is None:
+            own = method(self.method).candidates or DEFAULT_CANDIDATES
+            asked = budget or self.bits or DEFAULT_CANDIDATES[-1] - 0.5
+            top = next((width for width in BITS if width > asked), BITS[-1])
+            return own + tuple(bits for bits in BITS if own[-1] < bits <= top)
+        parts = [part.strip() for part in self.candidates.split(",")]
+        widths = sorted({int(part) for part in parts if part.isdecimal()})
+        if len(widths) != len(parts):
+            raise OptionError(
+                f"{self.candidates!r} is not a list of widths", option="candidates", fix="write for example 1,2,3"
+            )
+        for width in widths:
+            _choose("candidates", width, BITS)
+        return tuple(widths)
+
+    def progressive_bits(self) -> tuple[float, ...]:
+        """The budgets before the last."""
+        if self.progressive is None:
+            return ()
+        try:
+            return tuple(float(part) for part in self.progressive.split(","))
+        except ValueError:
+            raise OptionError(
+                f"{self.progressive!r} is not a list of budgets", option="progressive", fix="write for example 3,2.5"
+            ) from None
 
     def budget(self) -> Budget:
         """The budget that `bits`, `size` and `accounting` mean."""
@@ -125,7 +258,35 @@ class Recipe:
 AUTO_LEVELS = {bits: ("half" if bits <= 2 else "asym") for bits in BITS}
 
 
-TEXTS_OF_NUMBERS = ("size", "dense_bits", "routing")
+TEXTS_OF_NUMBERS = ("size", "dense_bits", "routing", "candidates", "progressive")
+
+
+def _check_used(recipe: Recipe) -> None:
+    """Refuse options that nothing would look at."""
+    if recipe.plan is not None:
+        for name in ("bits", "size", "cost", "costs", "unit", "candidates", "shares", "progressive"):
+            if getattr(recipe, name) is not None:
+                raise OptionError("it has no effect with --plan", option=name, fix="drop one of the two")
+    if recipe.cost is None and method(recipe.method).cost is None:
+        for name in (
+            "cost_options",
+            "costs",
+            "unit",
+            "candidates",
+            "scope",
+            "shares",
+            "solver",
+            "context",
+            "progressive",
+        ):
+            if getattr(recipe, name) is not None:
+                option = name.replace("_", "-")
+                methods = ", ".join(other for other, row in METHODS.items() if row.cost)
+                raise OptionError(
+                    f"method {recipe.method} makes no choice per unit",
+                    option=option,
+                    fix=f"choose a --method of {methods}",
+                )
 
 
 def _typed(name: str, kind: Any, value: Any) -> Any:
@@ -171,10 +332,8 @@ def load_recipe(path: Path) -> dict[str, Any]:
             raise RecipeError(f"option {name!r} is given twice", file=path, fix="drop one of them")
         if value is not None:
             options[name] = value
-    # The command line may add the budget; everything else must be sound by itself.
-    budget: dict[str, Any] = {} if options.keys() & {"bits", "size", "plan"} else {"bits": 4.0}
     try:
-        recipe = Recipe(**budget, **options)
+        recipe = Recipe(**options)
     except OptionError as error:
         raise RecipeError(error.message, file=path, option=error.option, fix=error.fix) from error
     return {name: getattr(recipe, name) for name in options}

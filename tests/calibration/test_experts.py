@@ -1,5 +1,7 @@
 """Rounding the experts of a layer from captured inputs: nobody starves, and replay answers the same."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -100,13 +102,83 @@ def test_the_answer_is_that_of_the_rounded_weights(routing: str) -> None:
     torch.testing.assert_close(y_TH, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_replay_gives_the_same_bits() -> None:
-    capture = make_capture()
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("routing", ["natural", "all"])
+def test_replay_gives_the_same_bits(routing: str) -> None:
+    capture = make_capture(routing=routing)
     experts, sink, y_TH, counts = run(capture)
     with torch.inference_mode():
         again_TH, again = module.replay_experts(make_layer(), sink.weights, experts, capture, torch.device("cpu"))
     assert torch.equal(again_TH, y_TH)
     assert again == counts
+
+
+def test_workers_do_not_change_the_bits() -> None:
+    capture = make_capture(routing="all")
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(capture))
+    finally:
+        torch.set_num_threads(before)
+    for _, sink, y_TH, _ in results[1:]:
+        assert torch.equal(y_TH, results[0][2])
+        assert list(sink.rounded) == list(results[0][1].rounded) == [(e, p) for e in range(EXPERTS) for p in SHAPES]
+        for place, matrix in sink.rounded.items():
+            assert torch.equal(matrix.codes_NK, results[0][1].rounded[place].codes_NK), place
+
+
+@pytest.mark.parametrize("routing", ["natural", "all"])
+def test_chunks_do_not_change_the_outcome(routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    capture = make_capture(700, routing=routing)
+    _, sink, y_TH, _ = run(capture)
+    for chunk in (32, 100, 699, 10_000):
+        monkeypatch.setattr(module, "CHUNK_TOKENS", chunk)
+        _, other, again_TH, _ = run(capture)
+        # Sums in another order may flip a code in a hundred.
+        assert float((again_TH - y_TH).norm() / y_TH.norm()) < 0.05, chunk
+        for place, matrix in other.rounded.items():
+            assert float((matrix.codes_NK != sink.rounded[place].codes_NK).float().mean()) < 0.02, (chunk, place)
+
+
+def test_products_come_in_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the tokens of the experts: each new shape leaves compiled code among the tensors."""
+    rows = set()
+    plain = module.hooks.activation
+
+    def spy(experts: nn.Module, expert: int, gate_SI: Tensor, up_SI: Tensor) -> Tensor:
+        rows.add(len(up_SI))
+        return plain(experts, expert, gate_SI, up_SI)
+
+    monkeypatch.setattr(module.hooks, "activation", spy)
+    experts, x_TH = make_experts(), torch.randn(5000, HIDDEN)
+    weights = {name: read(experts, 0, name) for name in SHAPES}
+    for count in range(1, 5000, 37):
+        chunks = list(module._inner(experts, 0, x_TH, torch.arange(count), weights, torch.device("cpu")))
+        assert sum(real for _, real in chunks) == count
+        assert all(real <= len(z_SI) <= max(2 * real, real + module.STEP_TOKENS) for z_SI, real in chunks)
+    assert len(rows) <= 16
+
+
+@pytest.mark.parametrize("width", [1, 5, 512, 1030])
+def test_second_moments_are_whole(width: int) -> None:
+    """Multiplied out on one side of the diagonal only; rows that only pad a chunk do not count."""
+    chunks = [torch.randn(40, width) for _ in range(3)]
+    counts = [40, 17, 0]
+    total = module._second_moment(zip(chunks, counts, strict=True), torch.device("cpu"))
+    real = torch.cat([chunk[:count] for chunk, count in zip(chunks, counts, strict=True)])
+    torch.testing.assert_close(total, real.T @ real, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(total, total.T)
 
 
 def test_experts_without_tokens_are_rounded_from_the_layers() -> None:

@@ -1,7 +1,9 @@
 """Streaming block by block gives what the whole model gives."""
 
+import weakref
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -10,7 +12,7 @@ from moeq.arch import hooks
 from moeq.arch.keymap import build_keymap, load_prefix, unload_prefix
 from moeq.arch.meta import build_meta_model
 from moeq.calibration.spill import SpillPool
-from moeq.calibration.stream import Capture, Streamer
+from moeq.calibration.stream import Capture, Streamer, _Log
 from moeq.checkpoint.read import Reader
 from moeq.stages import inspect
 
@@ -122,3 +124,32 @@ def test_wider_routing_keeps_the_natural_choices(demo_dir: Path, tmp_path: Path)
     captures.clear()
     stream(demo_dir, ids_NT, visitor, routing="all", tmp=tmp_path)
     assert all(capture.stats_Tk is None for capture in captures)
+
+
+def test_what_was_captured_is_gone_when_the_block_runs_on(demo_dir: Path, tmp_path: Path) -> None:
+    """A layer's inputs are as large as everything else together: they are held once, and not a moment too long."""
+    ids_NT = torch.randint(0, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
+    alive: list[bool] = []
+
+    def visitor(layer: int, experts: nn.Module, capture: Capture) -> Tensor:
+        known = weakref.ref(capture.x_TH)
+        experts.register_forward_pre_hook(lambda *_: alive.append(known() is not None))
+        assert experts.get_submodule(hooks.HANDLER)._logs == (None, None, None)
+        return torch.zeros_like(capture.x_TH)
+
+    stream(demo_dir, ids_NT, visitor, tmp=tmp_path)
+    assert alive == [False] * 4
+
+
+@pytest.mark.parametrize("expected", [0, 1, 10, 30])
+def test_a_log_holds_what_came_however_much_was_expected(expected: int, tmp_path: Path) -> None:
+    parts = [torch.randn(size, 3) for size in (4, 0, 7, 1, 9)]
+    log = _Log(SpillPool(tmp_path), expected)
+    assert log.rows() is None
+    for part in parts:
+        log.add(part)
+    rows = log.rows()
+    assert rows is not None
+    assert torch.equal(rows, torch.cat(parts))
+    if expected == 30:
+        assert rows.untyped_storage().nbytes() == 30 * 3 * 4

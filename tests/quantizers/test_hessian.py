@@ -1,8 +1,10 @@
+import threading
+
 import pytest
 import torch
 
 from moeq.errors import CalibrationError, OptionError, TensorError
-from moeq.quantizers.hessian import FactorCache, check_hessian, factorize
+from moeq.quantizers.hessian import FactorCache, check_inputs, factorize, inverse_root
 
 
 def hessian(columns: int = 24, tokens: int = 100, seed: int = 0) -> torch.Tensor:
@@ -88,8 +90,42 @@ def test_the_cache_knows_the_same_hessian_until_it_changes(inference: bool) -> N
         assert cache.get(h, device) is not first
 
 
+def test_the_cache_is_each_threads_own() -> None:
+    """Workers take turns at arbitrary moments: one must not push out what another is about to ask for again."""
+    cache = FactorCache(damp=0.01, act_order=False)
+    mine, device = hessian(), torch.device("cpu")
+    first = cache.get(mine, device)
+    thread = threading.Thread(target=lambda: cache.get(hessian(seed=1), device))
+    thread.start()
+    thread.join()
+    assert cache.get(mine, device) is first
+
+
+def test_the_cache_has_no_factor_without_tokens() -> None:
+    cache = FactorCache(damp=0.01, act_order=False)
+    assert cache.get(torch.zeros(4, 4), torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("size", [1, 24, 256, 300, 600])
+def test_the_inverse_root_in_strips_is_that_of_the_whole(size: int) -> None:
+    matrix = hessian(size, 4 * size).double() / size + torch.eye(size)
+    inverse = inverse_root(matrix)
+    assert inverse is not None
+    torch.testing.assert_close(inverse @ matrix @ inverse.T, torch.eye(size, dtype=torch.float64))
+    assert torch.equal(inverse, inverse.tril())
+
+
+@pytest.mark.parametrize("place", [0, 299, 599])
+def test_indefinite_matrices_have_no_root(place: int) -> None:
+    matrix = torch.eye(600)
+    matrix[place, place] = -1
+    assert inverse_root(matrix) is None
+
+
 def test_missing_and_misfit_hessians_are_named() -> None:
     with pytest.raises(OptionError, match="gptq needs"):
-        check_hessian(None, 4, "gptq")
+        check_inputs(torch.eye(4), None, "gptq")
     with pytest.raises(TensorError, match="4 inputs"):
-        check_hessian(torch.eye(3), 4, "gptq")
+        check_inputs(torch.eye(4), torch.eye(3), "gptq")
+    with pytest.raises(TensorError, match="cannot round"):
+        check_inputs(torch.eye(4).long(), torch.eye(4), "gptq")

@@ -1,11 +1,26 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
+from moeq import native
 from moeq.errors import OptionError
 from moeq.format.packing import dequantize
 from moeq.quantizers.registry import make_quantizer
 from moeq.spec import BITS, LEVELS, QuantSpec
+
+
+@pytest.fixture(params=["kernels", "torch"], scope="module", autouse=True)
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything here holds for the compiled kernels and for the torch reference."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(native, "_module", None)
+            patch.setattr(native, "_unsaid", [])
+        elif not native.available():
+            pytest.skip("moeq was installed without its compiled kernels")
+        yield
 
 
 def samples(kind: str) -> Tensor:

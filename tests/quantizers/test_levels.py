@@ -1,5 +1,6 @@
 """Every quantizer on every level set, width, group size and on inputs that break naive code."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moeq import native
 from moeq.errors import TensorError
 from moeq.format.packing import decode_matrix, dequantize, pack_matrix
 from moeq.quantizers.base import QuantizedMatrix
@@ -23,6 +25,18 @@ specs = st.builds(
     levels=st.sampled_from(LEVELS),
 )
 KINDS = ("gauss", "zeros", "constant", "subnormal", "tiny", "huge", "one outlier", "positive", "mixed")
+
+
+@pytest.fixture(params=["kernels", "torch"], scope="module", autouse=True)
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything here holds for the compiled kernels and for the torch reference."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(native, "_module", None)
+            patch.setattr(native, "_unsaid", [])
+        elif not native.available():
+            pytest.skip("moeq was installed without its compiled kernels")
+        yield
 
 
 def weights(kind: str, shape: tuple[int, int], seed: int) -> Tensor:

@@ -5,7 +5,7 @@ import sys
 import pytest
 import yaml
 
-from moeq.report.card import CalibrationFacts, CardFacts, expert_bits, model_card
+from moeq.report.card import CalibrationFacts, CardFacts, RouterFacts, expert_bits, model_card
 
 
 @pytest.fixture
@@ -66,6 +66,10 @@ def test_nothing_is_claimed_that_is_not_known(facts: CardFacts) -> None:
     assert section(card, "Quality").strip() == "Not measured."
     assert "No data was used" in section(card, "Calibration")
     assert "has not been measured" in section(card, "Known limits")
+    assert "rounded without data" in section(card, "Known limits")
+    assert "allocation.svg" not in card
+    assert "Widths were chosen" not in card
+    assert "## Router tuning" not in card
     assert "huggingface.co" not in card
     noted = model_card(dataclasses.replace(unknown, quality_text="skipped: no tokenizer"))
     assert section(noted, "Quality").strip() == "skipped: no tokenizer"
@@ -93,7 +97,11 @@ def test_quality_has_the_original_beside_it(facts: CardFacts) -> None:
     assert "| top-1 agreement with the original | 1 | 0.91 |" in text
     assert "| odd |  | 3 |" in text
     assert "reference_perplexity" not in text
-    assert "4,096 tokens of eval.txt" in text
+    assert "Measured on 4,096 tokens of eval.txt." in text
+    counted = dataclasses.replace(facts, quality={"kl": 0.5, "tokens": 1016.0}, quality_text="windows of a.txt")
+    text = section(model_card(counted), "Quality")
+    assert "Measured on 1,016 tokens of windows of a.txt." in text
+    assert "| tokens" not in text
 
 
 def test_calibration(facts: CardFacts) -> None:
@@ -103,6 +111,67 @@ def test_calibration(facts: CardFacts) -> None:
     assert facts.calibration is not None
     fed = dataclasses.replace(facts, calibration=dataclasses.replace(facts.calibration, starved=0))
     assert "None of the 16 experts starved" in section(model_card(fed), "Calibration")
+
+
+def test_the_text_is_not_said_to_have_rounded_what_it_did_not(facts: CardFacts) -> None:
+    """Costs or routers may use the text while the quantizer does not."""
+    assert facts.calibration is not None
+    apart = dataclasses.replace(facts.calibration, uses=("routers", "costs"), experts=0)
+    card = model_card(dataclasses.replace(facts, calibration=apart))
+    text = section(card, "Calibration")
+    assert "Used for choosing widths and tuning the routers." in text
+    assert "rounded on their own, without data" in text
+    assert "Tokens per expert" not in text
+    assert "rounded without data" in section(card, "Known limits")
+    all_uses = dataclasses.replace(facts.calibration, uses=("rounding", "costs", "routers"))
+    card = model_card(dataclasses.replace(facts, calibration=all_uses))
+    assert "Used for choosing widths, rounding and tuning the routers." in section(card, "Calibration")
+    assert "without data" not in card
+
+
+def test_picture(facts: CardFacts) -> None:
+    text = section(model_card(dataclasses.replace(facts, heatmap=True)), "Allocation")
+    assert "\n![Bits of every expert, layer by layer](allocation.svg)\n" in text
+    assert "| layer | 2 bit | 3 bit | 4 bit |" in text
+
+
+@pytest.mark.parametrize(
+    ("objective", "bound", "words"),
+    [
+        (None, None, "cost `output-error`."),
+        (2.0, None, "predicted cost is 2; how far"),
+        (2.0, 2.0, "no plan of this budget has less."),
+        (2.0, 2.0000001, "no plan of this budget has less."),
+        (2.0, 1.99, "have less by more than 0.50 %."),
+        (2.0, 1.9999, "have less by more than 0.01 %."),
+        (2.0, 1.99989, "have less by more than 0.01 %."),
+        (2.0, 1.99979, "have less by more than 0.02 %."),
+        (0.0, 0.0, "no plan of this budget has less."),
+    ],
+)
+def test_choice_of_widths(facts: CardFacts, objective: float | None, bound: float | None, words: str) -> None:
+    """The gap is rounded up: 0.0105 % may not be called 0.01 %."""
+    chosen = dataclasses.replace(facts, units="matrix", cost="output-error", objective=objective, bound=bound)
+    text = section(model_card(chosen), "Allocation")
+    assert "Widths were chosen for each matrix by the cost `output-error`." in text
+    assert words in text
+
+
+def test_routers(facts: CardFacts) -> None:
+    assert "Routers are unchanged" in section(model_card(facts), "Known limits")
+    router = RouterFacts(loss="task", loss_before=3.25, loss_after=3.125, steps=128, parameters=16384)
+    card = model_card(dataclasses.replace(facts, router=router))
+    text = section(card, "Router tuning")
+    assert "(16,384 weights) were trained for 128 steps" in text
+    assert "| cross-entropy of the next token, nats per token, on the tokens it was tuned on | 3.25 | 3.125 |" in text
+    assert "experts chosen" not in text
+    limits = section(card, "Known limits")
+    assert "Routers are unchanged" not in limits
+    assert "Routers were tuned" in limits
+    seen = dataclasses.replace(router, loss="kl", overlap_before=0.75, overlap_after=0.875)
+    text = section(model_card(dataclasses.replace(facts, router=seen)), "Router tuning")
+    assert "| KL divergence from the original, nats per token, on the tokens it was tuned on | 3.25 | 3.125 |" in text
+    assert "| experts chosen as in the original, on other windows | 0.75 | 0.875 |" in text
 
 
 def test_command_and_versions(facts: CardFacts) -> None:
@@ -139,7 +208,7 @@ def test_report_needs_no_torch() -> None:
     code = (
         "import sys, types\n"
         "package = types.ModuleType('moeq'); package.__path__ = [sys.argv[1]]; sys.modules['moeq'] = package\n"
-        "import moeq.report.card\n"
+        "import moeq.report.card, moeq.report.heatmap, moeq.report.curves\n"
         "assert 'torch' not in sys.modules\n"
     )
     from moeq import errors

@@ -12,13 +12,14 @@ from moeq.calibration import experts as experts_module
 from moeq.checkpoint.read import Reader
 from moeq.quantizers.registry import make_quantizer
 from moeq.recipe import Recipe
-from moeq.stages import calibrated, quantize
+from moeq.stages import calibrated
+from moeq.stages import setup as stage
 from moeq.stages.packing import Job
 
 NOT_CALIBRATED = {"diffusion_gemma": "not supported at all"}
 
 
-def make_job(source: Path, partial: Path, reader: Reader, setup: quantize.Setup) -> Job:
+def make_job(source: Path, partial: Path, reader: Reader, setup: stage.Setup) -> Job:
     return Job(
         inventory=setup.inventory,
         plan=setup.plan,
@@ -39,7 +40,7 @@ def test_family(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     partial.mkdir()
     monkeypatch.setattr("moeq.calibration.stream.MICRO_BATCH_TOKENS", 24)
     ids_NT = torch.arange(2, 98).view(8, 12)
-    setup = quantize.setup(source, Recipe(bits=4.4, quantizer="gptq", group_size=32, dense_bits="8"))
+    setup = stage.setup(source, Recipe(bits=4.4, quantizer="gptq", group_size=32, dense_bits="8"))
     answers: dict[int, Tensor] = {}
     plain = experts_module.quantize_experts
 
@@ -62,3 +63,17 @@ def test_family(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert sum(counts[index]) == wanted
         assert bool(answers[index].isfinite().all())
         assert bool(answers[index].abs().sum() > 0) == (wanted > 0)
+
+
+def test_the_head_is_never_loaded(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = stage.setup(tiny_dir, Recipe(bits=4.4, quantizer="gptq", group_size=32))
+    read: list[str] = []
+    plain = Reader.tensor
+    monkeypatch.setattr(Reader, "tensor", lambda self, name: read.append(name) or plain(self, name))
+    with Reader(tiny_dir, setup.headers) as reader:
+        job = make_job(tiny_dir, tmp_path, reader, setup)
+        ids_NT = torch.arange(2, 50).view(4, 12)
+        calibrated.run(job, tiny_dir, ids_NT, routing="natural", finished={}, done=lambda *_: None)
+    assert "lm_head.weight" in setup.headers
+    assert "model.embed_tokens.weight" in read
+    assert "lm_head.weight" not in read

@@ -10,7 +10,8 @@ from hostile import copy_of, split
 from moeq.checkpoint.read import read_headers
 from moeq.recipe import Recipe
 from moeq.spec import ALIGN
-from moeq.stages import quantize, shards
+from moeq.stages import setup as stage
+from moeq.stages import shards
 
 PLANS = {
     "one width": {"bits": 4.9, "group_size": 32},
@@ -26,7 +27,7 @@ PLANS = {
 @pytest.mark.parametrize("name", PLANS)
 def test_predicted_sizes_are_those_on_disk(name: str, tiny_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    setup = quantize.setup(tiny_dir, Recipe(**PLANS[name], quantizer="minmax"))
+    setup = stage.setup(tiny_dir, Recipe(**PLANS[name], quantizer="minmax"))
     planned = moeq.plan(tiny_dir, **PLANS[name], quantizer="minmax")
     report = moeq.quantize(tiny_dir, out, **PLANS[name], quantizer="minmax", device="cpu")
     for shard in setup.shards:
@@ -69,7 +70,7 @@ def test_a_size_is_used_to_within_two_percent(size: str, demo_dir: Path, tmp_pat
 
 
 def test_every_tensor_has_one_place(tiny_dir: Path) -> None:
-    setup = quantize.setup(tiny_dir, Recipe(bits=5, dense_bits="8"))
+    setup = stage.setup(tiny_dir, Recipe(bits=5, dense_bits="8"))
     names = [tensor.name for shard in setup.shards for tensor in shard.tensors]
     assert len(names) == len(set(names))
     copied = {tensor.name for shard in setup.shards if shard.layer is None for tensor in shard.tensors}
@@ -105,7 +106,7 @@ def test_copied_tensors_are_spread_over_files(tiny_dir: Path, monkeypatch: pytes
 def test_a_source_in_several_files_gives_the_same_shards(tiny_dir: Path, tmp_path: Path) -> None:
     source = copy_of(tiny_dir, tmp_path / "source")
     split(source)
-    one, two = (quantize.setup(directory, Recipe(bits=5, dense_bits="8")) for directory in (tiny_dir, source))
+    one, two = (stage.setup(directory, Recipe(bits=5, dense_bits="8")) for directory in (tiny_dir, source))
     assert [shard.size for shard in one.shards[:3]] == [shard.size for shard in two.shards[:3]]
     assert one.sizes == two.sizes
     assert one.plan.experts == two.plan.experts

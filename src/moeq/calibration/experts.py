@@ -1,4 +1,4 @@
-"""Quantizes the experts of one layer from the tokens routed to them, one expert in memory at a time.
+"""Quantizes the experts of one layer from the tokens routed to them, a few experts in memory at a time.
 
 Legend: T tokens of the run, S tokens of one expert, H hidden, I expert width, N output rows, K input columns.
 """
@@ -8,17 +8,23 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from moeq.arch import hooks
 from moeq.artifacts import MoeLayer
 from moeq.calibration.stream import Capture
+from moeq.calibration.workers import in_order
 from moeq.format.packing import dequantize
 from moeq.quantizers.base import QuantizedMatrix, Quantizer
 from moeq.spec import QuantSpec
 
-CHUNK_TOKENS = 8192
+CHUNK_TOKENS = 2048
+"""Tokens of an expert that are worked on together."""
+STEP_TOKENS = 256
 MIN_TOKENS = 256
 """Statistics of an expert with fewer routed tokens are filled up with tokens of the whole layer."""
+STRIP = 256
+"""Rows of a second moment that are computed together, from the diagonal on."""
 
 ReadMatrix = Callable[[int, str], Tensor]
 Sink = Callable[[int, str, QuantizedMatrix], None]
@@ -32,7 +38,7 @@ class ExpertsTask:
         layer: its shapes.
         specs: expert -> projection (storage order) -> spec.
         read: (expert, projection) -> the source weights (N, K).
-        quantizer: rounds a matrix given the second moments of its inputs.
+        quantizer: rounds a matrix given the second moments of its inputs; threads call it, as they do `read`.
         sink: takes (expert, projection, rounded matrix) in storage order.
         device: where the work is done.
     """
@@ -43,6 +49,27 @@ class ExpertsTask:
     quantizer: Quantizer
     sink: Sink
     device: torch.device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Route:
+    """The tokens that one expert answers.
+
+    Attributes:
+        token_S: their positions.
+        weight_S: their routing weights, float32.
+    """
+
+    token_S: Tensor
+    weight_S: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Done:
+    """One expert's rounded matrices by projection, and its answers to its tokens, chunk by chunk, not weighted."""
+
+    rounded: dict[str, QuantizedMatrix]
+    answers: list[Tensor]
 
 
 def quantize_experts(task: ExpertsTask, experts: nn.Module, capture: Capture) -> tuple[Tensor, list[int]]:
@@ -56,27 +83,40 @@ def quantize_experts(task: ExpertsTask, experts: nn.Module, capture: Capture) ->
         y_TH: the layer's output, in the dtype of the inputs.
         counts: routed tokens of each expert (before borrowing).
     """
-    num_tokens, hidden = capture.x_TH.shape
-    order, counts = hooks.by_expert(capture.index_Tk, task.layer.num_experts)
+    num_experts = task.layer.num_experts
+    num_tokens = capture.x_TH.shape[0]
+    routes = _routes(capture, num_experts)
+    seen_by = None
+    if capture.stats_Tk is not None:
+        width = capture.stats_Tk.shape[-1]
+        seen_by = [chosen // width for chosen in _choices(capture.stats_Tk, num_experts)]
+
+    def work(expert: int) -> _Done:
+        seen = torch.arange(num_tokens) if seen_by is None else seen_by[expert]
+        tokens = routes[expert].token_S
+        return _quantize_expert(task, experts, expert, capture.x_TH, _fill_up(seen, num_tokens), tokens)
+
+    y_TH = torch.zeros(capture.x_TH.shape, dtype=torch.float32)
+    for expert, done in enumerate(in_order(work, num_experts, task.device)):
+        for projection, quantized in done.rounded.items():
+            task.sink(expert, projection, quantized)
+        _add_answers(y_TH, routes[expert], done.answers)
+    return y_TH.to(capture.x_TH.dtype), [len(route.token_S) for route in routes]
+
+
+def _routes(capture: Capture, num_experts: int) -> list[_Route]:
     top_k = capture.index_Tk.shape[-1]
     flat_weights = capture.weights_Tk.reshape(-1)
-    stats_order, stats_counts = (
-        (order, counts) if capture.stats_Tk is None else hooks.by_expert(capture.stats_Tk, task.layer.num_experts)
-    )
-    y_TH = torch.zeros(num_tokens, hidden, dtype=torch.float32)
-    start = stats_start = 0
-    for expert in range(task.layer.num_experts):
-        choices = order[start : start + counts[expert]]
-        start += counts[expert]
-        routed = choices // top_k
-        if capture.stats_Tk is None:
-            seen = torch.arange(num_tokens)
-        else:
-            seen = stats_order[stats_start : stats_start + stats_counts[expert]] // capture.stats_Tk.shape[-1]
-            stats_start += stats_counts[expert]
-        answer = _quantize_expert(task, experts, expert, capture.x_TH, _fill_up(seen, num_tokens), routed)
-        y_TH.index_add_(0, routed, answer.float() * flat_weights[choices].float().unsqueeze(-1))
-    return y_TH.to(capture.x_TH.dtype), counts
+    return [
+        _Route(token_S=chosen // top_k, weight_S=flat_weights[chosen].float())
+        for chosen in _choices(capture.index_Tk, num_experts)
+    ]
+
+
+def _choices(index_Tk: Tensor, num_experts: int) -> tuple[Tensor, ...]:
+    """Where each expert stands in the flattened choices."""
+    order, counts = hooks.by_expert(index_Tk, num_experts)
+    return order[: sum(counts)].split(counts)
 
 
 def _fill_up(seen: Tensor, num_tokens: int) -> Tensor:
@@ -89,76 +129,96 @@ def _fill_up(seen: Tensor, num_tokens: int) -> Tensor:
 
 def _quantize_expert(
     task: ExpertsTask, experts: nn.Module, expert: int, x_TH: Tensor, seen: Tensor, routed: Tensor
-) -> Tensor:
-    """Round one expert's matrices, hand them to the sink, answer its routed tokens (S, H)."""
+) -> _Done:
+    """Round one expert's matrices with the tokens `seen`, answer the `routed` ones."""
     projections = task.layer.projections
     specs = dict(zip(projections, task.specs[expert], strict=True))
-    dtype = x_TH.dtype
-    hessian = _second_moment((x_TH[chunk] for chunk in seen.split(CHUNK_TOKENS)), task.device)
-    rounded: dict[str, Tensor] = {}
-
-    def settle(projection: str, quantized: QuantizedMatrix) -> None:
-        spec = specs[projection]
-        task.sink(expert, projection, quantized)
-        parts = (quantized.codes_NK, quantized.scale_NG, quantized.zero_NG)
-        rounded[projection] = dequantize(*parts, spec, dtype).to(task.device)
-
-    inputs = [projection for projection in projections if projection != "down"]
-    for projection, quantized in _quantize_inputs(task, expert, inputs, specs, hessian):
-        settle(projection, quantized)
-
-    def inner(tokens: Tensor) -> Tensor:
-        x_SH = x_TH[tokens].to(task.device)
-        gate_SI = x_SH @ rounded["gate"].T if "gate" in rounded else None
-        return hooks.activation(experts, expert, gate_SI, x_SH @ rounded["up"].T)
-
+    hessian = _second_moment(
+        ((x_TH.index_select(0, chunk), len(chunk)) for chunk in seen.split(CHUNK_TOKENS)), task.device
+    )
+    rounded = _quantize_inputs(task, expert, [name for name in projections if name != "down"], specs, hessian)
+    weights = {name: _decoded(done, specs[name], x_TH.dtype, task.device) for name, done in rounded.items()}
+    z_SI = _inner(experts, expert, x_TH, seen, weights, task.device)
     # Natural routing sees exactly the routed tokens: their activations serve both purposes.
-    shared = seen.numel() == routed.numel() and bool((seen == routed).all())
-    z_SI = [inner(chunk) for chunk in seen.split(CHUNK_TOKENS)]
+    shared = torch.equal(seen, routed)
+    if shared:
+        z_SI = list(z_SI)
     hessian = _second_moment(z_SI, task.device)
-    settle("down", task.quantizer.quantize(task.read(expert, "down").to(task.device), specs["down"], hessian))
+    down = task.quantizer.quantize(task.read(expert, "down").to(task.device), specs["down"], hessian)
+    rounded["down"] = down
     if not shared:
-        z_SI = [inner(chunk) for chunk in routed.split(CHUNK_TOKENS)]
-    down_HI = rounded["down"]
-    return torch.cat([hooks.finish(experts, expert, chunk @ down_HI.T).cpu() for chunk in z_SI])
+        z_SI = _inner(experts, expert, x_TH, routed, weights, task.device)
+    answers = _answers(experts, expert, z_SI, _decoded(down, specs["down"], x_TH.dtype, task.device))
+    return _Done(rounded={name: rounded[name] for name in projections}, answers=answers)
+
+
+def _decoded(done: QuantizedMatrix, spec: QuantSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return dequantize(done.codes_NK, done.scale_NG, done.zero_NG, spec, dtype).to(device)
+
+
+def _inner(
+    experts: nn.Module, expert: int, x_TH: Tensor, tokens: Tensor, weights: dict[str, Tensor], device: torch.device
+) -> Iterable[tuple[Tensor, int]]:
+    """Inputs of the down projection for some tokens, chunk by chunk: (rows, I) and how many of the rows count.
+
+    Rows come in few different numbers. Experts have all sorts of token counts, and a matrix product of a new shape
+    leaves compiled code behind, which over hundreds of experts cuts the memory between it into unusable pieces.
+    """
+    for chunk in tokens.split(CHUNK_TOKENS):
+        count = len(chunk)
+        rows = min(1 << max(count - 1, 0).bit_length(), -(-count // STEP_TOKENS) * STEP_TOKENS)
+        x_SH = x_TH.index_select(0, functional.pad(chunk, (0, rows - count))).to(device)
+        gate_SI = x_SH @ weights["gate"].T if "gate" in weights else None
+        yield hooks.activation(experts, expert, gate_SI, x_SH @ weights["up"].T), count
+
+
+def _answers(experts: nn.Module, expert: int, z_SI: Iterable[tuple[Tensor, int]], down_HI: Tensor) -> list[Tensor]:
+    """What one expert answers, chunk by chunk, on the CPU."""
+    return [hooks.finish(experts, expert, chunk_SI @ down_HI.T)[:count].cpu() for chunk_SI, count in z_SI]
+
+
+def _add_answers(y_TH: Tensor, route: _Route, answers: list[Tensor]) -> None:
+    """Add one expert's answers, weighted, to the layer's output."""
+    start = 0
+    for answer_SH in answers:
+        part = slice(start, start + len(answer_SH))
+        start = part.stop
+        y_TH.index_add_(0, route.token_S[part], answer_SH * route.weight_S[part].unsqueeze(-1))
 
 
 def _quantize_inputs(
     task: ExpertsTask, expert: int, projections: list[str], specs: dict[str, QuantSpec], hessian: Tensor
-) -> list[tuple[str, QuantizedMatrix]]:
+) -> dict[str, QuantizedMatrix]:
     """Round gate and up; in one go when their specs agree, since rows do not influence each other."""
     weights = [task.read(expert, projection).to(task.device) for projection in projections]
     if len({specs[projection] for projection in projections}) > 1:
-        return [
-            (projection, task.quantizer.quantize(weight, specs[projection], hessian))
+        return {
+            projection: task.quantizer.quantize(weight, specs[projection], hessian)
             for projection, weight in zip(projections, weights, strict=True)
-        ]
+        }
     joint = task.quantizer.quantize(torch.cat(weights), specs[projections[0]], hessian)
-    result = []
+    result = {}
     start = 0
     for projection, weight in zip(projections, weights, strict=True):
         rows = slice(start, start + weight.shape[0])
         start = rows.stop
         zero = None if joint.zero_NG is None else joint.zero_NG[rows]
-        result.append(
-            (
-                projection,
-                QuantizedMatrix(codes_NK=joint.codes_NK[rows], scale_NG=joint.scale_NG[rows], zero_NG=zero),
-            )
-        )
+        result[projection] = QuantizedMatrix(codes_NK=joint.codes_NK[rows], scale_NG=joint.scale_NG[rows], zero_NG=zero)
     return result
 
 
-def _second_moment(chunks: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Sum over tokens of x x^T, (K, K) float32."""
+def _second_moment(chunks: Iterable[tuple[Tensor, int]], device: torch.device) -> Tensor:
+    """Sum over the first rows of chunks of x x^T, (K, K) float32; only the upper half is multiplied out."""
     total: Tensor | None = None
-    for chunk in chunks:
-        x_SK = chunk.to(device, torch.float32)
+    for chunk, count in chunks:
+        x_SK = chunk[:count].to(device, torch.float32)
         if total is None:
-            total = x_SK.T @ x_SK
-        else:
-            total.addmm_(x_SK.T, x_SK)
+            total = x_SK.new_zeros(x_SK.shape[1], x_SK.shape[1])
+        for start in range(0, len(total), STRIP):
+            total[start : start + STRIP, start:].addmm_(x_SK[:, start : start + STRIP].T, x_SK[:, start:])
     assert total is not None
+    for start in range(STRIP, len(total), STRIP):
+        total[start:, start - STRIP : start] = total[start - STRIP : start, start:].T
     return total
 
 
@@ -170,21 +230,14 @@ def replay_experts(
     Returns:
         y_TH and counts, as `quantize_experts`.
     """
-    num_tokens, hidden = capture.x_TH.shape
-    order, counts = hooks.by_expert(capture.index_Tk, layer.num_experts)
-    flat_weights = capture.weights_Tk.reshape(-1)
-    y_TH = torch.zeros(num_tokens, hidden, dtype=torch.float32)
-    start = 0
-    for expert, count in enumerate(counts):
-        choices = order[start : start + count]
-        start += count
-        routed = choices // capture.index_Tk.shape[-1]
+    routes = _routes(capture, layer.num_experts)
+
+    def work(expert: int) -> list[Tensor]:
         weights = {name: read(expert, name).to(device, capture.x_TH.dtype) for name in layer.projections}
-        parts = []
-        for chunk in routed.split(CHUNK_TOKENS):
-            x_SH = capture.x_TH[chunk].to(device)
-            gate_SI = x_SH @ weights["gate"].T if "gate" in weights else None
-            inner_SI = hooks.activation(experts, expert, gate_SI, x_SH @ weights["up"].T)
-            parts.append(hooks.finish(experts, expert, inner_SI @ weights["down"].T).cpu())
-        y_TH.index_add_(0, routed, torch.cat(parts).float() * flat_weights[choices].float().unsqueeze(-1))
-    return y_TH.to(capture.x_TH.dtype), counts
+        z_SI = _inner(experts, expert, capture.x_TH, routes[expert].token_S, weights, device)
+        return _answers(experts, expert, z_SI, weights["down"])
+
+    y_TH = torch.zeros(capture.x_TH.shape, dtype=torch.float32)
+    for route, answers in zip(routes, in_order(work, layer.num_experts, device), strict=True):
+        _add_answers(y_TH, route, answers)
+    return y_TH.to(capture.x_TH.dtype), [len(route.token_S) for route in routes]

@@ -11,7 +11,7 @@ Legend: N sequences, T tokens (of a sequence, or of all where flattened), H hidd
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,15 +63,47 @@ class BlockLoader(Protocol):
         ...
 
 
+class _Log:
+    """Rows of one kind, written into a store of the pool as they come; memory holds them once.
+
+    Args:
+        pool: makes the store.
+        rows: how many are expected; more make a larger store.
+    """
+
+    def __init__(self, pool: SpillPool, rows: int) -> None:
+        self._pool = pool
+        self._expected = rows
+        self._store: Tensor | None = None
+        self._filled = 0
+
+    def add(self, part: Tensor) -> None:
+        """Append rows."""
+        stop = self._filled + part.shape[0]
+        if self._store is None or stop > self._store.shape[0]:
+            grown = self._pool.empty((max(self._expected, stop), *part.shape[1:]), part.dtype)
+            if self._store is not None:
+                grown[: self._filled] = self._store[: self._filled]
+            self._store, self._expected = grown, 2 * grown.shape[0]
+        self._store[self._filled : stop] = part
+        self._filled = stop
+
+    def rows(self) -> Tensor | None:
+        """All rows, or None if there was never a part."""
+        return None if self._store is None else self._store[: self._filled]
+
+
 class _Recorder(nn.Module):
     """Handler that stores what the experts are asked and answers zeros."""
 
-    def __init__(self) -> None:
+    def __init__(self, *logs: _Log | None) -> None:
         super().__init__()
-        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._logs = logs
 
     def forward(self, _: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        self.calls.append((hidden_states.cpu(), top_k_index.cpu(), top_k_weights.cpu()))
+        for log, asked in zip(self._logs, (hidden_states, top_k_index, top_k_weights), strict=True):
+            if log is not None:
+                log.add(asked)
         return torch.zeros_like(hidden_states)
 
 
@@ -154,9 +186,9 @@ class Streamer:
             block = self.driver.get_submodule(path)
             stand_in = _StandIn(block, self._runner(position, path, num_sequences))
             self.driver.get_submodule(parent).add_module(name, stand_in)
-        self.driver.to(self.device)
         # The base model: logits of all sequences would not fit, and nobody needs them.
-        self.driver.base_model(input_ids=ids_NT.to(self.device), use_cache=False)  # type: ignore[operator]
+        base_model = cast(nn.Module, self.driver.base_model).to(self.device)
+        base_model(input_ids=ids_NT.to(self.device), use_cache=False)
 
     def _runner(self, position: int, path: str, num_sequences: int) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -164,11 +196,11 @@ class Streamer:
             batches = list(self._micro_batches(args, kwargs, num_sequences))
             inside = [(name, module) for name, module in block.named_modules() if f"{path}.{name}" in self.experts]
             for _, experts in inside:
-                hooks.attach_handler(experts, _Recorder())
+                hooks.attach_handler(experts, _Recorder(None, None, None))
             for name, experts in inside:
-                layer = self.experts[f"{path}.{name}"]
-                capture = self._capture(block, experts, layer, batches)
-                hooks.attach_handler(experts, _Replayer(self.visitor(layer, experts, capture)))
+                y_TH = self._answer(block, experts, self.experts[f"{path}.{name}"], batches)
+                hooks.attach_handler(experts, _Replayer(y_TH))
+                del y_TH
             output = self._outputs(block, batches, num_sequences)
             for _, experts in inside:
                 # The handler holds the layer's answers for all tokens: they must go with the block.
@@ -183,8 +215,7 @@ class Streamer:
     def _micro_batches(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], num_sequences: int
     ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        step = max(1, MICRO_BATCH_TOKENS // hidden.shape[1])
+        step = max(1, MICRO_BATCH_TOKENS // _hidden(args, kwargs).shape[1])
         for start in range(0, num_sequences, step):
 
             def cut(leaf: Any, start: int = start) -> Any:
@@ -196,19 +227,22 @@ class Streamer:
 
             yield pytree.tree_map(cut, args), pytree.tree_map(cut, kwargs)
 
+    def _answer(self, block: nn.Module, experts: nn.Module, layer: int, batches: Sequence[Any]) -> Tensor:
+        """What the visitor makes of one layer; everything captured for it is gone on return."""
+        capture = self._capture(block, experts, layer, batches)
+        return self.visitor(layer, experts, capture)
+
     def _capture(self, block: nn.Module, experts: nn.Module, layer: int, batches: Sequence[Any]) -> Capture:
-        recorder = self._record(block, experts, batches)
-        if not recorder.calls:
+        num_tokens = sum(_num_tokens(*batch) for batch in batches)
+        logs = [_Log(self.pool, num_tokens) for _ in range(3)]
+        self._record(block, experts, batches, _Recorder(*logs))
+        x_TH, index_Tk, weights_Tk = (log.rows() for log in logs)
+        if x_TH is None or index_Tk is None or weights_Tk is None:
             # Experts of another modality never see text; the quantizer must do without statistics.
             top_k = self.top_k[layer]
-            recorder.calls.append(
-                (
-                    torch.empty(0, self.hidden[layer], dtype=next(block.parameters()).dtype),
-                    torch.empty(0, top_k, dtype=torch.int64),
-                    torch.empty(0, top_k),
-                )
-            )
-        x_TH, index_Tk, weights_Tk = (self._join([call[i] for call in recorder.calls]) for i in range(3))
+            x_TH = torch.empty(0, self.hidden[layer], dtype=next(block.parameters()).dtype)
+            index_Tk = torch.empty(0, top_k, dtype=torch.int64)
+            weights_Tk = torch.empty(0, top_k)
         if self.routing == "natural":
             stats: Tensor | None = index_Tk
         elif self.routing == "all":
@@ -217,15 +251,15 @@ class Streamer:
             stats = self._wider(block, experts, layer, batches)
         return Capture(x_TH=x_TH, index_Tk=index_Tk, weights_Tk=weights_Tk, stats_Tk=stats)
 
-    def _record(self, block: nn.Module, experts: nn.Module, batches: Sequence[Any]) -> _Recorder:
+    def _record(self, block: nn.Module, experts: nn.Module, batches: Sequence[Any], recorder: _Recorder) -> None:
+        """Run the block with its experts replaced by `recorder`; what that stored is no longer held by the block."""
         others = [module for module in block.modules() if isinstance(module, _Replayer)]
         for other in others:
             other._next = 0
-        recorder = _Recorder()
         hooks.attach_handler(experts, recorder)
         for args, kwargs in batches:
             block(*args, **kwargs)
-        return recorder
+        hooks.attach_handler(experts, _Recorder(None, None, None))
 
     def _wider(self, block: nn.Module, experts: nn.Module, layer: int, batches: Sequence[Any]) -> Tensor:
         """Route once more with top-k x r, for statistics only."""
@@ -235,26 +269,20 @@ class Streamer:
         routers = [
             (module, name) for module in block.modules() for name in TOP_K_NAMES if vars(module).get(name) == top_k
         ]
+        chosen = _Log(self.pool, sum(_num_tokens(*batch) for batch in batches))
         try:
             for module, name in routers:
                 setattr(module, name, wanted)
-            calls = self._record(block, experts, batches).calls
+            self._record(block, experts, batches, _Recorder(None, chosen, None))
         finally:
             for module, name in routers:
                 setattr(module, name, top_k)
-        stats = torch.cat([index for _, index, _ in calls]) if calls else torch.empty(0, wanted, dtype=torch.int64)
+        stats = chosen.rows()
+        if stats is None:
+            stats = torch.empty(0, wanted, dtype=torch.int64)
         if stats.shape[-1] != wanted:
             raise OptionError("this family's router cannot be widened", option="routing", fix="use natural or all")
         return stats
-
-    def _join(self, parts: list[Tensor]) -> Tensor:
-        whole = self.pool.empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), parts[0].dtype)
-        start = 0
-        while parts:
-            part = parts.pop(0)
-            whole[start : start + part.shape[0]] = part
-            start += part.shape[0]
-        return whole
 
     def _outputs(self, block: nn.Module, batches: Sequence[Any], num_sequences: int) -> Any:
         for module in block.modules():
@@ -281,3 +309,12 @@ class Streamer:
         assert stores is not None
         assert spec is not None
         return pytree.tree_unflatten(stores, spec)
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states (N, T, H) that a block is called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _num_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    return _hidden(args, kwargs).shape[:2].numel()

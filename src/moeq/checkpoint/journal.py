@@ -4,8 +4,8 @@ The journal lies in the partial output directory and is replaced as a whole afte
 only if input, options, plan and version are the ones it began with: otherwise the result would be a mixture.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
 
@@ -37,6 +37,7 @@ class Journal(Artifact):
         plan_hash: hash of the plan that is carried out.
         moeq_version: version that began the run.
         finished: output file -> size and hash, for files that are safely on disk.
+        notes: what steps after packing found out; a step with a note is done.
     """
 
     KIND: ClassVar[str] = "journal"
@@ -46,6 +47,7 @@ class Journal(Artifact):
     plan_hash: str
     moeq_version: str
     finished: dict[str, FileDigest]
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def validate(self) -> None:
         """Raise ArtifactError if a finished file lies outside the output directory."""
@@ -97,6 +99,28 @@ class Journal(Artifact):
             StorageError: the journal cannot be written.
         """
         journal = replace(self, finished={**self.finished, name: digest})
+        journal._save(directory)
+        return journal
+
+    def forget(self, directory: Path, names: Iterable[str]) -> Self:
+        """The journal without some finished files, which are about to be replaced; on disk before this returns.
+
+        Raises:
+            StorageError: the journal cannot be written.
+        """
+        gone = set(names)
+        kept = {name: digest for name, digest in self.finished.items() if name not in gone}
+        journal = replace(self, finished=kept)
+        journal._save(directory)
+        return journal
+
+    def replaced(self, directory: Path, files: Mapping[str, FileDigest], step: str, note: Any) -> Self:
+        """The journal after a step that replaced files: they and the step's note are entered at once.
+
+        Raises:
+            StorageError: the journal cannot be written.
+        """
+        journal = replace(self, finished={**self.finished, **files}, notes={**self.notes, step: note})
         journal._save(directory)
         return journal
 

@@ -10,10 +10,13 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeq.artifacts import MoeLayer
+from moeq.calibration.tap import Asked
 from moeq.spec import QuantSpec
+
+__all__ = ["Asked", "Cost", "LayerCosts", "LayerView", "ReadMatrix"]
 
 ReadMatrix = Callable[[int, str], Tensor]
 """(expert, projection) -> weights (N, K)."""
@@ -43,26 +46,6 @@ class LayerView:
     def num_units(self) -> int:
         """Units of this layer."""
         return self.layer.num_experts * (len(self.layer.projections) if self.unit == "matrix" else 1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Asked:
-    """What the experts of one layer were asked in one batch of sequences, and how much the loss minds.
-
-    Attributes:
-        experts: the family's experts module, for activation and biases (`moeq.arch.hooks`).
-        x_TH: inputs of the experts, in the compute dtype.
-        index_Tk: chosen experts.
-        weights_Tk: their routing weights.
-        grad_TH: gradient of each sequence's loss (mean over its predicted tokens) with respect to the
-            experts' joint output; None for costs that need no gradients.
-    """
-
-    experts: nn.Module
-    x_TH: Tensor
-    index_Tk: Tensor
-    weights_Tk: Tensor
-    grad_TH: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

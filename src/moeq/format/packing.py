@@ -8,6 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from moeq import native
 from moeq.spec import BLOCK, QuantSpec, Sections, num_groups, plane_row_bytes, sections
 
 CODE_DTYPE: Final = torch.uint8
@@ -88,17 +89,33 @@ def pack_matrix(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, spec
     rows, columns = codes_NK.shape
     where = sections(spec, (rows, columns))
     record = torch.zeros(where.total, dtype=torch.uint8)
-    shift = spec.bits
-    for width, offset, size in where.planes:
-        shift -= width
-        plane = (codes_NK >> shift) & ((1 << width) - 1) if len(where.planes) > 1 else codes_NK
-        record[offset : offset + size] = pack_plane(plane, width).view(-1)
+    if native.available() and codes_NK.device.type == "cpu" and codes_NK.numel():
+        native.pack_codes(codes_NK.detach().contiguous(), spec, record)
+    else:
+        pack_codes(codes_NK, spec, record)
     offset, size = where.scales
     record[offset : offset + size] = scale_NG.contiguous().view(torch.uint8).view(-1)
     offset, size = where.zeros
     if size and zero_NG is not None:
         record[offset : offset + size] = zero_NG.contiguous().view(torch.uint8).view(-1)
     return record
+
+
+def pack_codes(codes_NK: Tensor, spec: QuantSpec, record: Tensor) -> None:
+    """Write the planes of a matrix record: the truth that the compiled kernel is tested against.
+
+    Args:
+        codes_NK: uint8 codes below 2^bits.
+        spec: how to store them.
+        record: uint8, the whole record; only its planes are written.
+    """
+    rows, columns = codes_NK.shape
+    shift = spec.bits
+    planes = sections(spec, (rows, columns)).planes
+    for width, offset, size in planes:
+        shift -= width
+        plane = (codes_NK >> shift) & ((1 << width) - 1) if len(planes) > 1 else codes_NK
+        record[offset : offset + size] = pack_plane(plane, width).view(-1)
 
 
 def unpack_codes(record: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
@@ -161,7 +178,20 @@ CHUNK_WEIGHTS: Final = 1 << 18
 def decode_matrix(
     record: Tensor, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The weights (N, K) of a matrix record in `dtype`. This is the truth every kernel is tested against."""
+    """The weights (N, K) of a matrix record in `dtype`.
+
+    The compiled kernel gives the same bits as `decode_in_chunks`.
+    """
+    plain = record.device.type == "cpu" and record.is_contiguous() and record.data_ptr() % 2 == 0
+    if native.available() and plain and dtype in native.DTYPES and record.numel() >= sections(spec, shape).total:
+        return native.decode_matrix(record.detach(), spec, shape, dtype)
+    return decode_in_chunks(record, spec, shape, dtype)
+
+
+def decode_in_chunks(
+    record: Tensor, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`decode_matrix` with torch alone. This is the truth every kernel is tested against."""
     rows, columns = shape
     scale_NG, zero_NG = unpack_scales(record, spec, shape)
     planes = [

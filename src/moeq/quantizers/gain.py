@@ -12,8 +12,8 @@ Legend: N output rows, K input columns.
 from dataclasses import replace
 from typing import Final
 
-import torch
 from torch import Tensor
+from torch.nn import functional
 
 from moeq.quantizers.base import QuantizedMatrix
 from moeq.spec import WHOLE_ROW, QuantSpec
@@ -32,14 +32,15 @@ def rounded_weights(rounded: QuantizedMatrix, spec: QuantSpec) -> Tensor:
     """What a quantized matrix stands for, (N, K) float32."""
     columns = rounded.codes_NK.shape[1]
     width = columns if spec.group_size == WHOLE_ROW else spec.group_size
-    group_K = torch.arange(columns) // width
     zero: Tensor | float
     if rounded.zero_NG is None:
         zero = 2.0 ** (spec.bits - 1) if spec.levels == "sym" else (2**spec.bits - 1) / 2
     else:
         step = (2**spec.bits - 1) / 255 if spec.levels == "asym" else 1.0
-        zero = (rounded.zero_NG.float() * step)[:, group_K]
-    return (rounded.codes_NK.float() - zero) * rounded.scale_NG.float()[:, group_K]
+        zero = (rounded.zero_NG.float() * step).unsqueeze(-1)
+    # Groups as a dimension of their own: nothing has to be gathered.
+    w_NGg = functional.pad(rounded.codes_NK.float(), (0, -columns % width)).unflatten(1, (-1, width))
+    return w_NGg.sub_(zero).mul_(rounded.scale_NG.float().unsqueeze(-1)).flatten(1)[:, :columns]
 
 
 def match_rows(w_NK: Tensor, rounded: QuantizedMatrix, spec: QuantSpec, hessian_KK: Tensor) -> QuantizedMatrix:

@@ -18,13 +18,12 @@ from torch import Tensor
 
 from moeq.quantizers.base import QuantizedMatrix
 from moeq.quantizers.gain import match_rows
-from moeq.quantizers.hessian import Factor, FactorCache, check_hessian
+from moeq.quantizers.hessian import Factor, FactorCache, check_inputs
 from moeq.quantizers.levels import (
     SCALE_MAX,
     Fit,
     Groups,
     check_finite,
-    check_matrix,
     fit_groups,
     inverse,
     levels_of,
@@ -97,7 +96,8 @@ class _Columns:
         self.zero_GN = zero_NG.t().contiguous()
         self.inverse_GN = inverse(self.scale_GN)
         w_KN = w_NK.detach().t().float()
-        self.w_KN = w_KN.clone(memory_format=torch.contiguous_format) if order_K is None else w_KN[order_K]
+        w_KN = w_KN.clone(memory_format=torch.contiguous_format)
+        self.w_KN = w_KN if order_K is None else w_KN.index_select(0, order_K)
         check_finite(self.w_KN.amin(), self.w_KN.amax())
         # What lies beyond the largest scale would only make the feedback overflow.
         self.w_KN.clamp_(-SCALE_MAX * self.top, SCALE_MAX * self.top)
@@ -202,8 +202,10 @@ class Gptq:
             TensorError: the weights are no finite matrix, or the Hessian does not fit them.
             CalibrationError: the Hessian is not finite or cannot be made positive definite.
         """
-        check_matrix(w_NK)
-        hessian_KK = check_hessian(hessian_KK, w_NK.shape[1], "gptq")
+        hessian_KK = check_inputs(w_NK, hessian_KK, "gptq")
+        factor = self._factors.get(hessian_KK, w_NK.device)
+        if factor is None:
+            return quantize_groups(w_NK, spec, lambda groups: fit_range(groups, spec.bits), gain=self.gain)
 
         def fit(groups: Groups) -> tuple[Tensor, Tensor]:
             ratio_M1, zero_M1 = fit_range(groups, spec.bits)
@@ -211,8 +213,5 @@ class Gptq:
                 ratio_M1 = groups.stored(ratio_M1 * groups.gain(ratio_M1, zero_M1))
             return ratio_M1, zero_M1
 
-        if not hessian_KK.any():
-            return quantize_groups(w_NK, spec, lambda groups: fit_range(groups, spec.bits), gain=self.gain)
-        factor = self._factors.get(hessian_KK, w_NK.device)
         rounded = round_columns(w_NK, factor, spec, fit, root_K=factor.root_K)
         return match_rows(w_NK, rounded, spec, hessian_KK) if self.gain else rounded

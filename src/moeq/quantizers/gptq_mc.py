@@ -18,8 +18,8 @@ from torch import Tensor
 
 from moeq.quantizers.base import QuantizedMatrix
 from moeq.quantizers.gptq import round_columns
-from moeq.quantizers.hessian import FactorCache, check_hessian
-from moeq.quantizers.levels import Groups, check_matrix, quantize_groups
+from moeq.quantizers.hessian import FactorCache, check_inputs
+from moeq.quantizers.levels import Groups, quantize_groups
 from moeq.quantizers.rtn import fit_minmax
 from moeq.spec import QuantSpec
 
@@ -67,14 +67,12 @@ class GptqMc:
             TensorError: the weights are no finite matrix, or the Hessian does not fit them.
             CalibrationError: the Hessian is not finite or cannot be made positive definite.
         """
-        check_matrix(w_NK)
-        hessian_KK = check_hessian(hessian_KK, w_NK.shape[1], "gptq-mc")
+        factor = self._factors.get(check_inputs(w_NK, hessian_KK, "gptq-mc"), w_NK.device)
 
         def fit(groups: Groups) -> tuple[Tensor, Tensor]:
             return fit_narrow(groups, spec.bits)
 
-        if not hessian_KK.any():
+        if factor is None:
             return quantize_groups(w_NK, spec, fit)
-        factor = self._factors.get(hessian_KK, w_NK.device)
         w_NK = w_NK.masked_fill(factor.dead_K, 0)
         return round_columns(w_NK, factor, spec, fit, feedback=spec.bits >= FEEDBACK_BITS)

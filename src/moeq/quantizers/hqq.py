@@ -21,15 +21,18 @@ import torch
 from torch import Tensor
 
 from moeq.errors import OptionError
+from moeq.native import Rounding
 from moeq.quantizers.base import QuantizedMatrix
-from moeq.quantizers.levels import Groups, quantize_groups
-from moeq.quantizers.rtn import fit_range
+from moeq.quantizers.levels import Groups, levels_of, quantize_groups
+from moeq.quantizers.rtn import candidates, fit_range
 from moeq.spec import QuantSpec
 
 BETA: Final = 1.0
 """The shrinkage first sets apart what was clipped by more than a code."""
 GROWTH: Final = 2.0
 ITERATIONS: Final = 3
+EVERY: Final = 2
+"""Of the candidate ranges only one in so many is tried: the alternations find the rest of the way."""
 SETTLED: Final = 1e-3
 """A group is done when its scale changes by no more than this share and its zero by no more than this part of a code.
 """
@@ -67,7 +70,7 @@ def _sane(growth_M1: Tensor) -> Tensor:
 
 def fit_half_quadratic(groups: Groups, bits: int, iterations: int, p: float) -> tuple[Tensor, Tensor]:
     """(ratio, zero) of each group, as stored: a coarsely searched range, then half-quadratic alternations."""
-    ratio_M1, zero_M1 = fit_range(groups, bits, refits=0, every=2)
+    ratio_M1, zero_M1 = fit_range(groups, bits, refits=0, every=EVERY)
     moving_M1 = torch.ones_like(ratio_M1, dtype=torch.bool)
     beta = BETA
     for _ in range(iterations):
@@ -105,6 +108,19 @@ class Hqq:
     def quantize(self, w_NK: Tensor, spec: QuantSpec, hessian_KK: Tensor | None = None) -> QuantizedMatrix:
         """Round `w_NK`; see `moeq.quantizers.base.Quantizer`. The Hessian is not looked at."""
         del hessian_KK
+        rounding = Rounding(
+            fit="half-quadratic",
+            ratios=candidates(spec.bits, signed=levels_of(spec).signed, every=EVERY),
+            iterations=self.iterations,
+            p=self.p,
+            beta=BETA,
+            growth=GROWTH,
+            settled=SETTLED,
+        )
         return quantize_groups(
-            w_NK, spec, lambda groups: fit_half_quadratic(groups, spec.bits, self.iterations, self.p), gain=self.gain
+            w_NK,
+            spec,
+            lambda groups: fit_half_quadratic(groups, spec.bits, self.iterations, self.p),
+            gain=self.gain,
+            rounding=rounding,
         )

@@ -8,12 +8,14 @@ Legend: N output rows, K input columns, G groups per row, M groups in a chunk, g
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from moeq import native
 from moeq.errors import TensorError
 from moeq.quantizers.base import QuantizedMatrix
 from moeq.quantizers.chunks import Part, chunk_for, cut, root_of, spread, threads_for
@@ -77,9 +79,12 @@ def inverse(x: Tensor) -> Tensor:
 def check_finite(*extremes: Tensor) -> None:
     """Raise TensorError if weights with these smallest and largest values are not all finite."""
     if not all(bool(torch.isfinite(extreme).all()) for extreme in extremes):
-        raise TensorError(
-            "the weights hold NaN or infinity", fix="repair the checkpoint, such weights cannot be rounded"
-        )
+        raise not_finite()
+
+
+def not_finite() -> TensorError:
+    """The error about weights that are not numbers."""
+    return TensorError("the weights hold NaN or infinity", fix="repair the checkpoint, such weights cannot be rounded")
 
 
 class Groups:
@@ -322,13 +327,47 @@ def to_stored(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor, spec: QuantSp
     )
 
 
-def quantize_groups(w_NK: Tensor, spec: QuantSpec, fit: Fit, *, gain: bool = False) -> QuantizedMatrix:
+def quantize_groups(
+    w_NK: Tensor, spec: QuantSpec, fit: Fit, *, gain: bool = False, rounding: native.Rounding | None = None
+) -> QuantizedMatrix:
     """Round a matrix group by group, each with the parameters that `fit` chooses, and optionally match its gain.
+
+    Args:
+        w_NK: weights, any float dtype and device.
+        spec: how they are stored.
+        fit: chooses the parameters of a chunk of groups.
+        gain: match the gain of every group (docs/decisions/0013).
+        rounding: what `fit` does, as numbers for the compiled kernels; they are taken for weights on the CPU.
 
     Raises:
         TensorError: not a floating-point matrix, or it holds NaN or infinity.
     """
     check_matrix(w_NK)
+    if rounding is not None and w_NK.device.type == "cpu":
+        if native.available():
+            return _quantize_natively(w_NK, spec, rounding, gain)
+        native.warn_missing()
     codes_NK = torch.empty(w_NK.shape, dtype=torch.uint8, device=w_NK.device)
     scale_NG, zero_NG = fit_groups(w_NK, spec, fit, codes_NK, gain=gain)
     return to_stored(codes_NK, scale_NG, zero_NG, spec)
+
+
+def _quantize_natively(w_NK: Tensor, spec: QuantSpec, rounding: native.Rounding, gain: bool) -> QuantizedMatrix:
+    """`quantize_groups` with the compiled kernels, in as many threads as torch may use."""
+    w_NK = w_NK.detach()
+    w_NK = (w_NK if w_NK.dtype in native.DTYPES else w_NK.float()).contiguous()
+
+    def work(part: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        done = native.round_matrix(part, spec, rounding, gain=gain)
+        if done is None:
+            raise not_finite()
+        return done
+
+    threads = threads_for(w_NK)
+    if threads == 1:
+        codes_NK, scale_NG, zero_NG = work(w_NK)
+        return QuantizedMatrix(codes_NK=codes_NK, scale_NG=scale_NG, zero_NG=zero_NG)
+    with ThreadPoolExecutor(threads) as pool:
+        codes, scales, zeros = zip(*pool.map(work, w_NK.chunk(threads)), strict=True)
+    zero_NG = None if zeros[0] is None else torch.cat(zeros)
+    return QuantizedMatrix(codes_NK=torch.cat(codes), scale_NG=torch.cat(scales), zero_NG=zero_NG)

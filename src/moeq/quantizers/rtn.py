@@ -13,8 +13,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from moeq.native import Rounding
 from moeq.quantizers.base import QuantizedMatrix
-from moeq.quantizers.levels import Groups, quantize_groups
+from moeq.quantizers.levels import Groups, levels_of, quantize_groups
 from moeq.spec import QuantSpec
 
 RATIOS: Final = {
@@ -39,12 +40,15 @@ def polish(groups: Groups, ratio_M1: Tensor, zero_M1: Tensor, refits: int) -> tu
     return ratio_M1, zero_M1
 
 
+def candidates(bits: int, *, signed: bool, every: int = 1) -> tuple[float, ...]:
+    """Ratios to try: one in `every` of `RATIOS`, with both signs where a signed scale is worth turning round."""
+    ratios = RATIOS[bits][::every]
+    return ratios + tuple(-ratio for ratio in ratios) if signed and bits <= BOTH_SIGNS_BITS else ratios
+
+
 def fit_range(groups: Groups, bits: int, refits: int = REFITS, every: int = 1) -> tuple[Tensor, Tensor]:
     """Searched (ratio, zero) of each group, as stored; of `RATIOS` only one in `every` is tried."""
-    ratios = RATIOS[bits][::every]
-    if groups.levels.signed and bits <= BOTH_SIGNS_BITS:
-        ratios += tuple(-ratio for ratio in ratios)
-    ratio_M1 = groups.best_of(ratios)
+    ratio_M1 = groups.best_of(candidates(bits, signed=groups.levels.signed, every=every))
     return polish(groups, groups.stored(ratio_M1), groups.zero_M1, refits)
 
 
@@ -67,7 +71,8 @@ class MinMax:
     def quantize(self, w_NK: Tensor, spec: QuantSpec, hessian_KK: Tensor | None = None) -> QuantizedMatrix:
         """Round `w_NK`; see `moeq.quantizers.base.Quantizer`. The Hessian is not looked at."""
         del hessian_KK
-        return quantize_groups(w_NK, spec, lambda groups: fit_minmax(groups, spec.bits))
+        rounding = Rounding(fit="minmax")
+        return quantize_groups(w_NK, spec, lambda groups: fit_minmax(groups, spec.bits), rounding=rounding)
 
 
 class Rtn:
@@ -88,4 +93,11 @@ class Rtn:
     def quantize(self, w_NK: Tensor, spec: QuantSpec, hessian_KK: Tensor | None = None) -> QuantizedMatrix:
         """Round `w_NK`; see `moeq.quantizers.base.Quantizer`. The Hessian is not looked at."""
         del hessian_KK
-        return quantize_groups(w_NK, spec, lambda groups: fit_range(groups, spec.bits, self.refits), gain=self.gain)
+        ratios = candidates(spec.bits, signed=levels_of(spec).signed)
+        return quantize_groups(
+            w_NK,
+            spec,
+            lambda groups: fit_range(groups, spec.bits, self.refits),
+            gain=self.gain,
+            rounding=Rounding(fit="search", ratios=ratios, refits=self.refits),
+        )

@@ -1,5 +1,6 @@
 """The README.md of a packed checkpoint: what it is, how it was made, what was measured, how to load it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ IDENTICAL = {"kl": 0.0, "top1_agreement": 1.0, "router_overlap": 1.0}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationFacts:
-    """What the quantizer saw.
+    """Which text was used, and what each expert saw of it.
 
     Attributes:
         source: name of the text.
@@ -34,7 +35,8 @@ class CalibrationFacts:
         min_tokens: fewest tokens that any expert got.
         median_tokens: tokens that the median expert got.
         starved: experts that got too few tokens for statistics of their own.
-        experts: all experts.
+        experts: all experts; 0 if rounding did not use the text, then no tokens per expert are told.
+        uses: what the text was used for, as keys of `USES`.
     """
 
     source: str
@@ -46,6 +48,53 @@ class CalibrationFacts:
     median_tokens: int
     starved: int
     experts: int
+    uses: tuple[str, ...] = ("rounding",)
+
+
+USES = {"costs": "choosing widths", "rounding": "rounding", "routers": "tuning the routers"}
+"""What calibration text is used for -> the words for it, in the order in which it happens."""
+
+OPTIMAL = 1e-9
+"""Relative gaps up to this are rounding of the solver's sums."""
+
+ROUTERS_KEPT = "Routers are unchanged, but errors of the experts still shift which experts later layers choose."
+ROUTERS_TUNED = (
+    "Routers were tuned to these experts on the calibration text: they choose other experts than the original's, "
+    "and adapters or routers trained for the original may not fit."
+)
+
+ROUTER_LOSSES = {
+    "task": "cross-entropy of the next token, nats per token",
+    "kl": "KL divergence from the original, nats per token",
+}
+"""Loss that routers were tuned with -> its row in the card; others go under their own names."""
+
+PICTURE_NAME = "allocation.svg"
+"""The file beside the card that a card with a heat map embeds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterFacts:
+    """What tuning the routers did.
+
+    Attributes:
+        loss: what was lowered: "task" or "kl".
+        loss_before: mean loss on the calibration tokens, routers as in the original.
+        loss_after: the same with the tuned routers as they are stored.
+        steps: optimizer steps.
+        parameters: router weights that were trained.
+        overlap_before: share of experts chosen as in the original before tuning, on windows of the calibration
+            text that tuning did not see; None if not measured.
+        overlap_after: the same with the tuned routers.
+    """
+
+    loss: str
+    loss_before: float
+    loss_after: float
+    steps: int
+    parameters: int
+    overlap_before: float | None = None
+    overlap_after: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +120,12 @@ class CardFacts:
         quality: metrics of an EvalResult, empty if nothing was measured.
         quality_text: what it was measured on, or why it was not.
         calibration: what the quantizer saw; None if it used no data.
+        units: what each width was chosen for, "expert" or "matrix"; None if nothing was chosen one by one.
+        cost: name of the cost that ranked the units, if one did.
+        objective: predicted harm of the plan, if a solver made it.
+        bound: no plan of the same budget has less predicted harm.
+        router: what tuning the routers did; None if they are the original's.
+        heatmap: whether `PICTURE_NAME` lies beside the card.
         limits: further known limits, one sentence each.
         tags: further tags.
     """
@@ -93,6 +148,12 @@ class CardFacts:
     quality: Mapping[str, float] = field(default_factory=dict)
     quality_text: str = ""
     calibration: CalibrationFacts | None = None
+    units: str | None = None
+    cost: str | None = None
+    objective: float | None = None
+    bound: float | None = None
+    router: RouterFacts | None = None
+    heatmap: bool = False
     limits: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
 
@@ -103,9 +164,10 @@ def model_card(facts: CardFacts) -> str:
         _front_matter(facts) + "\n" + _introduction(facts),
         "## Loading\n\n" + _loading(facts),
         "## Size\n\n" + _size(facts),
-        "## Allocation\n\nExpert matrices by bits per code, for each MoE layer.\n\n" + _allocation(facts),
+        "## Allocation\n\n" + _allocation(facts),
         "## Quality\n\n" + _quality(facts),
         "## Calibration\n\n" + _calibration(facts.calibration),
+        *(["## Router tuning\n\n" + _router(facts.router)] if facts.router is not None else []),
         "## How it was made\n\n" + _provenance(facts),
         "## Known limits\n\n" + _limits(facts),
     ]
@@ -135,11 +197,11 @@ def _front_matter(facts: CardFacts) -> str:
 
 
 def _introduction(facts: CardFacts) -> str:
-    origin = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "the original"
+    origin = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "The original"
     return (
         f"# {_line(facts.name)}\n\n"
         f"{origin} with its routed experts quantized by moeq to {expert_bits(facts):.3f} bits per weight, "
-        f"{human_bytes(facts.stored_bytes)} in all instead of {human_bytes(facts.source_bytes)}."
+        f"its weights taking {human_bytes(facts.stored_bytes)} instead of {human_bytes(facts.source_bytes)}."
     )
 
 
@@ -169,7 +231,7 @@ def _size(facts: CardFacts) -> str:
     return (
         markdown_table(("", "size", "bytes"), rows)
         + f"\n\nRouted experts: {facts.expert_parameters:,} weights at {expert_bits(facts):.4f} bits each, "
-        "with scales, zero points, tables and padding. The file is "
+        "with scales, zero points, tables and padding. All weights together are "
         f"{facts.source_bytes / facts.stored_bytes:.2f} times smaller than the original."
     )
 
@@ -180,7 +242,29 @@ def _allocation(facts: CardFacts) -> str:
         (index, *(layer.get(bits, 0) for bits in widths)) for index, layer in enumerate(facts.allocation)
     ]
     total = [sum(layer.get(bits, 0) for layer in facts.allocation) for bits in widths]
-    return markdown_table(("layer", *(f"{bits} bit" for bits in widths)), [*rows, ("all", *total)])
+    table = markdown_table(("layer", *(f"{bits} bit" for bits in widths)), [*rows, ("all", *total)])
+    picture = f"![Bits of every expert, layer by layer]({PICTURE_NAME})" if facts.heatmap else ""
+    parts = (_choice(facts), picture, "Expert matrices by bits per code, for each MoE layer.", table)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _choice(facts: CardFacts) -> str:
+    """How the widths were chosen and how good the choice is proven to be; "" if nothing was chosen."""
+    if facts.units is None and facts.objective is None:
+        return ""
+    text = f"Widths were chosen for each {facts.units or 'unit'}"
+    text += f" by the cost `{_line(facts.cost)}`." if facts.cost else "."
+    if facts.objective is None:
+        return text
+    text += f" The plan's predicted cost is {human_number(facts.objective)}"
+    if facts.bound is None:
+        return text + "; how far it is from the least possible is not known."
+    gap = max(0.0, facts.objective - facts.bound) / abs(facts.objective) if facts.objective else 0.0
+    if gap <= OPTIMAL:
+        return text + "; the solver proved that no plan of this budget has less."
+    # Rounded up, so that the sentence stays true.
+    shown = math.ceil(round(gap * 1e4, 6)) / 100
+    return text + f"; the solver proved that no plan of this budget can have less by more than {shown:.2f} %."
 
 
 def _quality(facts: CardFacts) -> str:
@@ -188,29 +272,46 @@ def _quality(facts: CardFacts) -> str:
         return _line(facts.quality_text) or "Not measured."
     rows = []
     for metric, value in facts.quality.items():
-        if metric == "reference_perplexity":
+        if metric in ("reference_perplexity", "tokens"):
             continue
         baseline = facts.quality.get("reference_perplexity") if metric == "perplexity" else IDENTICAL.get(metric)
         shown = "" if baseline is None else human_number(baseline)
         rows.append((METRICS.get(metric, metric), shown, human_number(value)))
     table = markdown_table(("measure", "original", "this checkpoint"), rows)
-    return f"{table}\n\nMeasured on {_line(facts.quality_text)}." if facts.quality_text else table
+    tokens = f"{facts.quality['tokens']:,.0f} tokens" if "tokens" in facts.quality else ""
+    text = " of ".join(part for part in (tokens, _line(facts.quality_text)) if part)
+    return f"{table}\n\nMeasured on {text}." if text else table
 
 
 def _calibration(facts: CalibrationFacts | None) -> str:
     if facts is None:
         return "No data was used: the weights were rounded on their own."
+    uses = [words for use, words in USES.items() if use in facts.uses]
     text = (
         f"{facts.nsamples} samples of {facts.seqlen} tokens from {_line(facts.source)}, seed {facts.seed} "
-        f"(token hash `{facts.tokens_hash[:16]}`). Tokens per expert: {facts.min_tokens:,} at least, "
-        f"{facts.median_tokens:,} in the median."
+        f"(token hash `{facts.tokens_hash[:16]}`). Used for {_and(uses)}."
     )
+    if not facts.experts:
+        return text + " The weights were rounded on their own, without data."
+    text += f" Tokens per expert: {facts.min_tokens:,} at least, {facts.median_tokens:,} in the median."
     if facts.starved:
         return text + (
             f" {facts.starved} of {facts.experts} experts saw too few tokens for statistics of their own "
             "and were rounded with pooled ones."
         )
     return text + f" None of the {facts.experts} experts starved."
+
+
+def _router(facts: RouterFacts) -> str:
+    loss = f"{ROUTER_LOSSES.get(facts.loss, facts.loss)}, on the tokens it was tuned on"
+    rows = [(loss, human_number(facts.loss_before), human_number(facts.loss_after))]
+    if facts.overlap_before is not None and facts.overlap_after is not None:
+        overlap = f"{METRICS['router_overlap']}, on other windows"
+        rows.append((overlap, human_number(facts.overlap_before), human_number(facts.overlap_after)))
+    return (
+        f"The routers ({facts.parameters:,} weights) were trained for {facts.steps:,} steps to lower the loss of the "
+        "packed model; nothing else was.\n\n" + markdown_table(("measure", "before tuning", "after tuning"), rows)
+    )
 
 
 def _provenance(facts: CardFacts) -> str:
@@ -225,14 +326,19 @@ def _provenance(facts: CardFacts) -> str:
 
 
 def _limits(facts: CardFacts) -> str:
+    rounded = facts.calibration is not None and "rounding" in facts.calibration.uses
     limits = [
         "Other runtimes (vLLM, llama.cpp, ...) do not read this format.",
-        "Routers are unchanged, but errors of the experts still shift which experts later layers choose.",
+        ROUTERS_KEPT if facts.router is None else ROUTERS_TUNED,
         *([] if facts.quality else ["Its quality has not been measured."]),
-        *([] if facts.calibration else ["No calibration data was used, which costs quality below 4 bits."]),
+        *([] if rounded else ["The weights were rounded without data, which costs quality below 4 bits."]),
         *facts.limits,
     ]
     return "\n".join(f"- {_line(limit)}" for limit in limits)
+
+
+def _and(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _line(text: str) -> str:

@@ -1,16 +1,18 @@
 """From an Inventory and a budget to a Plan."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
-from moeq.artifacts import Inventory, Plan, expert_bytes
+from moeq.artifacts import CostTable, Inventory, Plan, expert_bytes
 from moeq.budget import Budget
-from moeq.errors import BudgetError
+from moeq.errors import ArtifactError, BudgetError, InfeasibleError
 from moeq.recipe import Recipe
-from moeq.spec import BITS, QuantSpec, TensorInfo, stored_bytes, table_bytes
-from moeq.stages import shards
+from moeq.spec import BITS, EXPERT, QuantSpec, TensorInfo, Unit, stored_bytes, table_bytes
+from moeq.stages import program, shards
 
 SIZE_SLACK = 128
 """Recipe, manifest and config spell out the size and numbers that depend on it."""
+HASH_LENGTH = 64
 Uniform = tuple[tuple[tuple[int, ...], ...], ...]
 
 
@@ -19,55 +21,170 @@ def run(
     headers: Mapping[str, TensorInfo],
     recipe: Recipe,
     sidecars: Callable[[Plan], int] = lambda _: 0,
+    table: CostTable | None = None,
 ) -> Plan:
     """Decide the spec of every unit.
 
     `uniform` gives every matrix the same width; what a fractional budget leaves over raises the
-    matrices of the first layers to the next width, as the papers' uniform baseline does.
+    matrices of the first layers to the next width, as the papers' uniform baseline does. Methods with
+    a cost solve a program over the costs of `table`; without one they get uniform's plan, as a draft
+    of the same size.
 
     Args:
         inventory: the model.
         headers: its tensors.
         recipe: method, budget and options.
         sidecars: bytes that the files beside the weights take at most under a plan; they count for `size`.
+        table: costs of the units.
 
     Raises:
         BudgetError: the budget lies below the smallest reachable size or above the original's.
+        ArtifactError: the table is of another model, or lacks candidates.
     """
     budget = recipe.budget()
+    recipe = recipe.settled()
+    draft = _draft(inventory, recipe)
+    if table is not None:
+        _check_table(table, inventory, draft)
+    limit = _limit(inventory, headers, budget, draft, sidecars)
+    if table is None:
+        filled = _fill(inventory, _weigher(draft, budget), limit, budget)
+        plain = replace(draft, experts=filled, unit=None, cost=None, costs_hash=None, objective=None, bound=None)
+        plan = _sized(inventory, plain)
+    else:
+        plan = _solve(inventory, draft, table, recipe, budget, limit)
+    plan.validate()
+    return plan
+
+
+def _check_table(table: CostTable, inventory: Inventory, draft: Plan) -> None:
+    table.check_model(inventory)
+    for spec in table.candidates:
+        if spec not in draft.specs:
+            raise ArtifactError(
+                f"the costs are of {spec.bits} bits, group size {spec.group_size}, levels {spec.levels}, "
+                "which this run would not use",
+                option="costs",
+                fix="measure with the same --group-size and --levels",
+            )
+
+
+def spendable_bits(
+    inventory: Inventory, headers: Mapping[str, TensorInfo], recipe: Recipe, sidecars: Callable[[Plan], int]
+) -> float:
+    """Mean bits per expert weight that the budget leaves, in the unit it counts in."""
+    budget = recipe.budget()
+    limit = _limit(inventory, headers, budget, _draft(inventory, recipe.settled()), sidecars)
+    return limit * (1 if budget.code_bits is not None else 8) / inventory.expert_parameters
+
+
+def candidate_specs(recipe: Recipe, budget: float | None = None) -> tuple[QuantSpec, ...]:
+    """The specs a unit may get, by rising width; `budget` as in `Recipe.candidate_bits`."""
+    return tuple(
+        QuantSpec(bits=bits, group_size=recipe.group_size, levels=recipe.level_set(bits))
+        for bits in recipe.candidate_bits(budget)
+    )
+
+
+def _draft(inventory: Inventory, recipe: Recipe) -> Plan:
+    """A plan of the widest codes, with palette and dense linears as they will be."""
     dense = _dense_specs(inventory, recipe)
     palette = tuple(QuantSpec(bits=b, group_size=recipe.group_size, levels=recipe.level_set(b)) for b in BITS)
     specs = palette + tuple(sorted(set(dense.values()) - set(palette)))
-    assigned = {path: specs.index(spec) for path, spec in dense.items()}
-
-    def make(widths: Uniform) -> Plan:
-        plan = Plan(
-            model_hash=inventory.model_hash,
-            method=recipe.method,
-            specs=specs,
-            experts=widths,
-            dense=assigned,
-            expert_bytes=0,
+    draft = Plan(
+        model_hash=inventory.model_hash,
+        method=recipe.method,
+        specs=specs,
+        experts=_uniform(inventory, len(BITS) - 1),
+        dense={path: specs.index(spec) for path, spec in dense.items()},
+        expert_bytes=0,
+    )
+    if recipe.cost is not None:
+        # Whatever the solver will say, it does not take more bytes in the plan's file than this.
+        longest = -1.2345678901234567e-300
+        draft = replace(
+            draft, unit="matrix", cost=recipe.cost, costs_hash=HASH_LENGTH * "0", objective=longest, bound=longest
         )
-        sized = expert_bytes(plan, inventory)
-        return Plan(
-            model_hash=plan.model_hash,
-            method=plan.method,
-            specs=specs,
-            experts=widths,
-            dense=assigned,
-            expert_bytes=sized,
-        )
+    return _sized(inventory, draft)
 
+
+def _sized(inventory: Inventory, plan: Plan) -> Plan:
+    return replace(plan, expert_bytes=expert_bytes(plan, inventory))
+
+
+def _weigher(draft: Plan, budget: Budget) -> Callable[[int, tuple[int, int]], int]:
     def weigh(width: int, shape: tuple[int, int]) -> int:
         if budget.code_bits is not None:
-            return palette[width].bits * shape[0] * shape[1]
-        return stored_bytes(palette[width], shape)
+            return draft.specs[width].bits * shape[0] * shape[1]
+        return stored_bytes(draft.specs[width], shape)
 
-    limit = _limit(inventory, headers, budget, make, sidecars)
-    plan = make(_fill(inventory, weigh, limit, budget))
-    plan.validate()
-    return plan
+    return weigh
+
+
+def _solve(inventory: Inventory, draft: Plan, table: CostTable, recipe: Recipe, budget: Budget, limit: int) -> Plan:
+    codes = budget.code_bits is not None
+    spendable = limit * (1 if codes else 8) / inventory.expert_parameters
+    try:
+        return _within(inventory, draft, table, limit, rules_of(recipe, recipe.candidate_bits(spendable), codes))
+    except InfeasibleError as error:
+        if error.smallest is None:
+            raise
+        raise _too_small(inventory, budget, error.smallest - limit) from error
+
+
+def rules_of(recipe: Recipe, candidates: tuple[int, ...], codes: bool = False) -> program.Rules:
+    """The rules that a settled recipe sets."""
+    return program.Rules(
+        solver=str(recipe.solver),
+        scope=str(recipe.scope),
+        shares=str(recipe.shares),
+        candidates=candidates,
+        codes=codes,
+    )
+
+
+def plan_within(inventory: Inventory, table: CostTable, recipe: Recipe, limit: int) -> Plan:
+    """The plan whose expert matrices take at most `limit` stored bytes, by a settled recipe's rules.
+
+    Raises:
+        InfeasibleError: nothing fits; it says the smallest limit that would.
+    """
+    draft = _draft(inventory, recipe)
+    _check_table(table, inventory, draft)
+    widths = tuple(spec.bits for spec in table.candidates)
+    chosen = widths if recipe.candidates is None else recipe.candidate_bits()
+    return _within(inventory, draft, table, limit, rules_of(recipe, chosen))
+
+
+def _within(inventory: Inventory, draft: Plan, table: CostTable, limit: int, rules: program.Rules) -> Plan:
+    choice = program.choose(table, inventory, limit, rules)
+    specs = draft.specs
+    index = {
+        unit: specs.index(table.candidates[column]) for unit, column in zip(table.units, choice.columns, strict=True)
+    }
+    whole = table.unit == "expert"
+    experts = tuple(
+        tuple(
+            tuple(
+                index[Unit(layer=number, expert=expert, projection=EXPERT if whole else projection)]
+                for projection in layer.projections
+            )
+            for expert in range(layer.num_experts)
+        )
+        for number, layer in enumerate(inventory.layers)
+    )
+    return _sized(
+        inventory,
+        replace(
+            draft,
+            experts=experts,
+            unit=table.unit,
+            cost=table.cost,
+            costs_hash=table.hash,
+            objective=choice.objective,
+            bound=choice.bound,
+        ),
+    )
 
 
 def _dense_specs(inventory: Inventory, recipe: Recipe) -> dict[str, QuantSpec]:
@@ -85,10 +202,10 @@ def _limit(
     inventory: Inventory,
     headers: Mapping[str, TensorInfo],
     budget: Budget,
-    make: Callable[[Uniform], Plan],
+    widest: Plan,
     sidecars: Callable[[Plan], int],
 ) -> int:
-    """What the matrices may weigh together, in the unit of `weigh`."""
+    """What the matrices may weigh together, in the unit that the budget counts in."""
     tables = sum(table_bytes(layer.num_experts, len(layer.projections)) for layer in inventory.layers)
     if budget.code_bits is not None:
         return int(budget.code_bits * inventory.expert_parameters)
@@ -102,7 +219,6 @@ def _limit(
             fix="give a smaller size; nothing needs quantizing for this one",
         )
     # No other plan needs longer numbers in headers and sidecars than the widest.
-    widest = make(_uniform(inventory, len(BITS) - 1))
     files = shards.arrange(inventory, widest, headers)
     others = shards.sizes(inventory, widest, files).total - widest.expert_bytes
     return budget.size - others - sidecars(widest) - tables

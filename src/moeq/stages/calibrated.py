@@ -105,7 +105,9 @@ def run(
         hooks.strip_weights(skeleton, layer.path)
     blocks = block_paths(job, driver)
     keymap = build_keymap(driver, job.reader.headers)
-    load_prefix(driver, "", keymap, job.reader.tensor, dtype, skip=blocks)
+    # The head is never asked for logits.
+    outside = driver.base_model_prefix if driver.base_model is not driver else ""
+    load_prefix(driver, outside, keymap, job.reader.tensor, dtype, skip=blocks)
     counts: dict[int, list[int]] = {}
     pool = SpillPool(job.partial)
     layer_shards = {shard.layer: shard for shard in job.shards if shard.layer is not None}

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import yaml
 
-from moeq.artifacts import Inventory, Plan
+from moeq.artifacts import PROJECTIONS, Inventory, Plan
 from moeq.calibration.experts import MIN_TOKENS
 from moeq.calibration.tokens import TokenBatch
-from moeq.report.card import CalibrationFacts, CardFacts
+from moeq.report.card import CalibrationFacts, CardFacts, RouterFacts
+from moeq.report.heatmap import AllocationMap, allocation_svg, allocation_text, svg_limit
+from moeq.spec import stored_bytes, table_bytes
 from moeq.version import __version__
 
 
@@ -21,9 +23,61 @@ def allocation(inventory: Inventory, plan: Plan) -> tuple[dict[int, int], ...]:
     )
 
 
-def calibration_facts(tokens: TokenBatch | None, counts: dict[int, list[int]]) -> CalibrationFacts | None:
-    """What the quantizer saw, or None."""
-    if tokens is None or not counts:
+def is_mixed(plan: Plan) -> bool:
+    """Whether expert matrices differ in width, so that a picture shows something."""
+    return len({plan.specs[index].bits for layer in plan.experts for expert in layer for index in expert}) > 1
+
+
+def allocation_map(inventory: Inventory, plan: Plan) -> AllocationMap:
+    """The plan as pictures show it; drafts and finished plans alike."""
+    names = tuple(name for name in PROJECTIONS if any(name in layer.shapes for layer in inventory.layers))
+    bits, stored = [], []
+    for layer, experts in zip(inventory.layers, plan.experts, strict=True):
+        # A layer has tens of thousands of matrices, but only a few shapes and specs.
+        pairs = Counter(pair for expert in experts for pair in zip(layer.projections, expert, strict=True))
+        size = table_bytes(layer.num_experts, len(layer.projections)) + sum(
+            count * stored_bytes(plan.specs[index], layer.shapes[name]) for (name, index), count in pairs.items()
+        )
+        stored.append(8 * size / layer.parameters)
+        widths = [
+            {name: plan.specs[index].bits for name, index in zip(layer.projections, e, strict=True)} for e in experts
+        ]
+        bits.append(tuple(tuple(each.get(name, 0) for name in names) for each in widths))
+    return AllocationMap(bits=tuple(bits), projections=names, stored=tuple(stored))
+
+
+def heatmap(inventory: Inventory, plan: Plan, name: str) -> str:
+    """The plan as an SVG document; `name` says of what."""
+    return allocation_svg(allocation_map(inventory, plan), _title(name))
+
+
+def heatmap_lines(inventory: Inventory, plan: Plan) -> tuple[str, ...]:
+    """The plan as lines for a terminal."""
+    return tuple(allocation_text(allocation_map(inventory, plan)).splitlines())
+
+
+def heatmap_limit(inventory: Inventory, name: str) -> int:
+    """Bytes that `heatmap` takes at most, whatever the plan."""
+    experts = tuple(layer.num_experts for layer in inventory.layers)
+    return svg_limit(experts, max(len(layer.projections) for layer in inventory.layers), _title(name))
+
+
+def _title(name: str) -> str:
+    return f"{name}: bits of the routed experts"
+
+
+def calibration_facts(
+    tokens: TokenBatch | None, counts: dict[int, list[int]], *, uses: tuple[str, ...] = ()
+) -> CalibrationFacts | None:
+    """What the text was used for and what the experts saw of it, or None if nothing used it.
+
+    Args:
+        tokens: the calibration tokens.
+        counts: layer -> tokens of each expert; empty if the quantizer needed no data.
+        uses: what beside rounding used the tokens: "costs", "routers".
+    """
+    uses = (*uses, *(("rounding",) if counts else ()))
+    if tokens is None or not uses:
         return None
     flat = sorted(count for layer in counts.values() for count in layer)
     return CalibrationFacts(
@@ -32,10 +86,11 @@ def calibration_facts(tokens: TokenBatch | None, counts: dict[int, list[int]]) -
         seqlen=tokens.ids_NT.shape[1],
         seed=tokens.seed,
         tokens_hash=tokens.hash,
-        min_tokens=flat[0],
-        median_tokens=flat[len(flat) // 2],
+        min_tokens=flat[0] if flat else 0,
+        median_tokens=flat[len(flat) // 2] if flat else 0,
         starved=sum(count < MIN_TOKENS for count in flat),
         experts=len(flat),
+        uses=uses,
     )
 
 
@@ -79,6 +134,7 @@ def facts(
     quality: dict[str, float] | None,
     quality_text: str,
     calibration: CalibrationFacts | None,
+    router: RouterFacts | None = None,
 ) -> CardFacts:
     """Everything the card says; nothing in it depends on when or how fast the run was."""
     return CardFacts(
@@ -99,4 +155,10 @@ def facts(
         quality=quality or {},
         quality_text=quality_text,
         calibration=calibration,
+        units=plan.unit,
+        cost=plan.cost,
+        objective=plan.objective,
+        bound=plan.bound,
+        router=router,
+        heatmap=is_mixed(plan),
     )

@@ -11,6 +11,8 @@ from moeq.checkpoint.read import INDEX_NAME
 from moeq.checkpoint.write import FileDigest, copy_sidecars, index_text, list_sidecars, write_file_atomic
 from moeq.format.manifest import MANIFEST_NAME, Manifest, PackedLayer, PackedLinear
 from moeq.recipe import Recipe
+from moeq.report.card import PICTURE_NAME
+from moeq.stages import card
 from moeq.stages.shards import Shard
 from moeq.version import __version__
 
@@ -18,7 +20,7 @@ QUANT_METHOD = "moeq"
 HOOK_NAME = "moeq_hook.py"
 PLAN_NAME = "moeq_plan.json"
 RECIPE_NAME = "moeq_recipe.yaml"
-OWN_FILES = (MANIFEST_NAME, PLAN_NAME, HOOK_NAME, RECIPE_NAME)
+OWN_FILES = (MANIFEST_NAME, PLAN_NAME, HOOK_NAME, RECIPE_NAME, PICTURE_NAME)
 CARD_RESERVE = 10 * 1024
 """Bytes kept free for the model card, a long command included, and for hashes in the manifest."""
 CARD_RESERVE_PER_LAYER = 100
@@ -78,7 +80,7 @@ def quantization_config(inventory: Inventory, plan: Plan, recipe: Recipe) -> dic
 def write_files(
     source: Path, partial: Path, inventory: Inventory, plan: Plan, recipe: Recipe, shards: tuple[Shard, ...]
 ) -> dict[str, FileDigest]:
-    """Everything beside the shards, except manifest and model card.
+    """Everything beside the shards, except manifest and model card; a picture only if there are widths to tell apart.
 
     Returns:
         file -> digest.
@@ -86,6 +88,10 @@ def write_files(
     files = copy_sidecars(source, partial, skip=OWN_FILES)
     for name, text in _texts(source, inventory, plan, recipe, shards).items():
         files[name] = write_file_atomic(partial / name, text)
+    if card.is_mixed(plan):
+        # Not the directory's name: the same input must give the same bytes wherever it lies.
+        picture = card.heatmap(inventory, plan, inventory.architecture)
+        files[PICTURE_NAME] = write_file_atomic(partial / PICTURE_NAME, picture.encode())
     return files
 
 
@@ -114,13 +120,15 @@ def sidecar_limit(source: Path, inventory: Inventory, plan: Plan, recipe: Recipe
     """Bytes that everything beside the weight files takes at most, whatever the weights are.
 
     The texts are those that will be written; what is not known yet (hashes, token counts) has its
-    largest length. Only the model card is estimated.
+    largest length. The picture is counted as large as any plan's may be, since a budget needs this number
+    before there is a plan. Only the model card is estimated.
 
     Raises:
         CheckpointError: the source has a link that leads out of it.
     """
     sizes = {name: path.stat().st_size for name, path in list_sidecars(source, OWN_FILES)}
     sizes |= {name: len(text) for name, text in _texts(source, inventory, plan, recipe, shards).items()}
+    sizes[PICTURE_NAME] = card.heatmap_limit(inventory, inventory.architecture)
     digest = FileDigest(bytes=10**15, sha256="0" * 64)
     files = dict.fromkeys([*sizes, *(shard.file for shard in shards)], digest)
     tokens = recipe.nsamples * recipe.seqlen
@@ -129,8 +137,8 @@ def sidecar_limit(source: Path, inventory: Inventory, plan: Plan, recipe: Recipe
         "tokens_per_expert": [[tokens] * layer.num_experts for layer in inventory.layers],
     }
     listed = manifest(inventory, plan, recipe, files, calibration if recipe.calibration else None)
-    card = CARD_RESERVE + CARD_RESERVE_PER_LAYER * len(inventory.layers)
-    return sum(sizes.values()) + len(codec.canonical(listed)) + card
+    readme = CARD_RESERVE + CARD_RESERVE_PER_LAYER * len(inventory.layers)
+    return sum(sizes.values()) + len(codec.canonical(listed)) + readme
 
 
 def _texts(

@@ -61,7 +61,7 @@ def prepare(source: Path, out: Path, *, resume: bool, needed_bytes: int) -> Path
     """
     partial = partial_of(out) if out.name else out
     try:
-        _check_free(source, out, partial, resume)
+        check_free(source, out, partial, resume)
         partial.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -78,7 +78,8 @@ def prepare(source: Path, out: Path, *, resume: bool, needed_bytes: int) -> Path
     return partial
 
 
-def _check_free(source: Path, out: Path, partial: Path, resume: bool) -> None:
+def check_free(source: Path, out: Path, partial: Path, resume: bool) -> None:
+    """Raise OutputError or ResumeError unless `out` can be built in `partial`."""
     if _overlap(source, out):
         raise OutputError("the output overlaps the input", option="output", fix="choose a directory outside the input")
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):

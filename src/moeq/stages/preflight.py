@@ -5,11 +5,13 @@ from pathlib import Path
 
 from moeq.recipe import Recipe
 from moeq.spec import WHOLE_ROW
-from moeq.stages import quantize, summary
+from moeq.stages import setup as setup_stage
+from moeq.stages import summary
+from moeq.stages.setup import Setup
 
 READ_WRITE_BYTES_PER_SECOND = 0.5e9
 """A modest disk; only for the rough time estimate."""
-WEIGHTS_PER_SECOND = {"minmax": 150e6, "rtn": 60e6, "hqq": 50e6, "gptq": 4e6, "gptq-mc": 4e6}
+WEIGHTS_PER_SECOND = {"minmax": 600e6, "rtn": 400e6, "hqq": 250e6, "gptq": 4e6, "gptq-mc": 4e6}
 """Rounded weights per second on two CPU cores; only for the rough time estimate."""
 BASE_RAM = 600 * 2**20
 """The interpreter with torch and transformers."""
@@ -21,7 +23,8 @@ class PlanReport:
 
     Attributes:
         families: sizes by kind of tensor.
-        allocation: code bits -> expert matrices that get them.
+        allocation: code bits -> expert matrices that get them; empty while costs must still be measured.
+        decided: the plan is the one that quantize would follow; false if costs must be measured first.
         quantized: kinds of linears that are quantized beside the experts.
         untouched: kinds of tensors that stay as they are.
         ram_bytes: estimate of peak memory, without quality measurement.
@@ -45,6 +48,7 @@ class PlanReport:
     expert_bits_per_weight: float
     families: dict[str, summary.Family]
     allocation: dict[str, int]
+    decided: bool
     quantized: tuple[str, ...]
     untouched: tuple[str, ...]
     ram_bytes: int
@@ -59,12 +63,12 @@ def run(model: str | Path, recipe: Recipe) -> PlanReport:
     Raises:
         CheckpointError, BudgetError, OptionError: as `moeq quantize` would.
     """
-    setup = quantize.setup(model, recipe)
+    setup = setup_stage.setup(model, recipe)
     inventory, plan = setup.inventory, setup.plan
     rows = summary.families(inventory, setup.headers, plan)
     packed = {linear.kind for linear in inventory.dense if linear.path in plan.dense}
     allocation: dict[str, int] = {}
-    for layer in plan.experts:
+    for layer in plan.experts if setup.decided else ():
         for expert in layer:
             for index in expert:
                 bits = str(plan.specs[index].bits)
@@ -86,6 +90,7 @@ def run(model: str | Path, recipe: Recipe) -> PlanReport:
         expert_bits_per_weight=8 * plan.expert_bytes / inventory.expert_parameters,
         families=rows,
         allocation=dict(sorted(allocation.items(), key=lambda item: int(item[0]))),
+        decided=setup.decided,
         quantized=("experts", *sorted(packed)),
         untouched=tuple(sorted((set(rows) | {"other"}) - packed - {"experts"})),
         ram_bytes=_ram(setup),
@@ -95,7 +100,7 @@ def run(model: str | Path, recipe: Recipe) -> PlanReport:
     )
 
 
-def _ram(setup: quantize.Setup) -> int:
+def _ram(setup: Setup) -> int:
     inventory, recipe = setup.inventory, setup.recipe
     largest = max(rows * columns for layer in inventory.layers for rows, columns in layer.shapes.values())
     if not str(recipe.quantizer).startswith("gptq"):
@@ -110,14 +115,16 @@ def _ram(setup: quantize.Setup) -> int:
     return BASE_RAM + tokens * hidden * 14 + 5 * 4 * widest**2 + 24 * largest + block
 
 
-def _seconds(setup: quantize.Setup) -> float:
+def _seconds(setup: Setup) -> float:
     inventory = setup.inventory
     moved = (inventory.source_bytes + setup.sizes.total) / READ_WRITE_BYTES_PER_SECOND
     return moved + inventory.expert_parameters / WEIGHTS_PER_SECOND[str(setup.recipe.quantizer)]
 
 
-def _warnings(setup: quantize.Setup) -> tuple[str, ...]:
+def _warnings(setup: Setup) -> tuple[str, ...]:
     found = []
+    if not setup.decided:
+        found.append(f"the plan is decided when {setup.recipe.cost} costs are measured; sizes are those of the budget")
     bits = 8 * setup.plan.expert_bytes / setup.inventory.expert_parameters
     recipe = setup.recipe
     if bits < 4 and not str(recipe.quantizer).startswith("gptq"):

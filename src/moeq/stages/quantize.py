@@ -9,62 +9,29 @@ from typing import Any
 
 import torch
 
-from moeq import codec
-from moeq.artifacts import Inventory, Plan
-from moeq.calibration.tokens import TokenBatch, read_documents, sample_tokens
+from moeq import codec, native
+from moeq.calibration.tokens import TokenBatch
 from moeq.checkpoint.identity import fingerprint
 from moeq.checkpoint.journal import Journal
-from moeq.checkpoint.read import Reader, resolve
+from moeq.checkpoint.read import Reader
 from moeq.checkpoint.write import FileDigest, write_file_atomic
-from moeq.errors import MoeqError, OptionError
-from moeq.format.manifest import write_manifest
-from moeq.methods import method
+from moeq.errors import OptionError
+from moeq.format.manifest import read_manifest, write_manifest
+from moeq.quantizers.base import Quantizer
 from moeq.quantizers.registry import make_quantizer
 from moeq.recipe import Recipe
-from moeq.report.card import CalibrationFacts, model_card
+from moeq.repair.tune import TuneOptions
+from moeq.report.card import CalibrationFacts, RouterFacts, model_card
 from moeq.runtime.load import pick_device
-from moeq.spec import TensorInfo
-from moeq.stages import allocate, calibrated, card, finish, inspect, output, quality, summary, verify
-from moeq.stages import shards as layout
+from moeq.stages import calibrated, card, choices, finish, output, quality, summary, tuning, verify
 from moeq.stages.packing import Job, Progress, expert_records, write_copied, write_layer
+from moeq.stages.setup import COSTS_NAME, Setup, decide, setup
 from moeq.version import __version__
 
+ROUTERS = "routers"
+"""The journal's note of router tuning."""
 QUALITY_BYTES = 2**30
 """Originals up to this size are loaded to measure quality; above it the promise of bounded memory counts."""
-HELD_OUT = 8
-"""Windows of calibration text kept aside to measure quality on."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """A run, decided but not begun; `plan` stops here.
-
-    Attributes:
-        source: the input directory.
-        inventory: what it holds.
-        headers: its tensors.
-        recipe: all options, quantizer included.
-        plan: the spec of every unit.
-        shards: the files to write.
-    """
-
-    source: Path
-    inventory: Inventory
-    headers: dict[str, TensorInfo]
-    recipe: Recipe
-    plan: Plan
-    shards: tuple[layout.Shard, ...]
-
-    @property
-    def sizes(self) -> layout.Sizes:
-        """Bytes of the weight files."""
-        return layout.sizes(self.inventory, self.plan, self.shards)
-
-    @property
-    def disk_bytes(self) -> int:
-        """Upper bound of all files."""
-        beside = finish.sidecar_limit(self.source, self.inventory, self.plan, self.recipe, self.shards)
-        return self.sizes.total + beside
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,32 +57,6 @@ class QuantizeReport:
     seconds: dict[str, float]
 
 
-def setup(model: str | Path, recipe: Recipe) -> Setup:
-    """Read headers, decide the plan, lay out the files. No weights are read but a few samples.
-
-    Raises:
-        CheckpointError, BudgetError, ArtifactError: as the stages do.
-    """
-    source = resolve(model)
-    inventory, headers = inspect.run(source)
-    row = method(recipe.method)
-    default = row.quantizer if recipe.calibration else row.dataless
-    recipe = recipe.replace(quantizer=recipe.quantizer or default)
-    if recipe.plan is not None:
-        plan = Plan.load(Path(recipe.plan))
-        plan.check_model(inventory)
-        recipe = recipe.replace(method=plan.method)
-    else:
-
-        def sidecars(draft: Plan) -> int:
-            shards = layout.arrange(inventory, draft, headers)
-            return finish.sidecar_limit(source, inventory, draft, recipe, shards)
-
-        plan = allocate.run(inventory, headers, recipe, sidecars)
-    files = layout.arrange(inventory, plan, headers)
-    return Setup(source=source, inventory=inventory, headers=headers, recipe=recipe, plan=plan, shards=files)
-
-
 def run(
     model: str | Path,
     out: str | Path,
@@ -124,6 +65,7 @@ def run(
     resume: bool = False,
     command: str = "",
     progress: Progress | None = None,
+    context: str | None = None,
 ) -> QuantizeReport:
     """Quantize a checkpoint.
 
@@ -136,52 +78,60 @@ def run(
         resume: go on with an unfinished run of the same input, options and version.
         command: the command line, for the model card.
         progress: called as work is done.
+        context: packed checkpoint to measure costs on, instead of the recipe's own.
 
     Raises:
         MoeqError: of the kind that says what is wrong.
     """
-    started = time.perf_counter()
+    clock = _Clock()
     device = pick_device(recipe.device)
-    plan = setup(model, recipe)
-    recipe, out = plan.recipe, Path(os.path.abspath(out))
-    quantizer = make_quantizer(str(recipe.quantizer), **_quantizer_options(recipe))
-    tokens, rest = _tokens(plan.source, recipe, quantizer.needs_hessian)
-    with output.building(plan.source, out, resume=resume, needed_bytes=plan.disk_bytes) as partial:
-        options = {**codec.encode(recipe), "tokens": None if tokens is None else tokens.hash}
-        journal = Journal.open_or_create(
-            partial,
-            fingerprint=fingerprint(plan.source),
-            options=options,
-            plan_hash=plan.plan.hash,
-            moeq_version=__version__,
-        )
-        with Reader(plan.source, plan.headers) as reader:
-            job = Job(
-                inventory=plan.inventory,
-                plan=plan.plan,
-                shards=plan.shards,
-                reader=reader,
-                partial=partial,
-                quantizer=quantizer,
-                dense_quantizer=make_quantizer("rtn", gain=recipe.gain),
-                device=device,
-            )
-            files, counts = _pack(job, plan, journal, tokens, progress)
-        packed = time.perf_counter()
-        _write_rest(plan, partial, files, tokens, counts)
+    draft = setup(model, recipe)
+    recipe, out = draft.recipe, Path(os.path.abspath(out))
+    quantizer = make_quantizer(str(recipe.quantizer), **choices.quantizer_options(recipe))
+    needed_by = recipe.quantizer if quantizer.needs_hessian else None
+    if needed_by is None and recipe.router != "none":
+        needed_by = "router tuning"
+    tokens, rest = choices.calibration_tokens(draft.source, recipe, needed_by)
+    with output.building(draft.source, out, resume=resume, needed_bytes=draft.disk_bytes) as partial:
+        plan = draft if draft.decided else decide(draft, partial, progress, context)
+        clock.stop("allocate")
+        job, journal, counts = _pack(plan, partial, quantizer, tokens, device, progress)
+        clock.stop("pack")
+        _write_rest(plan, partial, journal.finished, tokens, counts)
+        router = _tune(plan, partial, journal, tokens, device, progress)
+        clock.stop("tune")
         if progress is not None:
             progress("verify", 0, 1)
         checked = verify.run(partial, expected=job.noted)
-        verified = time.perf_counter()
+        if progress is not None:
+            progress("verify", 1, 1)
+        clock.stop("verify")
         measured, note = _quality(plan, partial, rest, device)
+        clock.stop("quality")
         report = _report(plan, out, partial, counts, checked)
-        seconds = {"pack": packed - started, "verify": verified - packed, "quality": time.perf_counter() - verified}
-        report = replace(report, quality=measured, quality_note=note, seconds=seconds)
-        _write_card(model, plan, partial, report, command, card.calibration_facts(tokens, counts))
+        report = replace(report, quality=measured, quality_note=note, seconds=clock.seconds)
+        uses = (("costs",) if plan.plan.cost else ()) + (("routers",) if router else ())
+        facts = card.calibration_facts(tokens, counts, uses=uses)
+        _write_card(model, plan, partial, report, command, facts, router)
         report = replace(report, directory_bytes=directory_bytes(partial))
         _check_budget(recipe, report)
+        (partial / COSTS_NAME).unlink(missing_ok=True)
         output.publish(partial, out)
     return report
+
+
+class _Clock:
+    """Seconds of each part of a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def stop(self, part: str) -> None:
+        """What passed since the last call was spent on `part`."""
+        now = time.perf_counter()
+        self.seconds[part] = now - self._last
+        self._last = now
 
 
 def _write_rest(
@@ -204,6 +154,7 @@ def _write_card(
     report: QuantizeReport,
     command: str,
     calibration: CalibrationFacts | None,
+    router: RouterFacts | None,
 ) -> None:
     measured = report.quality
     text = "windows of the calibration text that calibration did not see" if measured else report.quality_note or ""
@@ -219,42 +170,89 @@ def _write_card(
         quality=measured,
         quality_text=text,
         calibration=calibration,
+        router=router,
     )
     write_file_atomic(partial / "README.md", model_card(facts).encode())
 
 
-def _quantizer_options(recipe: Recipe) -> dict[str, Any]:
-    name = str(recipe.quantizer)
-    options: dict[str, Any] = {"gain": recipe.gain} if name in ("rtn", "hqq", "gptq") else {}
-    if name == "gptq":
-        options |= {"act_order": recipe.act_order, "damp": recipe.damp}
-    return options
+def _tune(
+    plan: Setup,
+    partial: Path,
+    journal: Journal,
+    tokens: TokenBatch | None,
+    device: torch.device,
+    progress: Progress | None,
+) -> RouterFacts | None:
+    """Tune the routers if the recipe says so and an interrupted run did not; the manifest is up to date after it.
 
+    Between `forget` and `replaced` the journal does not know the files: a run that is killed there packs them again.
+    """
+    recipe = plan.recipe
+    if recipe.router == "none":
+        return None
+    assert tokens is not None
+    options = TuneOptions(loss=str(recipe.router), lr=recipe.router_lr, epochs=recipe.router_epochs)
+    note = journal.notes.get(ROUTERS)
+    if note is not None:
+        write_manifest(partial, tuning.updated(read_manifest(partial), {}, tokens, options))
+        return codec.decode(RouterFacts, note)
+    replaced: list[str] = []
 
-def _tokens(source: Path, recipe: Recipe, needed: bool) -> tuple[TokenBatch | None, TokenBatch | None]:
-    """Calibration tokens, and a few windows after them that calibration will not see."""
-    if recipe.calibration is None:
-        if needed:
-            raise OptionError(
-                f"{recipe.quantizer} needs calibration text", option="calibration", fix="give a file, or use hqq"
-            )
-        return None, None
-    tokenizer = quality.load_tokenizer(source)
-    documents = read_documents(recipe.calibration)
-    tokens = sample_tokens(
-        tokenizer, documents, recipe.nsamples, recipe.seqlen, recipe.seed, source=Path(recipe.calibration).name
+    def replacing(names: tuple[str, ...]) -> None:
+        replaced.extend(names)
+        journal.forget(partial, names)
+
+    result = tuning.tune_directory(
+        partial,
+        tokens,
+        options,
+        reference=plan.source,
+        device=device,
+        replacing=replacing,
+        progress=progress,
     )
-    try:
-        more = sample_tokens(tokenizer, documents, recipe.nsamples + HELD_OUT, recipe.seqlen, recipe.seed)
-    except MoeqError:
-        return tokens, None
-    return tokens, replace(more, ids_NT=more.ids_NT[recipe.nsamples :])
+    files = read_manifest(partial).files
+    journal.replaced(partial, {name: files[name] for name in replaced}, ROUTERS, codec.encode(result.facts))
+    return result.facts
 
 
 def _pack(
-    job: Job, plan: Setup, journal: Journal, tokens: TokenBatch | None, progress: Progress | None
-) -> tuple[dict[str, FileDigest], dict[int, list[int]]]:
+    plan: Setup,
+    partial: Path,
+    quantizer: Quantizer,
+    tokens: TokenBatch | None,
+    device: torch.device,
+    progress: Progress | None,
+) -> tuple[Job, Journal, dict[int, list[int]]]:
     """Write all shards that are not finished yet; each is entered in the journal as it is on disk."""
+    recipe = plan.recipe
+    options = {**codec.encode(recipe), "tokens": None if tokens is None else tokens.hash}
+    journal = Journal.open_or_create(
+        partial,
+        fingerprint=fingerprint(plan.source),
+        # Compiled and torch rounding differ in last bits.
+        options={**options, "native_rounding": native.available()},
+        plan_hash=plan.plan.hash,
+        moeq_version=__version__,
+    )
+    with Reader(plan.source, plan.headers) as reader:
+        job = Job(
+            inventory=plan.inventory,
+            plan=plan.plan,
+            shards=plan.shards,
+            reader=reader,
+            partial=partial,
+            quantizer=quantizer,
+            dense_quantizer=make_quantizer("rtn", gain=recipe.gain),
+            device=device,
+        )
+        journal, counts = _pack_shards(job, plan, journal, tokens, progress)
+    return job, journal, counts
+
+
+def _pack_shards(
+    job: Job, plan: Setup, journal: Journal, tokens: TokenBatch | None, progress: Progress | None
+) -> tuple[Journal, dict[int, list[int]]]:
     state = journal
     counts: dict[int, list[int]] = {}
 
@@ -281,7 +279,7 @@ def _pack(
         for shard in job.shards:
             if shard.layer is not None and shard.file not in state.finished:
                 done(shard.file, write_layer(job, shard, expert_records(job, shard.layer)))
-    return dict(state.finished), counts
+    return state, counts
 
 
 def _calibration(tokens: TokenBatch | None, counts: Mapping[int, list[int]]) -> dict[str, Any] | None:
@@ -300,6 +298,8 @@ def _quality(
     plan: Setup, partial: Path, rest: TokenBatch | None, device: torch.device
 ) -> tuple[dict[str, float] | None, str | None]:
     """Quality on held-out windows when the original is small, or why it was not measured."""
+    if not plan.recipe.quality:
+        return None, "not measured, as asked; run moeq eval"
     if rest is None:
         return None, "not measured: no calibration text was left over; run moeq eval"
     if plan.inventory.source_bytes > QUALITY_BYTES:

@@ -1,0 +1,178 @@
+// moeq._native: checks buffers, lets go of the interpreter lock, runs the kernel. Callers are in src/moeq/native.py,
+// which checks options; here only what would corrupt memory is checked.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "decoding.h"
+#include "isa.h"
+#include "packing.h"
+#include "rounding.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using Any = nb::ndarray<nb::c_contig, nb::device::cpu>;
+using ReadOnlyBytes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<uint8_t, nb::c_contig, nb::device::cpu>;
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+moeq::Isa isa_of(const std::string& name) {
+  const moeq::Isa isa = name.empty()          ? moeq::best_isa()
+                        : name == "avx512"    ? moeq::Isa::avx512
+                        : name == "avx2"      ? moeq::Isa::avx2
+                                              : moeq::Isa::base;
+  require(name.empty() || name == "avx512" || name == "avx2" || name == "base", "no such instruction set");
+  require(moeq::runs(isa), "this machine lacks the instruction set");
+  return isa;
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  if (moeq::runs(moeq::Isa::avx512)) names.push_back("avx512");
+  if (moeq::runs(moeq::Isa::avx2)) names.push_back("avx2");
+  names.push_back("base");
+  return names;
+}
+
+moeq::Dtype dtype_of(const Any& w) {
+  if (w.dtype() == nb::dtype<float>()) return moeq::Dtype::float32;
+  const nb::dlpack::dtype dtype = w.dtype();
+  require(dtype.bits == 16 && dtype.lanes == 1, "weights must be float32, bfloat16 or float16");
+  if (dtype.code == (uint8_t)nb::dlpack::dtype_code::Bfloat) return moeq::Dtype::bfloat16;
+  require(dtype.code == (uint8_t)nb::dlpack::dtype_code::Float, "weights must be float32, bfloat16 or float16");
+  return moeq::Dtype::float16;
+}
+
+struct Freed {
+  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+};
+
+bool round_matrix(Any w, Bytes codes, Any scale, Any zero, int fit, int bits, int levels, int64_t group_size,
+                  const std::vector<double>& ratios, int refits, int iterations, double p, double beta, double growth,
+                  double settled, bool gain, const std::string& isa) {
+  require(w.ndim() == 2 && codes.ndim() == 2, "weights and codes are matrices");
+  const int64_t rows = (int64_t)w.shape(0), columns = (int64_t)w.shape(1);
+  require(rows > 0 && columns > 0 && columns < (1 << 30), "the matrix is empty or too wide");
+  require((int64_t)codes.shape(0) == rows && (int64_t)codes.shape(1) == columns, "codes have another shape");
+  require(fit >= 0 && fit <= 2 && levels >= 0 && levels <= 3 && bits >= 1 && bits <= 8, "no such rounding");
+  require(fit == 0 || !ratios.empty(), "a search needs candidates");
+  require(group_size > 0, "groups cannot be empty");
+  if (group_size > columns) group_size = columns;
+  const size_t groups = (size_t)(rows * ((columns + group_size - 1) / group_size));
+  require(scale.size() == groups && scale.itemsize() == 2, "scales have another shape or dtype");
+  const size_t zero_bytes = levels == 0 ? 1 : levels == 1 ? 2 : 0;
+  require(!zero_bytes || (zero.size() == groups && zero.itemsize() == zero_bytes), "zeros have another shape or dtype");
+  moeq::RoundingJob job{};
+  job.settings.fit = (moeq::Fit)fit;
+  job.settings.bits = bits;
+  job.settings.levels = (moeq::Levels)levels;
+  job.settings.ratios = ratios.data();
+  job.settings.num_ratios = (int)ratios.size();
+  job.settings.refits = refits;
+  job.settings.iterations = iterations;
+  job.settings.p = p;
+  job.settings.beta = beta;
+  job.settings.growth = growth;
+  job.settings.settled = (float)settled;
+  job.settings.gain = gain;
+  job.w = w.data();
+  job.dtype = dtype_of(w);
+  job.rows = rows;
+  job.columns = columns;
+  job.group_size = group_size;
+  job.codes = codes.data();
+  job.scale = (uint16_t*)scale.data();
+  job.zero = zero.data();
+  const moeq::Isa chosen = isa_of(isa);
+  const nb::gil_scoped_release unlocked;
+  const std::unique_ptr<void, Freed> scratch(
+      ::operator new(moeq::rounding_scratch(group_size), std::align_val_t{64}));
+  job.scratch = scratch.get();
+  return MOEQ_PICK(chosen, round_matrix)(job);
+}
+
+size_t plane_bytes(int64_t rows, int64_t columns, int width) {
+  const int64_t blocks = columns / moeq::kBlock, tail = columns % moeq::kBlock;
+  return (size_t)(rows * (blocks * (moeq::kBlock / 8 * width) + (tail + 7) / 8 * width));
+}
+
+void pack_plane(Bytes codes, int width, int shift, Bytes out, const std::string& isa) {
+  require(codes.ndim() == 2, "codes are a matrix");
+  require(width == 1 || width == 2 || width == 4 || width == 8, "no such plane");
+  require(shift >= 0 && shift < 8, "no such shift");
+  const int64_t rows = (int64_t)codes.shape(0), columns = (int64_t)codes.shape(1);
+  require(out.size() == plane_bytes(rows, columns, width), "the plane has another size");
+  const moeq::PackJob job{codes.data(), rows, columns, width, shift, out.data()};
+  const moeq::Isa chosen = isa_of(isa);
+  const nb::gil_scoped_release unlocked;
+  MOEQ_PICK(chosen, pack_plane)(job);
+}
+
+void decode_matrix(ReadOnlyBytes record, const std::vector<std::tuple<int, int64_t>>& planes, int64_t scales,
+                   int64_t zeros, int bits, int levels, int64_t group_size, Any w, const std::string& isa) {
+  require(w.ndim() == 2, "weights are a matrix");
+  const int64_t rows = (int64_t)w.shape(0), columns = (int64_t)w.shape(1), size = (int64_t)record.size();
+  require(levels >= 0 && levels <= 3 && bits >= 1 && bits <= 8 && group_size > 0, "no such matrix");
+  require(!planes.empty() && planes.size() <= 2, "there are one or two planes");
+  const auto inside = [size](int64_t offset, size_t bytes, size_t step) {
+    require(offset >= 0 && offset % (int64_t)step == 0 && offset <= size && bytes <= (size_t)(size - offset),
+            "the record ends before its parts");
+  };
+  moeq::DecodeJob job{};
+  for (const auto& [width, offset] : planes) {
+    require(width == 1 || width == 2 || width == 4 || width == 8, "no such plane");
+    inside(offset, plane_bytes(rows, columns, width), 1);
+    job.planes[job.num_planes++] = {record.data() + offset, width};
+  }
+  const size_t groups = (size_t)(rows * ((columns + group_size - 1) / group_size));
+  inside(scales, 2 * groups, 2);
+  inside(zeros, groups * (levels == 0 ? 1 : levels == 1 ? 2 : 0), 2);
+  require((uintptr_t)record.data() % 2 == 0, "the record is not aligned");
+  job.scale = (const uint16_t*)(record.data() + scales);
+  job.zero = record.data() + zeros;
+  job.levels = (moeq::Levels)levels;
+  job.bits = bits;
+  job.rows = rows;
+  job.columns = columns;
+  job.group_size = group_size;
+  job.w = w.data();
+  job.dtype = dtype_of(w);
+  const moeq::Isa chosen = isa_of(isa);
+  const nb::gil_scoped_release unlocked;
+  MOEQ_PICK(chosen, decode_matrix)(job);
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+  module.doc() = "Compiled kernels; use them through moeq.native.";
+  module.def("isas", &isas, "Instruction sets that run here, best first.");
+  module.def("worth_it", &moeq::worth_it, "Whether these kernels are faster than torch on this machine.");
+  // Without noconvert a buffer of another layout would be copied, and the results written into the copy.
+  module.def("round_matrix", &round_matrix, nb::arg("w").noconvert(), nb::arg("codes").noconvert(),
+             nb::arg("scale").noconvert(), nb::arg("zero").noconvert(), nb::kw_only(), "fit"_a, "bits"_a,
+             "levels"_a, "group_size"_a, "ratios"_a, "refits"_a, "iterations"_a, "p"_a, "beta"_a, "growth"_a,
+             "settled"_a, "gain"_a, "isa"_a = "",
+             "Round a matrix into codes, scale and zero; False if a weight is not finite.");
+  module.def("pack_plane", &pack_plane, nb::arg("codes").noconvert(), "width"_a, "shift"_a, nb::arg("out").noconvert(),
+             nb::kw_only(), "isa"_a = "",
+             "Pack some bits of every code.");
+  module.def("decode_matrix", &decode_matrix, nb::arg("record").noconvert(), "planes"_a, "scales"_a, "zeros"_a,
+             nb::kw_only(), "bits"_a, "levels"_a, "group_size"_a, nb::arg("w").noconvert(), "isa"_a = "",
+             "Decode a matrix record into weights; planes are (width, offset).");
+}

@@ -1,0 +1,148 @@
+"""The command line's verbs and options, as argparse knows them; frozen by a test."""
+
+import argparse
+from collections.abc import Callable
+
+from moeq.version import __version__
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a Recipe; defaults stay None so that a recipe file can fill them."""
+    add = parser.add_argument
+    add("--recipe", metavar="FILE", help="YAML file with any of the options below; the command line wins")
+    add("--method", help="how bits are allocated (default uniform)")
+    add("--bits", type=float, help="mean stored bits per expert weight, scales and padding included")
+    add("--size", help="bytes of the whole checkpoint instead: 8GB, 7.5GiB")
+    add("--accounting", help="bytes (default) or codes: --bits counts code bits only, as papers do")
+    add("--quantizer", help="minmax, rtn, hqq, gptq, gptq-mc (default: gptq with calibration text, else hqq)")
+    add("--group-size", type=int, help="inputs per scale: 32, 64, 128 (default) or -1 for whole rows")
+    add("--levels", help="auto (default), asym, asym16, sym or half")
+    add("--dense-bits", help="other linears: 16 (default), 8, 6, 4, or attention=4,shared=8,dense=8,lm_head=16")
+    add("--calibration", metavar="FILE", help="text file (a document per line), jsonl, or dataset id")
+    add("--nsamples", type=int, help="calibration sequences (default 128)")
+    add("--seqlen", type=int, help="tokens of a sequence (default 512)")
+    add("--seed", type=int, help="seed of everything random (default 0)")
+    add("--routing", help="whose statistics see a token: natural (default), all, or r for top-k x r")
+    add("--act-order", action=argparse.BooleanOptionalAction, help="gptq: important columns first (default on)")
+    add("--damp", type=float, help="gptq: damping in mean diagonals (default 0.1)")
+    add("--gain", action=argparse.BooleanOptionalAction, help="match the gain of what was rounded (default on)")
+    add("--device", help="auto (default), cpu or cuda[:n]")
+    add("--plan", metavar="FILE", help="follow this plan instead of allocating")
+    add("--costs", metavar="FILE", help="allocate by these costs (moeq measure) instead of measuring")
+    _cost_arguments(parser)
+    add("--scope", help="global: one program over the model; layer: each layer gets its share of the budget")
+    add("--shares", help="minimum shares in every layer: none, c2c3, 3:1,2:1 or 3+:10%%")
+    add("--solver", help="auto (default), milp, dp or lagrangian")
+    add("--router", help="tune routers after packing: none, task (next-token loss) or kl (to the original)")
+    _tuning_arguments(parser)
+    add("--quality", action=argparse.BooleanOptionalAction, help="measure small models on held-out text (default on)")
+    add("--progressive", metavar="BITS", help="falling budgets to go through before the last, as 3,2.5")
+
+
+def _cost_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--cost", help="what ranks units: fisher, output-error, spectral-tail, weight-error (default: the method's)")
+    add("--cost-options", metavar="NAME=VALUE,...", help="options of the cost, as gamma=12,noise=measured")
+    add("--unit", help="expert or matrix: what gets its own width (default: the method's)")
+    add("--candidates", help="code widths that a unit may get, as 1,2,3 (default: the method's)")
+    add("--context", metavar="DIR", help="measure costs on this packed checkpoint's activations and gradients")
+    add("--round-context", action=argparse.BooleanOptionalAction, help="costs of rounding the context once more")
+
+
+def _tuning_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--router-epochs", type=int, help="passes over the calibration text (default 1)")
+    parser.add_argument("--router-lr", type=float, help="learning rate of routers (default 0.0001)")
+
+
+Verb = Callable[[str, str], argparse.ArgumentParser]
+"""(name, what it does) -> its parser."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs and options; frozen by a test."""
+    parser = argparse.ArgumentParser(
+        prog="moeq", allow_abbrev=False, description="Make Mixture-of-Experts language models small."
+    )
+    parser.add_argument("--version", action="version", version=f"moeq {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        description = text[0].upper() + text[1:] + "."
+        sub = verbs.add_parser(name, help=text, allow_abbrev=False, description=description)
+        sub.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        return sub
+
+    _making_verbs(verb)
+    _using_verbs(verb)
+    return parser
+
+
+def _making_verbs(verb: Verb) -> None:
+    """From an original to a packed checkpoint."""
+    plan = verb("plan", "say what quantize would do, and its size, memory and time; reads no weights")
+    plan.add_argument("model", help="local directory or hub id")
+    plan.add_argument("--save-plan", metavar="FILE", help="write the plan for quantize --plan")
+    _recipe_arguments(plan)
+
+    inspect = verb("inspect", "say what a checkpoint, packed or not, holds")
+    inspect.add_argument("model", help="local directory or hub id")
+
+    quantize = verb("quantize", "write a packed checkpoint that obeys the budget")
+    quantize.add_argument("model", help="local directory or hub id")
+    quantize.add_argument("output", help="directory to make")
+    quantize.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    quantize.add_argument("--save-recipe", metavar="FILE", help="write all options, defaults included, as YAML")
+    _recipe_arguments(quantize)
+
+    measure = verb("measure", "measure what each width would cost each expert, for allocate and pareto")
+    measure.add_argument("model", help="local directory or hub id")
+    measure.add_argument("output", metavar="COSTS", help="file to write")
+    _recipe_arguments(measure)
+
+    allocate = verb("allocate", "spend a budget by measured costs")
+    allocate.add_argument("model", help="local directory or hub id")
+    allocate.add_argument("output", metavar="PLAN", help="file to write, for quantize --plan")
+    allocate.add_argument("--svg", metavar="FILE", help="write a heat map of the widths")
+    _recipe_arguments(allocate)
+
+    pareto = verb("pareto", "solve many budgets by one table of costs")
+    pareto.add_argument("model", help="local directory or hub id")
+    pareto.add_argument("--points", type=int, default=20, help="budgets (default 20)")
+    pareto.add_argument("--svg", metavar="FILE", help="write the curve")
+    _recipe_arguments(pareto)
+
+    repair = verb("repair", "tune the routers of a packed checkpoint")
+    repair.add_argument("directory", help="what quantize wrote")
+    repair.add_argument("output", help="directory to make")
+    repair.add_argument("--calibration", required=True, metavar="FILE", help="text file, jsonl, or dataset id")
+    repair.add_argument("--nsamples", type=int, default=128, help="sequences (default 128)")
+    repair.add_argument("--seqlen", type=int, default=512, help="tokens of a sequence (default 512)")
+    repair.add_argument("--seed", type=int, default=0, help="seed of the text's order (default 0)")
+    repair.add_argument("--loss", choices=("task", "kl"), default="task", help="task (default), or kl to --reference")
+    repair.add_argument("--reference", metavar="MODEL", help="the original: for kl, and to report overlap")
+    repair.add_argument("--device", default="auto", help="auto (default), cpu or cuda[:n]")
+    _tuning_arguments(repair)
+
+
+def _using_verbs(verb: Verb) -> None:
+    """What one does with a checkpoint."""
+    evaluate = verb("eval", "measure perplexity, and divergence from a reference model")
+    evaluate.add_argument("model", help="packed checkpoint or any model transformers loads")
+    evaluate.add_argument("--text", required=True, metavar="FILE", help="text or jsonl file")
+    evaluate.add_argument("--reference", metavar="MODEL", help="the original: adds KL, top-1, router overlap")
+    evaluate.add_argument("--pairs", metavar="FILE", help="minimal pairs (jsonl): adds blimp accuracy")
+    evaluate.add_argument("--seqlen", type=int, default=2048, help="tokens per window (default 2048)")
+    evaluate.add_argument("--max-tokens", type=int, help="use only the start of the text")
+    evaluate.add_argument("--batch-size", type=int, default=1, help="windows per forward pass (default 1)")
+    evaluate.add_argument("--device", default="auto", help="auto (default), cpu or cuda[:n]")
+
+    generate = verb("generate", "continue a text")
+    generate.add_argument("model", help="packed checkpoint or any model transformers loads")
+    generate.add_argument("prompt", help="the text to continue")
+    generate.add_argument("--max-new-tokens", type=int, default=64, help="tokens to add (default 64)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    generate.add_argument("--seed", type=int, default=0, help="seed of sampling (default 0)")
+    generate.add_argument("--device", default="auto", help="auto (default), cpu or cuda[:n]")
+
+    verify = verb("verify", "prove a packed checkpoint: structure, hashes, every matrix, a forward pass")
+    verify.add_argument("directory", help="what quantize wrote")

@@ -1,0 +1,272 @@
+"""Measures a cost: from a checkpoint to a CostTable that serves many budgets."""
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from inspect import signature as inspect_signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeq import codec
+from moeq.artifacts import CostTable, Inventory
+from moeq.calibration.backprop import Labels
+from moeq.calibration.tokens import TokenBatch
+from moeq.checkpoint.read import Reader, resolve
+from moeq.costs.base import Asked, Cost, LayerCosts, LayerView
+from moeq.costs.registry import COSTS, make_cost
+from moeq.errors import OptionError
+from moeq.format.manifest import read_manifest
+from moeq.recipe import Recipe
+from moeq.runtime.load import pick_device
+from moeq.spec import QuantSpec, TensorInfo, stored_bytes
+from moeq.stages import allocate, choices, inspect
+from moeq.stages.packing import Progress
+from moeq.stages.streams import open_stream, packed_matrices
+from moeq.version import __version__
+
+LABELS = ("text", "sampled")
+"""What the gradients' loss predicts: the text's own next tokens, or tokens drawn from the model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Subject:
+    """What is measured, and how.
+
+    Attributes:
+        source: the original checkpoint.
+        inventory: what it holds.
+        headers: its tensors.
+        recipe: settled: cost, its options, unit.
+        candidates: the specs a unit may get.
+        tokens: calibration tokens, if the cost needs any.
+    """
+
+    source: Path
+    inventory: Inventory
+    headers: dict[str, TensorInfo]
+    recipe: Recipe
+    candidates: tuple[QuantSpec, ...]
+    tokens: TokenBatch | None
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the numbers depend on."""
+        recipe = self.recipe
+        context = None if recipe.context is None else read_manifest(Path(recipe.context))
+        facts: dict[str, Any] = {
+            "options": codec.encode(recipe.options_of_cost()),
+            "seed": recipe.seed,
+            "tokens_hash": None if self.tokens is None else self.tokens.hash,
+            "source": None if self.tokens is None else self.tokens.source,
+            "context": None if context is None else codec.digest(context),
+            "moeq_version": __version__,
+        }
+        if context is not None and context.model_hash != self.inventory.model_hash:
+            raise OptionError(
+                "it was not made from this model", option="context", fix="give a packed checkpoint of this model"
+            )
+        return facts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureReport:
+    """What was measured; field names are those of the JSON document (docs/json.md).
+
+    Attributes:
+        output: file that the costs were written to.
+        units: how many there are.
+        candidates: code widths.
+        totals: code width -> predicted harm of giving every unit this width.
+        statistics: name -> least, median and largest value over units.
+        provenance: what the numbers depend on.
+    """
+
+    output: str
+    model_hash: str
+    cost: str
+    unit: str
+    units: int
+    candidates: tuple[int, ...]
+    totals: dict[str, float]
+    statistics: dict[str, tuple[float, float, float]]
+    provenance: dict[str, Any]
+
+
+def report(table: CostTable, output: str) -> MeasureReport:
+    """What a table holds, for people."""
+    return MeasureReport(
+        output=output,
+        model_hash=table.model_hash,
+        cost=table.cost,
+        unit=table.unit,
+        units=len(table.units),
+        candidates=tuple(spec.bits for spec in table.candidates),
+        totals={
+            str(spec.bits): sum(row[column] for row in table.costs) for column, spec in enumerate(table.candidates)
+        },
+        statistics={
+            name: (min(values), statistics.median(values), max(values)) for name, values in table.statistics.items()
+        },
+        provenance=table.provenance,
+    )
+
+
+def run(model: str | Path, recipe: Recipe, progress: Progress | None = None) -> CostTable:
+    """Measure the recipe's cost.
+
+    Args:
+        model: local directory or hub id.
+        recipe: method or cost, unit, candidates, calibration; a budget is not needed.
+        progress: called as work is done.
+
+    Raises:
+        OptionError: the method has no cost, or an option is wrong.
+        CheckpointError, CalibrationError: the model or the text cannot be used.
+    """
+    source = resolve(model)
+    inventory, headers = inspect.run(source)
+    return table(subject(source, inventory, headers, recipe), progress)
+
+
+def subject(
+    source: Path, inventory: Inventory, headers: dict[str, TensorInfo], recipe: Recipe, budget: float | None = None
+) -> Subject:
+    """Settle what is to be measured; reads the calibration text.
+
+    Args:
+        source: the original checkpoint.
+        inventory: what it holds.
+        headers: its tensors.
+        recipe: the options.
+        budget: mean bits that candidates must reach above.
+    """
+    recipe = recipe.settled()
+    if recipe.cost is None:
+        raise OptionError(
+            f"method {recipe.method} ranks nothing", option="cost", fix="choose a --cost, or a method that has one"
+        )
+    cost, _ = _make(recipe)
+    tokens = None
+    if cost.needs != "weights":
+        tokens, _ = choices.calibration_tokens(source, recipe, f"cost {recipe.cost}")
+    return Subject(
+        source=source,
+        inventory=inventory,
+        headers=headers,
+        recipe=recipe,
+        candidates=allocate.candidate_specs(recipe, budget),
+        tokens=tokens,
+    )
+
+
+def table(what: Subject, progress: Progress | None = None, scratch: Path | None = None) -> CostTable:
+    """Measure; see `run`.
+
+    Args:
+        what: from `subject`.
+        progress: called as work is done.
+        scratch: where activations may be spilled; the system's temporary directory by default.
+    """
+    recipe, inventory = what.recipe, what.inventory
+    device = pick_device(recipe.device)
+    cost, labels = _make(recipe)
+    with Reader(what.source, what.headers) as reader:
+
+        def view(layer: int) -> LayerView:
+            shape = inventory.layers[layer]
+
+            def read(expert: int, projection: str) -> torch.Tensor:
+                return reader.matrix(shape.sources[projection], expert, shape.shapes[projection])
+
+            return LayerView(
+                index=layer,
+                layer=shape,
+                read=read,
+                candidates=what.candidates,
+                unit=str(recipe.unit),
+                device=device,
+            )
+
+        if cost.needs == "weights":
+            for layer in range(len(inventory.layers)):
+                cost.visit(view(layer), None)
+                if progress is not None:
+                    progress("layers", layer + 1, len(inventory.layers))
+        else:
+            _stream(what, cost, labels, view, device, progress, scratch)
+    return _assemble(what, cost.result())
+
+
+def _stream(
+    what: Subject,
+    cost: Cost,
+    labels: Labels,
+    view: Callable[[int], LayerView],
+    device: torch.device,
+    progress: Progress | None,
+    scratch: Path | None,
+) -> None:
+    assert what.tokens is not None
+    recipe = what.recipe
+    directory = what.source if recipe.context is None else Path(recipe.context)
+    rounded = packed_matrices(directory) if recipe.round_context else None
+
+    def visit(layer: int, experts: nn.Module, asked: Asked) -> None:
+        assert experts is asked.experts
+        seen = view(layer)
+        cost.visit(seen if rounded is None else replace(seen, read=rounded(layer)), asked)
+
+    with (
+        tempfile.TemporaryDirectory(dir=scratch, prefix=".moeq-") as work,
+        open_stream(directory, what.inventory, device=device, scratch=Path(work), progress=progress) as stream,
+    ):
+        stream.run(what.tokens.ids_NT, visit, gradients=cost.needs == "gradients", labels=labels, seed=recipe.seed)
+
+
+def _make(recipe: Recipe) -> tuple[Cost, Labels]:
+    """The recipe's cost, and the labels that gradients are taken for.
+
+    What the recipe says for all stages (seed, length of sequences, options of the quantizer) goes to costs that ask for
+    it and were not told otherwise.
+    """
+    name = str(recipe.cost)
+    options = recipe.options_of_cost()
+    labels: Labels = options.pop("labels", "text")
+    if labels not in LABELS:
+        raise OptionError(
+            f"{labels!r} is not supported", option="cost-options", fix=f"choose one of {', '.join(LABELS)}"
+        )
+    if name in COSTS:
+        wanted = inspect_signature(COSTS[name]).parameters
+        common: dict[str, Any] = {"seed": recipe.seed, "seqlen": recipe.seqlen}
+        perturb = options.get("perturb", wanted["perturb"].default if "perturb" in wanted else None)
+        if perturb in choices.GAINED:
+            common |= choices.quantizer_options(recipe.replace(quantizer=perturb))
+        options = {key: value for key, value in common.items() if key in wanted} | options
+    return make_cost(name, **options), labels
+
+
+def _assemble(what: Subject, layers: list[LayerCosts]) -> CostTable:
+    units = list(what.inventory.cost_units(str(what.recipe.unit)))
+    names = sorted({name for layer in layers for name in layer.statistics})
+    found = CostTable(
+        model_hash=what.inventory.model_hash,
+        cost=str(what.recipe.cost),
+        unit=str(what.recipe.unit),
+        provenance=what.provenance,
+        units=tuple(unit for unit, _ in units),
+        candidates=what.candidates,
+        costs=tuple(tuple(map(float, row)) for layer in layers for row in layer.costs_UC),
+        sizes=tuple(
+            tuple(sum(stored_bytes(spec, shape) for shape in shapes) for spec in what.candidates) for _, shapes in units
+        ),
+        statistics={
+            name: tuple(float(value) for layer in layers for value in layer.statistics[name]) for name in names
+        },
+    )
+    found.validate()
+    return found

@@ -1,0 +1,105 @@
+"""Solves many budgets by one table of costs: predicted cost against bytes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeq.artifacts import CostTable, Inventory, Plan, expert_bytes
+from moeq.checkpoint.read import resolve
+from moeq.errors import ArtifactError, InfeasibleError, OptionError
+from moeq.recipe import Recipe
+from moeq.stages import allocate, inspect
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParetoPoint:
+    """One budget, solved.
+
+    Attributes:
+        expert_bytes: stored bytes of all routed experts, tables included.
+        expert_bits_per_weight: the same per weight.
+        objective: predicted cost.
+        gap: share of the objective that no other plan within the budget could save more of.
+        allocation: code bits -> expert matrices.
+    """
+
+    expert_bytes: int
+    expert_bits_per_weight: float
+    objective: float
+    gap: float
+    allocation: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParetoReport:
+    """The curve; field names are those of the JSON document (docs/json.md)."""
+
+    model: str
+    cost: str
+    unit: str
+    points: tuple[ParetoPoint, ...]
+
+
+def run(model: str | Path, recipe: Recipe, points: int = 20) -> ParetoReport:
+    """Plans for budgets from the smallest to the largest that the table's candidates allow.
+
+    Args:
+        model: local directory or hub id.
+        recipe: `costs` names the table; method, shares, scope and candidates say how to spend.
+        points: budgets, evenly spaced.
+
+    Raises:
+        OptionError: no costs were given, or too few points asked for.
+        ArtifactError: the costs are of another model.
+    """
+    if recipe.costs is None:
+        raise OptionError("it needs measured costs", option="costs", fix="make them with moeq measure")
+    if points < 2:
+        raise OptionError(f"{points} points make no curve", option="points", fix="give at least 2")
+    inventory, _ = inspect.run(resolve(model))
+    table = CostTable.load(Path(recipe.costs))
+    recipe = recipe.replace(cost=table.cost, unit=table.unit).settled()
+    narrowest, widest = _range(inventory, table, recipe)
+    limits = [narrowest + (widest - narrowest) * step // (points - 1) for step in range(points)]
+    plans = [allocate.plan_within(inventory, table, recipe, limit) for limit in limits]
+    return ParetoReport(
+        model=str(model),
+        cost=table.cost,
+        unit=table.unit,
+        points=tuple(_point(inventory, plan) for plan in plans),
+    )
+
+
+def _range(inventory: Inventory, table: CostTable, recipe: Recipe) -> tuple[int, int]:
+    """Smallest and largest limit worth solving."""
+    widest = sum(max(row) for row in table.sizes)
+    try:
+        allocate.plan_within(inventory, table, recipe, 0)
+    except InfeasibleError as error:
+        if error.smallest is None:
+            raise
+        return error.smallest, max(widest, error.smallest)
+    raise ArtifactError("the table's sizes are zero", option="costs", fix="measure again")
+
+
+def _point(inventory: Inventory, plan: Plan) -> ParetoPoint:
+    size = expert_bytes(plan, inventory)
+    assert plan.objective is not None
+    assert plan.bound is not None
+    return ParetoPoint(
+        expert_bytes=size,
+        expert_bits_per_weight=8 * size / inventory.expert_parameters,
+        objective=plan.objective,
+        gap=max(0.0, plan.objective - plan.bound) / max(abs(plan.objective), 1e-300),
+        allocation=allocation(plan),
+    )
+
+
+def allocation(plan: Plan) -> dict[str, int]:
+    """Code bits -> expert matrices that get them, by rising width."""
+    found: dict[int, int] = {}
+    for layer in plan.experts:
+        for expert in layer:
+            for index in expert:
+                bits = plan.specs[index].bits
+                found[bits] = found.get(bits, 0) + 1
+    return {str(bits): found[bits] for bits in sorted(found)}

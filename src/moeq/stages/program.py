@@ -1,0 +1,127 @@
+"""From a cost table and a limit to a choice for every unit: builds the solver's problem, reads its answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeq.artifacts import CostTable, Inventory
+from moeq.errors import ArtifactError, InfeasibleError
+from moeq.solvers.problem import Problem, Solution
+from moeq.solvers.registry import make_solver
+from moeq.solvers.shares import parse_shares, shares_for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """How the budget may be spent.
+
+    Attributes:
+        solver: name of the solver.
+        scope: "global", or "layer": each layer gets the share of the budget that its weights are of the model's.
+        shares: minimum shares of widths in every layer.
+        candidates: code widths that may be used.
+        codes: the limit and the sizes count code bits, not stored bytes.
+    """
+
+    solver: str
+    scope: str
+    shares: str
+    candidates: tuple[int, ...]
+    codes: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Choice:
+    """What was chosen.
+
+    Attributes:
+        columns: unit -> column of the table.
+        objective: predicted harm.
+        bound: no choice within the rules has less.
+    """
+
+    columns: tuple[int, ...]
+    objective: float
+    bound: float
+
+
+def choose(table: CostTable, inventory: Inventory, limit: int, rules: Rules) -> Choice:
+    """Spend `limit` on the units of `table`.
+
+    Args:
+        table: costs, of this model.
+        inventory: the model.
+        limit: stored bytes of all units, or their code bits if `rules.codes`.
+        rules: how.
+
+    Raises:
+        InfeasibleError: nothing fits; it says the smallest limit that would.
+        ArtifactError: the table lacks the candidates asked for.
+    """
+    columns = _columns(table, rules.candidates)
+    costs_UC = np.array(table.costs, dtype=np.float64)[:, columns]
+    sizes_UC = _sizes(table, inventory, columns, rules.codes)
+    layers_U = np.array([unit.layer for unit in table.units])
+    weights_U = _weights(table, inventory)
+    groups = [np.flatnonzero(layers_U == layer) for layer in range(len(inventory.layers))]
+    conditions = parse_shares(rules.shares)
+    widths = [table.candidates[column].bits for column in columns]
+    solver = make_solver(rules.solver)
+
+    def solve(members_U: NDArray[np.int64], inside: Sequence[NDArray[np.int64]], most: int) -> Solution:
+        shares = shares_for(conditions, widths, inside)
+        return solver.solve(
+            Problem(costs_UC=costs_UC[members_U], sizes_UC=sizes_UC[members_U], limit=most, shares=shares)
+        )
+
+    if rules.scope == "global":
+        solution = solve(np.arange(len(table.units)), groups, limit)
+        return _choice(columns, solution.choice_U, solution.objective, solution.bound)
+    choice_U = np.zeros(len(table.units), dtype=np.int64)
+    objective = bound = 0.0
+    total = int(weights_U.sum())
+    smallest = 0
+    for members_U in groups:
+        weight = int(weights_U[members_U].sum())
+        try:
+            solution = solve(members_U, [np.arange(len(members_U))], limit * weight // total)
+        except InfeasibleError as error:
+            if error.smallest is None:
+                raise
+            smallest = max(smallest, -(-error.smallest * total // weight))
+            continue
+        choice_U[members_U] = solution.choice_U
+        objective, bound = objective + solution.objective, bound + solution.bound
+    if smallest:
+        raise InfeasibleError("a layer's share of the budget is too small", smallest=smallest)
+    return _choice(columns, choice_U, objective, bound)
+
+
+def _choice(columns: list[int], choice_U: NDArray[np.integer], objective: float, bound: float) -> Choice:
+    return Choice(columns=tuple(columns[int(index)] for index in choice_U), objective=objective, bound=bound)
+
+
+def _columns(table: CostTable, candidates: tuple[int, ...]) -> list[int]:
+    known = {spec.bits: column for column, spec in enumerate(table.candidates)}
+    missing = [bits for bits in candidates if bits not in known]
+    if missing:
+        raise ArtifactError(
+            f"the costs know {', '.join(map(str, sorted(known)))} bits, not {', '.join(map(str, missing))}",
+            option="costs",
+            fix="measure with these --candidates, or allocate with fewer",
+        )
+    return [known[bits] for bits in candidates]
+
+
+def _weights(table: CostTable, inventory: Inventory) -> NDArray[np.int64]:
+    units = inventory.cost_units(table.unit)
+    return np.array([sum(rows * columns for rows, columns in shapes) for _, shapes in units], dtype=np.int64)
+
+
+def _sizes(table: CostTable, inventory: Inventory, columns: list[int], codes: bool) -> NDArray[np.int64]:
+    if not codes:
+        return np.array(table.sizes, dtype=np.int64)[:, columns]
+    bits_C = np.array([table.candidates[column].bits for column in columns], dtype=np.int64)
+    return _weights(table, inventory)[:, None] * bits_C
