@@ -272,7 +272,7 @@ def write(args: argparse.Namespace) -> None:
         parts.append(f"## {bits:g} bits\n\n{table(found, 'main', bits)}")
     for bits in VARIANT_BUDGETS:
         parts.append(f"## Variants at {bits:g} bits, one seed\n\n{table(found, 'more', bits)}")
-    notes = args.output.with_name("allocation_notes.md")
+    notes = args.output.with_name("allocation_notes.md")  # what the figures say, by hand
     if notes.exists():
         parts.append(notes.read_text(encoding="utf-8").strip())
     args.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
