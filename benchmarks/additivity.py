@@ -71,7 +71,7 @@ def random_plan(inventory: Inventory, bits: float, seed: int) -> Plan:
         tuple(tuple(next(rest) for _ in layer.projections) for _ in range(layer.num_experts))
         for layer in inventory.layers
     )
-    draft = Plan(model_hash=inventory.model_hash, method="random", specs=specs, experts=experts, expert_bytes=0)
+    draft = Plan(model_hash=inventory.model_hash, method="uniform", specs=specs, experts=experts, expert_bytes=0)
     return replace(draft, expert_bytes=expert_bytes(draft, inventory))
 
 

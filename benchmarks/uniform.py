@@ -77,7 +77,7 @@ def measure(
     configuration: dict[str, Any], args: argparse.Namespace, reference: Any, rows: dict[str, Any]
 ) -> dict[str, Any]:
     options = {**configuration, "accounting": "codes", "group_size": args.group_size, "device": args.device}
-    options |= {"nsamples": args.nsamples, "seqlen": SEQLEN}
+    options |= {"nsamples": args.nsamples, "seqlen": SEQLEN, "quality": False}
     if configuration["quantizer"].startswith("gptq"):
         options["calibration"] = str(args.log.with_name("calibration.txt"))
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
