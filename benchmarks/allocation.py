@@ -102,6 +102,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "shares": "none",
         "solver": "auto",
     },
+    "gemq without 1 bit, no router tuning": {"method": "gemq", "router": "none", "candidates": "2,3,4"},
     "gemq, kl router tuning": {"method": "gemq", "router": "kl"},
     "gemq progressive, read literally": {"method": "gemq", "progressive": True, "round_context": True},
     "uniform, router tuning": {"method": "uniform", "router": "task"},

@@ -77,3 +77,14 @@ def test_the_head_is_never_loaded(tiny_dir: Path, tmp_path: Path, monkeypatch: p
     assert "lm_head.weight" in setup.headers
     assert "model.embed_tokens.weight" in read
     assert "lm_head.weight" not in read
+
+
+def test_cpus_without_bfloat16_compute_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for capability, bfloat16 in (("AVX2", torch.float32), ("DEFAULT", torch.float32), ("AVX512", torch.bfloat16)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+        assert calibrated.compute_dtype(torch.bfloat16, cpu) == bfloat16
+        assert calibrated.compute_dtype(torch.float16, cpu) == torch.float32
+        assert calibrated.compute_dtype(torch.float32, cpu) == torch.float32
+        assert calibrated.compute_dtype(torch.bfloat16, gpu) == torch.bfloat16
+        assert calibrated.compute_dtype(torch.float16, gpu) == torch.float16

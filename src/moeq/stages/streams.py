@@ -80,7 +80,7 @@ def open_stream(
         inventory: of the original.
         device: where blocks run.
         scratch: where activations go; must be on a disk, not in memory.
-        dtype: compute dtype; None takes the checkpoint's, but float32 for float16 on a CPU.
+        dtype: compute dtype; None takes the checkpoint's, but float32 where a CPU is slow at it.
         micro_batch_tokens: tokens that one block sees at once.
         batch_bytes: what the activations of a batch of sequences may take in `scratch`.
         progress: called with ("blocks", done, all).
