@@ -5,6 +5,7 @@ from typing import Any
 
 from moeq.artifacts import CostTable, EvalResult, Inventory, Plan
 from moeq.checkpoint.read import resolve
+from moeq.costs.component_table import ComponentTable
 from moeq.recipe import Recipe
 from moeq.stages import inspect as inspect_stage
 from moeq.stages import measure as measure_stage
@@ -40,8 +41,8 @@ def plan(model: str | Path, **options: Any) -> PlanReport:
     return preflight.run(model, Recipe(**options))
 
 
-def measure(model: str | Path, *, progress: Progress | None = None, **options: Any) -> CostTable:
-    """What each width would cost each unit; `CostTable.save` it for the option `costs`. Needs no budget."""
+def measure(model: str | Path, *, progress: Progress | None = None, **options: Any) -> CostTable | ComponentTable:
+    """What each width would cost each unit; its `save` makes a file for the option `costs`. Needs no budget."""
     return measure_stage.run(model, Recipe(**options), progress)
 
 

@@ -6,71 +6,14 @@ Each is frozen, versioned and has one `validate()`, called when it is made and w
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
-from moeq import codec
-from moeq.errors import ArtifactError, VersionError
+from moeq.artifact import Artifact
+from moeq.components import ComponentPlan, Form, Widths, blob_bytes, parse_widths, spectral_table_bytes
+from moeq.errors import ArtifactError
 from moeq.spec import EXPERT, QuantSpec, Unit, stored_bytes, table_bytes
 
 PROJECTIONS = ("gate", "up", "down")
-
-
-class Artifact:
-    """What all artifacts share: one JSON file each, with kind and version in front."""
-
-    KIND: ClassVar[str]
-    VERSION: ClassVar[int] = 1
-
-    def validate(self) -> None:
-        """Raise ArtifactError if the parts contradict each other."""
-        raise NotImplementedError
-
-    @property
-    def hash(self) -> str:
-        """sha256 of the artifact's canonical JSON."""
-        return codec.digest(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, with `kind` and `format_version`."""
-        return {"kind": self.KIND, "format_version": self.VERSION, **codec.encode(self)}
-
-    @classmethod
-    def from_dict(cls, data: Any, *, file: Path | None = None) -> Self:
-        """Inverse of `to_dict`; validated.
-
-        Raises:
-            VersionError: written by a later version of moeq.
-            ArtifactError: another kind of artifact, or malformed.
-        """
-        if not isinstance(data, dict) or data.get("kind") != cls.KIND:
-            raise ArtifactError(f"not a moeq {cls.KIND}", file=file, fix=f"give a file that holds a {cls.KIND}")
-        version = data.get("format_version")
-        if version != cls.VERSION:
-            raise VersionError(
-                f"{cls.KIND} has format version {version!r}, this moeq reads {cls.VERSION}",
-                file=file,
-                fix="use the moeq version that wrote it, or write it again",
-            )
-        body = {key: value for key, value in data.items() if key not in ("kind", "format_version")}
-        try:
-            artifact = codec.decode(cls, body)
-            artifact.validate()
-        except ArtifactError as error:
-            if file is None or error.file is not None:
-                raise
-            raise type(error)(error.message, file=file, tensor=error.tensor, fix=error.fix) from error
-        return artifact
-
-    def save(self, path: Path) -> None:
-        """Write the artifact as JSON."""
-        self.validate()
-        path.write_bytes(codec.canonical(self.to_dict()) + b"\n")
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read and validate the artifact at `path`."""
-        return cls.from_dict(codec.read_json(path), file=path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,10 +246,12 @@ class Plan(Artifact):
         model_hash: the model planned for.
         method: name of the method that made the plan.
         specs: the palette; the assignments below index it.
-        experts: layer -> expert -> projection (storage order) -> index into `specs`.
+        experts: layer -> expert -> projection (storage order) -> index into `specs`; empty if there are `components`.
+        components: the widths of spectral components, for the layout "spectral"; `specs` then has one spec of this
+            layout for each width that a component may have.
         dense: path of a linear -> index into `specs`; absent linears stay 16-bit.
         expert_bytes: stored bytes of all routed experts, tables included.
-        unit: what a choice was made for: "expert" or "matrix"; None if all were treated alike.
+        unit: what a choice was made for: "expert", "matrix" or "component"; None if all were treated alike.
         cost: name of the cost that ranked the units, if one did.
         costs_hash: hash of the cost table.
         objective: predicted harm, if a solver made the plan.
@@ -326,12 +271,41 @@ class Plan(Artifact):
     costs_hash: str | None = None
     objective: float | None = None
     bound: float | None = None
+    components: ComponentPlan | None = None
 
     def validate(self) -> None:
         """Raise ArtifactError if an assignment points outside the palette."""
         used = {index for layer in self.experts for expert in layer for index in expert} | set(self.dense.values())
-        if not used or min(used) < 0 or max(used) >= len(self.specs):
+        if self.experts and self.components is not None:
+            raise ArtifactError("a plan has widths either of matrices or of components", fix="allocate again")
+        nothing = not used and self.components is None
+        if nothing or (used and (min(used) < 0 or max(used) >= len(self.specs))):
             raise ArtifactError("a plan assigns a spec outside its palette", fix="allocate again")
+
+    @property
+    def layout(self) -> str:
+        """How the experts are stored, one of `moeq.spec.LAYOUTS`."""
+        return "grouped" if self.components is None else "spectral"
+
+    @property
+    def form(self) -> Form:
+        """How components are stored."""
+        assert self.components is not None
+        slabs = {spec.bits: spec for spec in self.specs if spec.layout == "spectral"}
+        return Form(basis_bits=self.components.basis_bits, joint=self.components.joint, slabs=slabs)
+
+    def widths(self, index: int, layer: MoeLayer) -> dict[str, Widths]:
+        """projection -> widths of the components of a layer, (E, H).
+
+        Raises:
+            ArtifactError: they are not those of a layer of this shape, or have no spec.
+        """
+        assert self.components is not None
+        texts = self.components.layers[index]
+        if set(texts) != set(layer.projections):
+            raise ArtifactError("the plan has components of other projections", tensor=layer.path, fix="allocate again")
+        shape = layer.num_experts, layer.shapes["down"][0]
+        return {name: parse_widths(texts[name], shape) for name in layer.projections}
 
     def spec(self, unit: Unit, projections: tuple[str, ...]) -> QuantSpec:
         """The spec of one unit, `projections` being those of its layer."""
@@ -350,7 +324,11 @@ class Plan(Artifact):
                 fix="allocate a plan for this model",
             )
         wanted = [[len(layer.projections)] * layer.num_experts for layer in inventory.layers]
-        if [[len(expert) for expert in layer] for layer in self.experts] != wanted:
+        if self.components is not None:
+            covered = len(self.components.layers) == len(inventory.layers)
+        else:
+            covered = [[len(expert) for expert in layer] for layer in self.experts] == wanted
+        if not covered:
             raise ArtifactError("the plan covers other experts than the model has", option="plan", fix="allocate again")
         unknown = sorted(set(self.dense) - {linear.path for linear in inventory.dense})
         if unknown:
@@ -364,6 +342,10 @@ def expert_bytes(plan: Plan, inventory: Inventory) -> int:
     """Stored bytes of all routed experts under `plan`, layer tables included."""
     total = 0
     for index, layer in enumerate(inventory.layers):
+        if plan.components is not None:
+            widths = plan.widths(index, layer)
+            total += spectral_table_bytes(len(widths)) + blob_bytes(plan.form, widths, *layer.shapes["down"])
+            continue
         total += table_bytes(layer.num_experts, len(layer.projections))
         for expert in plan.layer_specs(index):
             shapes = (layer.shapes[projection] for projection in layer.projections)

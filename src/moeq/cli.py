@@ -70,8 +70,7 @@ def _measure(args: argparse.Namespace) -> Any:
     recipe = _recipe(args)
     _check_file("output", args.output)
     with _progress() as progress:
-        table = measure_stage.run(args.model, recipe, progress)
-    write_file_atomic(Path(args.output), codec.canonical(table.to_dict()) + b"\n")
+        table = measure_stage.run(args.model, recipe, progress, output=Path(args.output))
     return measure_stage.report(table, args.output)
 
 

@@ -16,7 +16,7 @@ class Method:
     """One row.
 
     Attributes:
-        unit: "none" (no choice is made per unit), "expert" or "matrix".
+        unit: "none" (no choice is made per unit), "expert", "matrix" or "component".
         cost: name of the cost that ranks units, or None.
         cost_options: options of the cost that differ from its defaults.
         solver: name of the solver, or None: fill the budget in storage order.
@@ -48,6 +48,15 @@ METHODS = {
         unit="expert", cost="output-error", solver="auto", scope="layer", candidates=(1, 2, 3), shares="c2c3"
     ),
     "alphaq": Method(unit="matrix", cost="spectral-tail", solver="auto", candidates=(1, 2, 3, 4)),
+    "bitsmoe": Method(
+        unit="component",
+        cost="spectral-energy",
+        solver="threshold",
+        candidates=(0, 1, 2, 3, 4, 6, 8),
+        layout="spectral",
+        quantizer="rtn",
+        dataless="rtn",
+    ),
     "gemq": Method(unit="expert", cost="fisher", solver="auto", candidates=(1, 2, 3), shares="c2c3", router="task"),
 }
 

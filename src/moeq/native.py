@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from moeq.spec import LEVELS, WHOLE_ROW, ZERO_BYTES, QuantSpec, num_groups, sections
+from moeq.spec import LEVELS, SCALE_BYTES, WHOLE_ROW, ZERO_BYTES, QuantSpec, num_groups, plane_row_bytes, sections
 
 FITS: Final = ("minmax", "search", "half-quadratic")
 """Ways to choose the parameters of a group; the position is the kernel's number for it."""
@@ -144,7 +144,13 @@ def pack_codes(codes_NK: Tensor, spec: QuantSpec, record: Tensor, *, isa: str = 
 
 
 def decode_matrix(
-    record: Tensor, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype = torch.float32, *, isa: str = ""
+    record: Tensor,
+    spec: QuantSpec,
+    shape: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    rows: tuple[int, int] | None = None,
+    isa: str = "",
 ) -> Tensor:
     """The weights of a matrix record, (N, K).
 
@@ -153,15 +159,18 @@ def decode_matrix(
         spec: how the matrix is stored.
         shape: (N, K).
         dtype: one of `DTYPES`.
+        rows: only rows from the first to before the second.
         isa: one of `isas()` instead of the best.
     """
     where = sections(spec, shape)
-    w_NK = torch.empty(shape, dtype=dtype)
+    start, stop = rows or (0, shape[0])
+    skipped = start * num_groups(shape[1], spec.group_size)
+    w_NK = torch.empty(stop - start, shape[1], dtype=dtype)
     _module.decode_matrix(
         record,
-        [(width, offset) for width, offset, _ in where.planes],
-        where.scales[0],
-        where.zeros[0],
+        [(width, offset + start * plane_row_bytes(shape[1], width)) for width, offset, _ in where.planes],
+        where.scales[0] + skipped * SCALE_BYTES,
+        where.zeros[0] + skipped * ZERO_BYTES[spec.levels],
         bits=spec.bits,
         levels=LEVELS.index(spec.levels),
         group_size=shape[1] if spec.group_size == WHOLE_ROW else spec.group_size,

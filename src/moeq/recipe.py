@@ -16,7 +16,7 @@ from moeq.spec import BITS, GROUP_SIZES, LEVELS
 DENSE_KINDS = ("attention", "shared", "dense", "lm_head")
 DENSE_BITS = (16, 8, 6, 4)
 ACCOUNTINGS = ("bytes", "codes")
-UNITS = ("expert", "matrix")
+UNITS = ("expert", "matrix", "component")
 SCOPES = ("global", "layer")
 ROUTER_LOSSES = ("none", "task", "kl")
 DEFAULT_CANDIDATES = (1, 2, 3, 4)
@@ -45,12 +45,12 @@ class Recipe:
         damp: gptq's damping, in mean diagonals of the Hessian.
         gain: rescale what was rounded so that it is not shorter than the original (docs/decisions/0013).
         device: "auto", "cpu" or "cuda[:n]".
-        plan: path of a Plan to follow instead of allocating.
+        plan: path of a Plan to follow instead of allocating; a plan of components needs its `costs` too.
         cost: name of the cost that ranks units; None takes the method's own, as all that follow.
         cost_options: options of the cost, as "gamma=12,noise=measured".
         costs: path of a CostTable to use instead of measuring.
-        unit: "expert" or "matrix".
-        candidates: code widths that a unit may get, as "1,2,3".
+        unit: "expert" or "matrix"; "component" for the cost of components.
+        candidates: code widths that a unit may get, as "1,2,3"; 0 drops a component.
         scope: "global" or "layer".
         shares: minimum shares of widths in every layer: "none", "c2c3", "3:1,2:1" or "3+:10%".
         solver: name of the solver.
@@ -141,6 +141,7 @@ class Recipe:
             )
         self.options_of_cost()
         self.candidate_bits()
+        self._check_components()
         budgets = self.progressive_bits()
         if any(low >= high for high, low in itertools.pairwise(budgets)) or (
             budgets and self.bits is not None and budgets[-1] <= self.bits
@@ -153,6 +154,24 @@ class Recipe:
         if budgets and self.bits is None:
             raise OptionError("it needs a budget in bits to end at", option="progressive", fix="give --bits")
         _check_used(self)
+
+    def _check_components(self) -> None:
+        row = method(self.method)
+        named = (self.cost or row.cost) == "spectral-energy"
+        if self.plan is None and named != self.has_components:
+            raise OptionError(
+                "components go with the cost spectral-energy, and only with it",
+                option="unit",
+                fix="use --method bitsmoe, or --cost spectral-energy --unit component",
+            )
+        if not self.has_components:
+            return
+        if (self.shares or "none") != "none" or (self.solver or "threshold") != "threshold":
+            raise OptionError(
+                "components are chosen by threshold, without shares", option="solver", fix="drop --solver and --shares"
+            )
+        if (self.quantizer or row.quantizer) == "gptq-mc":
+            raise OptionError("gptq-mc does not round components", option="quantizer", fix="use rtn or gptq")
 
     def settled(self) -> "Recipe":
         """With the method's own choices where none was made; the quantizer depends on whether there is text."""
@@ -192,6 +211,8 @@ class Recipe:
         """
         if self.candidates is None:
             own = method(self.method).candidates or DEFAULT_CANDIDATES
+            if self.has_components:
+                return own
             asked = budget or self.bits or DEFAULT_CANDIDATES[-1] - 0.5
             top = next((width for width in BITS if width > asked), BITS[-1])
             return own + tuple(bits for bits in BITS if own[-1] < bits <= top)
@@ -202,8 +223,13 @@ class Recipe:
                 f"{self.candidates!r} is not a list of widths", option="candidates", fix="write for example 1,2,3"
             )
         for width in widths:
-            _choose("candidates", width, BITS)
+            _choose("candidates", width, (0, *BITS) if self.has_components else BITS)
         return tuple(widths)
+
+    @property
+    def has_components(self) -> bool:
+        """Whether spectral components are what gets widths."""
+        return self.plan is None and (self.unit or method(self.method).unit) == "component"
 
     def progressive_bits(self) -> tuple[float, ...]:
         """The budgets before the last."""
@@ -246,6 +272,12 @@ class Recipe:
             return self.levels
         return AUTO_LEVELS[bits]
 
+    def component_levels(self, bits: int) -> str:
+        """The level set of components of a code width; those of the released quantizer if that is used."""
+        if self.levels != "auto":
+            return self.levels
+        return "half" if bits <= (1 if self.quantizer == "alternating" else 2) else "sym"
+
     def replace(self, **changes: Any) -> "Recipe":
         """A copy with some options changed; None changes nothing."""
         return dataclasses.replace(self, **{key: value for key, value in changes.items() if value is not None})
@@ -264,7 +296,7 @@ TEXTS_OF_NUMBERS = ("size", "dense_bits", "routing", "candidates", "progressive"
 def _check_used(recipe: Recipe) -> None:
     """Refuse options that nothing would look at."""
     if recipe.plan is not None:
-        for name in ("bits", "size", "cost", "costs", "unit", "candidates", "shares", "progressive"):
+        for name in ("bits", "size", "cost", "unit", "candidates", "shares", "progressive"):
             if getattr(recipe, name) is not None:
                 raise OptionError("it has no effect with --plan", option=name, fix="drop one of the two")
     if recipe.cost is None and method(recipe.method).cost is None:

@@ -35,7 +35,7 @@ ALIGN = 64
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 """Code width -> widths of the planes that store it, most significant plane first."""
 
-LAYOUTS = ("grouped",)
+LAYOUTS = ("grouped", "spectral")
 
 EXPERT = "expert"
 """Stands for all projections of an expert where units are whole experts."""

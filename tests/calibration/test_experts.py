@@ -77,9 +77,13 @@ def run(capture: Capture, quantizer: str = "gptq") -> tuple[MixtralExperts, Sink
     experts, sink = make_experts(), Sink()
     task = module.ExpertsTask(
         layer=make_layer(),
-        specs=SPECS,
-        read=lambda expert, projection: read(experts, expert, projection),
-        quantizer=make_quantizer(quantizer),
+        round=module.grouped(
+            make_layer(),
+            SPECS,
+            lambda expert, projection: read(experts, expert, projection),
+            make_quantizer(quantizer),
+            torch.device("cpu"),
+        ),
         sink=sink,
         device=torch.device("cpu"),
     )

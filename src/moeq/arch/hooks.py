@@ -81,6 +81,11 @@ def finish(experts: nn.Module, expert: int, down_SH: Tensor) -> Tensor:
     return down_SH
 
 
+def answers_plainly(experts: nn.Module) -> bool:
+    """Whether an expert's answer is its down projection and nothing else, so that `finish` changes nothing."""
+    return not (experts.has_bias or experts.has_post_expert_norm)
+
+
 def by_expert(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
     """Sort the T * k choices by expert.
 

@@ -5,6 +5,8 @@ Legend: T tokens of the run, S tokens of one expert, H hidden, I expert width, N
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,25 @@ STRIP = 256
 """Rows of a second moment that are computed together, from the diagonal on."""
 
 ReadMatrix = Callable[[int, str], Tensor]
-Sink = Callable[[int, str, QuantizedMatrix], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rounded:
+    """One rounded matrix.
+
+    Attributes:
+        stored: what will be packed: a `QuantizedMatrix`, or components of several widths.
+        decode: the weights (N, K) that it stands for, in a dtype, on the CPU.
+    """
+
+    stored: Any
+    decode: Callable[[torch.dtype], Tensor]
+
+
+Round = Callable[[int, list[str], Tensor], dict[str, Rounded]]
+"""(expert, projections that share their inputs, sum of x x^T over these inputs) -> projection -> rounded matrix."""
+Sink = Callable[[int, str, Any], None]
+"""Takes (expert, projection, what is to be stored) in storage order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,19 +56,68 @@ class ExpertsTask:
 
     Attributes:
         layer: its shapes.
-        specs: expert -> projection (storage order) -> spec.
-        read: (expert, projection) -> the source weights (N, K).
-        quantizer: rounds a matrix given the second moments of its inputs; threads call it, as they do `read`.
-        sink: takes (expert, projection, rounded matrix) in storage order.
+        round: rounds matrices of an expert; threads call it.
+        sink: takes what was rounded, in storage order.
         device: where the work is done.
     """
 
     layer: MoeLayer
-    specs: Sequence[Sequence[QuantSpec]]
-    read: ReadMatrix
-    quantizer: Quantizer
+    round: Round
     sink: Sink
     device: torch.device
+
+
+def grouped(
+    layer: MoeLayer,
+    specs: Sequence[Sequence[QuantSpec]],
+    read: ReadMatrix,
+    quantizer: Quantizer,
+    device: torch.device,
+) -> Round:
+    """Rounds each matrix to its spec.
+
+    Args:
+        layer: its shapes.
+        specs: expert -> projection (storage order) -> spec.
+        read: (expert, projection) -> the source weights (N, K); threads call it, as they do the quantizer.
+        quantizer: rounds a matrix given the second moments of its inputs.
+        device: where the work is done.
+    """
+
+    def work(expert: int, names: list[str], hessian_KK: Tensor) -> dict[str, Rounded]:
+        mine = dict(zip(layer.projections, specs[expert], strict=True))
+        weights = [read(expert, name).to(device) for name in names]
+        if len({mine[name] for name in names}) == 1:
+            parts = _in_one_go(weights, mine[names[0]], quantizer, hessian_KK)
+        else:
+            parts = [
+                quantizer.quantize(weight, mine[name], hessian_KK) for name, weight in zip(names, weights, strict=True)
+            ]
+        return {
+            name: Rounded(stored=part, decode=partial(_decoded, part, mine[name]))
+            for name, part in zip(names, parts, strict=True)
+        }
+
+    return work
+
+
+def _in_one_go(
+    weights: list[Tensor], spec: QuantSpec, quantizer: Quantizer, hessian_KK: Tensor
+) -> list[QuantizedMatrix]:
+    """Round matrices of one spec together, since rows do not influence each other."""
+    joint = quantizer.quantize(torch.cat(weights) if len(weights) > 1 else weights[0], spec, hessian_KK)
+    parts = []
+    start = 0
+    for weight in weights:
+        rows = slice(start, start + weight.shape[0])
+        start = rows.stop
+        zero = None if joint.zero_NG is None else joint.zero_NG[rows]
+        parts.append(QuantizedMatrix(codes_NK=joint.codes_NK[rows], scale_NG=joint.scale_NG[rows], zero_NG=zero))
+    return parts
+
+
+def _decoded(part: QuantizedMatrix, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
+    return dequantize(part.codes_NK, part.scale_NG, part.zero_NG, spec, dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -68,7 +137,7 @@ class _Route:
 class _Done:
     """One expert's rounded matrices by projection, and its answers to its tokens, chunk by chunk, not weighted."""
 
-    rounded: dict[str, QuantizedMatrix]
+    rounded: dict[str, Rounded]
     answers: list[Tensor]
 
 
@@ -99,7 +168,7 @@ def quantize_experts(task: ExpertsTask, experts: nn.Module, capture: Capture) ->
     y_TH = torch.zeros(capture.x_TH.shape, dtype=torch.float32)
     for expert, done in enumerate(in_order(work, num_experts, task.device)):
         for projection, quantized in done.rounded.items():
-            task.sink(expert, projection, quantized)
+            task.sink(expert, projection, quantized.stored)
         _add_answers(y_TH, routes[expert], done.answers)
     return y_TH.to(capture.x_TH.dtype), [len(route.token_S) for route in routes]
 
@@ -132,28 +201,22 @@ def _quantize_expert(
 ) -> _Done:
     """Round one expert's matrices with the tokens `seen`, answer the `routed` ones."""
     projections = task.layer.projections
-    specs = dict(zip(projections, task.specs[expert], strict=True))
     hessian = _second_moment(
         ((x_TH.index_select(0, chunk), len(chunk)) for chunk in seen.split(CHUNK_TOKENS)), task.device
     )
-    rounded = _quantize_inputs(task, expert, [name for name in projections if name != "down"], specs, hessian)
-    weights = {name: _decoded(done, specs[name], x_TH.dtype, task.device) for name, done in rounded.items()}
+    rounded = task.round(expert, [name for name in projections if name != "down"], hessian)
+    weights = {name: done.decode(x_TH.dtype).to(task.device) for name, done in rounded.items()}
     z_SI = _inner(experts, expert, x_TH, seen, weights, task.device)
     # Natural routing sees exactly the routed tokens: their activations serve both purposes.
     shared = torch.equal(seen, routed)
     if shared:
         z_SI = list(z_SI)
     hessian = _second_moment(z_SI, task.device)
-    down = task.quantizer.quantize(task.read(expert, "down").to(task.device), specs["down"], hessian)
-    rounded["down"] = down
+    rounded |= task.round(expert, ["down"], hessian)
     if not shared:
         z_SI = _inner(experts, expert, x_TH, routed, weights, task.device)
-    answers = _answers(experts, expert, z_SI, _decoded(down, specs["down"], x_TH.dtype, task.device))
+    answers = _answers(experts, expert, z_SI, rounded["down"].decode(x_TH.dtype).to(task.device))
     return _Done(rounded={name: rounded[name] for name in projections}, answers=answers)
-
-
-def _decoded(done: QuantizedMatrix, spec: QuantSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return dequantize(done.codes_NK, done.scale_NG, done.zero_NG, spec, dtype).to(device)
 
 
 def _inner(
@@ -184,27 +247,6 @@ def _add_answers(y_TH: Tensor, route: _Route, answers: list[Tensor]) -> None:
         part = slice(start, start + len(answer_SH))
         start = part.stop
         y_TH.index_add_(0, route.token_S[part], answer_SH * route.weight_S[part].unsqueeze(-1))
-
-
-def _quantize_inputs(
-    task: ExpertsTask, expert: int, projections: list[str], specs: dict[str, QuantSpec], hessian: Tensor
-) -> dict[str, QuantizedMatrix]:
-    """Round gate and up; in one go when their specs agree, since rows do not influence each other."""
-    weights = [task.read(expert, projection).to(task.device) for projection in projections]
-    if len({specs[projection] for projection in projections}) > 1:
-        return {
-            projection: task.quantizer.quantize(weight, specs[projection], hessian)
-            for projection, weight in zip(projections, weights, strict=True)
-        }
-    joint = task.quantizer.quantize(torch.cat(weights), specs[projections[0]], hessian)
-    result = {}
-    start = 0
-    for projection, weight in zip(projections, weights, strict=True):
-        rows = slice(start, start + weight.shape[0])
-        start = rows.stop
-        zero = None if joint.zero_NG is None else joint.zero_NG[rows]
-        result[projection] = QuantizedMatrix(codes_NK=joint.codes_NK[rows], scale_NG=joint.scale_NG[rows], zero_NG=zero)
-    return result
 
 
 def _second_moment(chunks: Iterable[tuple[Tensor, int]], device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, Self
 
 from moeq import codec
-from moeq.artifacts import Artifact
+from moeq.artifact import Artifact
 from moeq.checkpoint.identity import FileStamp
 from moeq.checkpoint.read import is_plain_name
 from moeq.checkpoint.write import FileDigest, hash_file, write_file_atomic

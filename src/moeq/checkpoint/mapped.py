@@ -5,16 +5,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moeq.checkpoint.dtypes import TORCH_DTYPES
 from moeq.checkpoint.header import read_header
 
 DTYPES = {
     "U8": torch.uint8,
     "I64": torch.int64,
 }
+FLOATS = ("F16", "F32", "F64")
 
 
-def map_file(path: Path) -> dict[str, Tensor]:
+def map_file(path: Path, *, floats: bool = False) -> dict[str, Tensor]:
     """The packed tensors (U8 and I64) of a file, as private mappings: pages are read when first touched.
+
+    Args:
+        path: the file.
+        floats: map tensors of floats too.
 
     Raises:
         MissingTensorError, HeaderError: the file is absent or contradicts its header.
@@ -25,9 +31,9 @@ def map_file(path: Path) -> dict[str, Tensor]:
     whole = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,))  # type: ignore[call-overload]
     tensors = {}
     for name, info in headers.items():
-        if info.dtype in DTYPES:
+        dtype = TORCH_DTYPES[info.dtype] if floats and info.dtype in FLOATS else DTYPES.get(info.dtype)
+        if dtype is not None:
             view = whole[info.start : info.stop]
-            dtype = DTYPES[info.dtype]
             # Blobs are aligned by the writer; a small table need not be.
             if info.start % dtype.itemsize:
                 view = view.clone()

@@ -7,19 +7,21 @@ from typing import Any, Final
 from moeq.costs.base import Cost
 from moeq.costs.fisher import Fisher
 from moeq.costs.output_error import OutputError
+from moeq.costs.spectral_energy import SpectralEnergy
 from moeq.costs.spectral_tail import SpectralTail
 from moeq.costs.weight_error import WeightError
 from moeq.errors import OptionError
 
-COSTS: Final[dict[str, Callable[..., Cost]]] = {
+COSTS: Final[dict[str, Callable[..., Cost | SpectralEnergy]]] = {
     "spectral-tail": SpectralTail,
     "weight-error": WeightError,
     "fisher": Fisher,
     "output-error": OutputError,
+    "spectral-energy": SpectralEnergy,
 }
 
 
-def make_cost(name: str, **options: Any) -> Cost:
+def make_cost(name: str, **options: Any) -> Cost | SpectralEnergy:
     """The cost `name`, made with `options`.
 
     Raises:

@@ -10,9 +10,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Final
 
 from moeq import codec
-from moeq.artifacts import PROJECTIONS, Artifact
+from moeq.artifact import Artifact
+from moeq.artifacts import PROJECTIONS
 from moeq.checkpoint.write import FileDigest, write_file_atomic
 from moeq.errors import ArtifactError, PackedError
+from moeq.format.spectral import SpectralShape
+from moeq.spec import LAYOUTS
 
 MANIFEST_NAME: Final = "moeq.json"
 
@@ -31,6 +34,7 @@ class PackedLayer:
         shapes: projection -> (N, K), output rows and input columns.
         concatenated: gate rows precede up rows in the model's fused output; else they alternate.
         transposed: the model's own stacked parameters are (E, K, N).
+        layout: how the layer is stored, one of `moeq.spec.LAYOUTS`.
     """
 
     path: str
@@ -39,11 +43,18 @@ class PackedLayer:
     shapes: dict[str, tuple[int, int]]
     concatenated: bool = True
     transposed: bool = False
+    layout: str = "grouped"
 
     @property
     def ordered_shapes(self) -> tuple[tuple[int, int], ...]:
         """(N, K) of each projection, in storage order."""
         return tuple(self.shapes[name] for name in self.projections)
+
+    @property
+    def spectral_shape(self) -> SpectralShape:
+        """The layer's shape as the layout "spectral" needs it."""
+        hidden, inner = self.shapes["down"]
+        return SpectralShape(projections=self.projections, num_experts=self.num_experts, hidden=hidden, inner=inner)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +167,12 @@ def _check_layer(layer: PackedLayer) -> None:
         )
     for shape in layer.shapes.values():
         _check_shape(layer.path, shape)
+    if layer.layout not in LAYOUTS:
+        raise ArtifactError(f"layout {layer.layout!r} is not known", tensor=layer.path, fix="upgrade moeq")
+    if layer.layout == "spectral":
+        hidden, inner = layer.shapes.get("down", (0, 0))
+        if layer.shapes != {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}:
+            raise ArtifactError("spectral layers have gated experts", tensor=layer.path, fix="download it again")
 
 
 def _check_shape(path: str, shape: tuple[int, int]) -> None:

@@ -176,37 +176,46 @@ CHUNK_WEIGHTS: Final = 1 << 18
 
 
 def decode_matrix(
-    record: Tensor, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype = torch.float32
+    record: Tensor,
+    spec: QuantSpec,
+    shape: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    rows: tuple[int, int] | None = None,
 ) -> Tensor:
-    """The weights (N, K) of a matrix record in `dtype`.
+    """The weights (N, K) of a matrix record in `dtype`, or only the rows from `rows[0]` to before `rows[1]`.
 
     The compiled kernel gives the same bits as `decode_in_chunks`.
     """
     plain = record.device.type == "cpu" and record.is_contiguous() and record.data_ptr() % 2 == 0
     if native.available() and plain and dtype in native.DTYPES and record.numel() >= sections(spec, shape).total:
-        return native.decode_matrix(record.detach(), spec, shape, dtype)
-    return decode_in_chunks(record, spec, shape, dtype)
+        return native.decode_matrix(record.detach(), spec, shape, dtype, rows=rows)
+    return decode_in_chunks(record, spec, shape, dtype, rows=rows)
 
 
 def decode_in_chunks(
-    record: Tensor, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype = torch.float32
+    record: Tensor,
+    spec: QuantSpec,
+    shape: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    rows: tuple[int, int] | None = None,
 ) -> Tensor:
     """`decode_matrix` with torch alone. This is the truth every kernel is tested against."""
-    rows, columns = shape
+    columns = shape[1]
+    first, last = rows or (0, shape[0])
     scale_NG, zero_NG = unpack_scales(record, spec, shape)
     planes = [
-        (width, record[offset : offset + size].view(rows, plane_row_bytes(columns, width)))
+        (width, record[offset : offset + size].view(shape[0], plane_row_bytes(columns, width)))
         for width, offset, size in sections(spec, shape).planes
     ]
     step = max(1, CHUNK_WEIGHTS // columns)
-    if rows <= step:
-        return dequantize(_join(planes, columns), scale_NG, zero_NG, spec, dtype)
-    w_NK = torch.empty(shape, dtype=dtype, device=record.device)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
+    w_NK = torch.empty(last - first, columns, dtype=dtype, device=record.device)
+    for start in range(first, last, step):
+        part = slice(start, min(last, start + step))
         codes = _join([(width, plane[part]) for width, plane in planes], columns)
         zero = None if zero_NG is None else zero_NG[part]
-        w_NK[part] = dequantize(codes, scale_NG[part], zero, spec, dtype)
+        w_NK[start - first : part.stop - first] = dequantize(codes, scale_NG[part], zero, spec, dtype)
     return w_NK
 
 

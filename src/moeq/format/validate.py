@@ -13,6 +13,7 @@ from moeq.checkpoint.write import FileDigest, hash_file
 from moeq.errors import PackedError
 from moeq.format.blob import DATA_SUFFIX, TABLE_SUFFIX, Shapes, parse_table
 from moeq.format.manifest import Manifest, read_manifest
+from moeq.format.spectral import parse_spectral_table
 from moeq.spec import TABLE_COLUMNS, TensorInfo
 
 _FIX: Final = "download the checkpoint again, or quantize the model again"
@@ -33,8 +34,13 @@ def validate_packed(directory: Path) -> Manifest:
     for name in sorted({info.file for info in headers.values()} - set(manifest.files)):
         raise PackedError("the manifest does not list this file", file=directory / name, fix=_FIX)
     packed = tuple(_packed_tensors(manifest))
-    _check_names(headers, {path for path, _, _ in packed})
+    spectral = {layer.path: layer.spectral_shape for layer in manifest.layers if layer.layout == "spectral"}
+    _check_names(headers, {path for path, _, _ in packed} | set(spectral))
     with Reader(directory, headers) as reader:
+        for path, shape in spectral.items():
+            size = _expect(headers, path + DATA_SUFFIX, "U8", 1).shape[0]
+            _expect(headers, path + TABLE_SUFFIX, "I64", 3)
+            parse_spectral_table(reader.tensor(path + TABLE_SUFFIX), shape, size, tensor=path + TABLE_SUFFIX)
         for path, num_experts, shapes in packed:
             data = _expect(headers, path + DATA_SUFFIX, "U8", 1)
             table = _expect(headers, path + TABLE_SUFFIX, "I64", 3)
@@ -69,9 +75,10 @@ def verify_files(directory: Path, manifest: Manifest) -> None:
 
 
 def _packed_tensors(manifest: Manifest) -> Iterator[tuple[str, int, Shapes]]:
-    """path, number of experts and shapes of everything packed."""
+    """path, number of experts and shapes of everything packed in groups."""
     for layer in manifest.layers:
-        yield layer.path, layer.num_experts, layer.ordered_shapes
+        if layer.layout == "grouped":
+            yield layer.path, layer.num_experts, layer.ordered_shapes
     for linear in manifest.dense:
         yield linear.path, 1, (linear.shape,)
 

@@ -3,6 +3,8 @@
 Legend: T tokens, k experts per token, S tokens of one expert, N output rows, K input columns.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,28 +14,32 @@ from moeq.arch import hooks
 from moeq.format.packing import decode_matrix
 from moeq.kernels.packed import PackedLayer, PackedMatrix
 
+Decode = Callable[[torch.dtype], Tensor]
+"""The weights (N, K) in a dtype."""
+
 
 class _DecodedMatmul(torch.autograd.Function):
     """x W^T with W decoded on the fly, forward and backward; W itself never enters the graph."""
 
     @staticmethod
-    def forward(ctx: Any, x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
-        ctx.matrix = matrix
-        return x_SK @ _weights(matrix, x_SK).T
+    def forward(ctx: Any, x_SK: Tensor, decode: Decode) -> Tensor:
+        ctx.decode = decode
+        return x_SK @ decode(x_SK.dtype).T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad_SN,) = grads
-        return grad_SN @ _weights(ctx.matrix, grad_SN), None
+        return grad_SN @ ctx.decode(grad_SN.dtype), None
 
 
-def _weights(matrix: PackedMatrix, like: Tensor) -> Tensor:
-    return decode_matrix(matrix.record, matrix.spec, matrix.shape, like.dtype)
+def product(x_SK: Tensor, decode: Decode) -> Tensor:
+    """x W^T, (S, N), for the W (N, K) that `decode` gives in a dtype; differentiable with respect to x."""
+    return _DecodedMatmul.apply(x_SK, decode)  # type: ignore[no-untyped-call]
 
 
 def linear(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
     """x W^T, (S, N), for a packed W (N, K); differentiable with respect to x."""
-    return _DecodedMatmul.apply(x_SK, matrix)  # type: ignore[no-untyped-call]
+    return product(x_SK, partial(decode_matrix, matrix.record, matrix.spec, matrix.shape))
 
 
 def experts(

@@ -112,7 +112,7 @@ class CardFacts:
         command: the exact command line or call, "" if not known.
         versions: package -> version.
         plan_hash: hash of the plan.
-        allocation: MoE layer -> code bits -> expert matrices.
+        allocation: MoE layer -> code bits -> expert matrices, or components.
         source_bytes: weight bytes of the original.
         stored_bytes: weight bytes of this checkpoint.
         expert_bytes: of these, routed experts with scales, zeros, tables and padding.
@@ -120,7 +120,7 @@ class CardFacts:
         quality: metrics of an EvalResult, empty if nothing was measured.
         quality_text: what it was measured on, or why it was not.
         calibration: what the quantizer saw; None if it used no data.
-        units: what each width was chosen for, "expert" or "matrix"; None if nothing was chosen one by one.
+        units: what each width was chosen for, "expert", "matrix" or "component"; None if nothing was chosen one by one.
         cost: name of the cost that ranked the units, if one did.
         objective: predicted harm of the plan, if a solver made it.
         bound: no plan of the same budget has less predicted harm.
@@ -190,7 +190,7 @@ def _front_matter(facts: CardFacts) -> str:
     matter["library_name"] = "transformers"
     matter["pipeline_tag"] = facts.pipeline_tag
     tags = ("moeq", "mixture-of-experts", "quantized", facts.model_type, facts.method, facts.quantizer)
-    matter["tags"] = list(dict.fromkeys((*tags, *(f"{bits}-bit" for bits in widths), *facts.tags)))
+    matter["tags"] = list(dict.fromkeys((*tags, *(f"{bits}-bit" for bits in widths if bits), *facts.tags)))
     matter["quantized_by"] = "moeq"
     text = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True, default_flow_style=False)
     return f"---\n{text}---\n"
@@ -244,7 +244,11 @@ def _allocation(facts: CardFacts) -> str:
     total = [sum(layer.get(bits, 0) for layer in facts.allocation) for bits in widths]
     table = markdown_table(("layer", *(f"{bits} bit" for bits in widths)), [*rows, ("all", *total)])
     picture = f"![Bits of every expert, layer by layer]({PICTURE_NAME})" if facts.heatmap else ""
-    parts = (_choice(facts), picture, "Expert matrices by bits per code, for each MoE layer.", table)
+    what = "Expert matrices by bits per code, for each MoE layer."
+    if facts.units == "component":
+        picture = picture.replace("every expert", "components along the basis")
+        what = "Spectral components of the experts by bits per code, for each MoE layer; 0 bits are dropped."
+    parts = (_choice(facts), picture, what, table)
     return "\n\n".join(part for part in parts if part)
 
 

@@ -12,7 +12,9 @@ from moeq.checkpoint.mapped import map_file
 from moeq.errors import PackedError
 from moeq.format import manifest
 from moeq.format.blob import DATA_SUFFIX, TABLE_SUFFIX, Entries, Shapes, parse_table
-from moeq.runtime.modules import PackedExperts, PackedLinear
+from moeq.format.spectral import parse_spectral_table
+from moeq.kernels.spectral import SpectralLayer, read_layer
+from moeq.runtime.modules import PackedExperts, PackedLinear, SpectralExperts
 
 
 def prepare(model: nn.Module, layers: Iterable[manifest.PackedLayer], dense: Iterable[manifest.PackedLinear]) -> None:
@@ -23,7 +25,10 @@ def prepare(model: nn.Module, layers: Iterable[manifest.PackedLayer], dense: Ite
     """
     for layer in layers:
         experts = hooks.strip_weights(model, locate(model, layer.path))
-        hooks.attach_handler(experts, PackedExperts(dict(layer.shapes)))
+        handler = (
+            SpectralExperts(layer.spectral_shape) if layer.layout == "spectral" else PackedExperts(dict(layer.shapes))
+        )
+        hooks.attach_handler(experts, handler)
     for linear in dense:
         module = find(model, linear.path)
         if not isinstance(module, nn.Linear):
@@ -45,11 +50,15 @@ def bind(
     """
     tensors = map_packed(files)
     for layer in layers:
-        experts = find(model, layer.path)
+        packed = find(model, layer.path).get_submodule(hooks.HANDLER)
+        device = _device(model, layer.path)
+        if isinstance(packed, SpectralExperts):
+            data, bound = spectral_layer(tensors, layer, device)
+            packed.bind(data, bound)
+            continue
         data, entries = _entries(tensors, layer.path, layer.ordered_shapes)
-        packed = experts.get_submodule(hooks.HANDLER)
         assert isinstance(packed, PackedExperts)
-        packed.bind(data.to(_device(model, layer.path)), entries)
+        packed.bind(data.to(device), entries)
     for linear in dense:
         data, entries = _entries(tensors, linear.path, (linear.shape,))
         module = find(model, linear.path)
@@ -66,12 +75,31 @@ def map_packed(files: Iterable[Path]) -> dict[str, Tensor]:
     return tensors
 
 
+def spectral_layer(
+    tensors: Mapping[str, Tensor], layer: manifest.PackedLayer, device: torch.device
+) -> tuple[Tensor, SpectralLayer]:
+    """The blob of a spectral layer on `device`, and what its table and maps say.
+
+    Raises:
+        PackedError: bytes are missing, or contradict each other.
+    """
+    data, table = _pair(tensors, layer.path)
+    shape = layer.spectral_shape
+    entries = parse_spectral_table(table, shape, data.numel(), tensor=layer.path + TABLE_SUFFIX)
+    data = data.to(device)
+    return data, read_layer(data, entries, shape, layer.path)
+
+
 def _entries(tensors: Mapping[str, Tensor], path: str, shapes: Shapes) -> tuple[Tensor, Entries]:
+    data, table = _pair(tensors, path)
+    return data, parse_table(table, shapes, data.numel(), tensor=path + TABLE_SUFFIX)
+
+
+def _pair(tensors: Mapping[str, Tensor], path: str) -> tuple[Tensor, Tensor]:
     for suffix in (DATA_SUFFIX, TABLE_SUFFIX):
         if path + suffix not in tensors:
             raise PackedError("packed tensor missing", tensor=path + suffix, fix=_FIX)
-    data, table = tensors[path + DATA_SUFFIX], tensors[path + TABLE_SUFFIX]
-    return data, parse_table(table, shapes, data.numel(), tensor=path + TABLE_SUFFIX)
+    return tensors[path + DATA_SUFFIX], tensors[path + TABLE_SUFFIX]
 
 
 def _device(model: nn.Module, path: str) -> torch.device:

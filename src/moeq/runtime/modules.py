@@ -1,13 +1,16 @@
 """Modules over packed bytes. They hold uint8 buffers only; nothing is ever unpacked into memory for good."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from moeq.format.blob import Entries
 from moeq.format.packing import decode_matrix
+from moeq.format.spectral import SpectralShape
 from moeq.kernels import dispatch
 from moeq.kernels.packed import PackedLayer, PackedMatrix
+from moeq.kernels.spectral import SpectralLayer
 from moeq.spec import QuantSpec
 
 
@@ -36,6 +39,11 @@ class PackedExperts(nn.Module):
         assert self.data is not None, "used before loading"
         return PackedLayer(data=self.data, entries=self.entries, shapes=self.shapes)
 
+    def weights(self, expert: int, projection: str) -> Tensor:
+        """What the bytes of one matrix decode to, (N, K) float32 on the CPU."""
+        matrix = self.layer.matrix(expert, projection)
+        return decode_matrix(matrix.record, matrix.spec, matrix.shape).cpu()
+
     def forward(self, experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, H), (T, k), (T, k) -> (T, H)."""
         return dispatch.experts(experts, self.layer, hidden_states, top_k_index, top_k_weights)
@@ -44,6 +52,45 @@ class PackedExperts(nn.Module):
         """Shapes and size, for print(model)."""
         size = 0 if self.data is None else self.data.numel()
         return f"experts={len(self.entries)}, shapes={self.shapes}, bytes={size}"
+
+
+class SpectralExperts(nn.Module):
+    """As `PackedExperts`, for the layout "spectral"."""
+
+    data: Tensor | None
+
+    def __init__(self, shape: SpectralShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self._layer: SpectralLayer | None = None
+        self.register_buffer("data", None, persistent=False)
+
+    def bind(self, data: Tensor, layer: SpectralLayer) -> None:
+        """Take the layer's blob (uint8) and what its table and maps say."""
+        self.data = data
+        self._layer = layer
+
+    @property
+    def layer(self) -> SpectralLayer:
+        """The packed weights, as views."""
+        assert self.data is not None, "used before loading"
+        assert self._layer is not None
+        # The module may have moved to another device since it was bound.
+        return self._layer if self._layer.data is self.data else replace(self._layer, data=self.data)
+
+    def weights(self, expert: int, projection: str) -> Tensor:
+        """What the bytes of one expert's projection decode to: its components (n, I), float32, on the CPU."""
+        return self.layer.factor(expert, projection).cpu()
+
+    def forward(self, experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(T, H), (T, k), (T, k) -> (T, H)."""
+        return dispatch.spectral_experts(experts, self.layer, hidden_states, top_k_index, top_k_weights)
+
+    def extra_repr(self) -> str:
+        """Shape and size, for print(model)."""
+        size = 0 if self.data is None else self.data.numel()
+        ranks = {} if self._layer is None else {name: entry.rank for name, entry in self._layer.entries.items()}
+        return f"experts={self.shape.num_experts}, inner={self.shape.inner}, ranks={ranks}, bytes={size}"
 
 
 class PackedLinear(nn.Module):

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 from moeq.artifacts import CostTable, Inventory, Plan, expert_bytes
 from moeq.budget import Budget
+from moeq.components import spectral_table_bytes
+from moeq.costs.component_table import ComponentTable
 from moeq.errors import ArtifactError, BudgetError, InfeasibleError
 from moeq.recipe import Recipe
 from moeq.spec import BITS, EXPERT, QuantSpec, TensorInfo, Unit, stored_bytes, table_bytes
-from moeq.stages import program, shards
+from moeq.stages import components, program, shards
 
 SIZE_SLACK = 128
 """Recipe, manifest and config spell out the size and numbers that depend on it."""
@@ -21,7 +23,7 @@ def run(
     headers: Mapping[str, TensorInfo],
     recipe: Recipe,
     sidecars: Callable[[Plan], int] = lambda _: 0,
-    table: CostTable | None = None,
+    table: CostTable | ComponentTable | None = None,
 ) -> Plan:
     """Decide the spec of every unit.
 
@@ -47,7 +49,10 @@ def run(
     if table is not None:
         _check_table(table, inventory, draft)
     limit = _limit(inventory, headers, budget, draft, sidecars)
-    if table is None:
+    if not isinstance(table, CostTable | None) or recipe.has_components:
+        assert not isinstance(table, CostTable)
+        plan = _solve_components(inventory, draft, table, recipe, budget, limit)
+    elif table is None:
         filled = _fill(inventory, _weigher(draft, budget), limit, budget)
         plain = replace(draft, experts=filled, unit=None, cost=None, costs_hash=None, objective=None, bound=None)
         plan = _sized(inventory, plain)
@@ -57,7 +62,19 @@ def run(
     return plan
 
 
-def _check_table(table: CostTable, inventory: Inventory, draft: Plan) -> None:
+def _solve_components(
+    inventory: Inventory, draft: Plan, table: ComponentTable | None, recipe: Recipe, budget: Budget, limit: int
+) -> Plan:
+    try:
+        plan = components.solve(inventory, draft, table, recipe, limit, codes=budget.code_bits is not None)
+    except InfeasibleError as error:
+        if error.smallest is None:
+            raise
+        raise _too_small(inventory, budget, error.smallest - limit) from error
+    return plan if table is None else replace(plan, costs_hash=table.hash)
+
+
+def _check_table(table: CostTable | ComponentTable, inventory: Inventory, draft: Plan) -> None:
     table.check_model(inventory)
     for spec in table.candidates:
         if spec not in draft.specs:
@@ -80,6 +97,8 @@ def spendable_bits(
 
 def candidate_specs(recipe: Recipe, budget: float | None = None) -> tuple[QuantSpec, ...]:
     """The specs a unit may get, by rising width; `budget` as in `Recipe.candidate_bits`."""
+    if recipe.has_components:
+        return components.specs_of(recipe)
     return tuple(
         QuantSpec(bits=bits, group_size=recipe.group_size, levels=recipe.level_set(bits))
         for bits in recipe.candidate_bits(budget)
@@ -89,6 +108,10 @@ def candidate_specs(recipe: Recipe, budget: float | None = None) -> tuple[QuantS
 def _draft(inventory: Inventory, recipe: Recipe) -> Plan:
     """A plan of the widest codes, with palette and dense linears as they will be."""
     dense = _dense_specs(inventory, recipe)
+    if recipe.has_components:
+        longest = -1.2345678901234567e-300
+        spectral = components.draft(inventory, recipe, dense)
+        return replace(spectral, costs_hash=HASH_LENGTH * "0", objective=longest, bound=longest)
     palette = tuple(QuantSpec(bits=b, group_size=recipe.group_size, levels=recipe.level_set(b)) for b in BITS)
     specs = palette + tuple(sorted(set(dense.values()) - set(palette)))
     draft = Plan(
@@ -143,7 +166,12 @@ def rules_of(recipe: Recipe, candidates: tuple[int, ...], codes: bool = False) -
     )
 
 
-def plan_within(inventory: Inventory, table: CostTable, recipe: Recipe, limit: int) -> Plan:
+def widest_bytes(inventory: Inventory, recipe: Recipe) -> int:
+    """What all units take under the widest candidates, tables included."""
+    return _draft(inventory, recipe).expert_bytes
+
+
+def plan_within(inventory: Inventory, table: CostTable | ComponentTable, recipe: Recipe, limit: int) -> Plan:
     """The plan whose expert matrices take at most `limit` stored bytes, by a settled recipe's rules.
 
     Raises:
@@ -151,6 +179,8 @@ def plan_within(inventory: Inventory, table: CostTable, recipe: Recipe, limit: i
     """
     draft = _draft(inventory, recipe)
     _check_table(table, inventory, draft)
+    if isinstance(table, ComponentTable):
+        return components.solve(inventory, draft, table, recipe, limit, codes=False)
     widths = tuple(spec.bits for spec in table.candidates)
     chosen = widths if recipe.candidates is None else recipe.candidate_bits()
     return _within(inventory, draft, table, limit, rules_of(recipe, chosen))
@@ -206,7 +236,12 @@ def _limit(
     sidecars: Callable[[Plan], int],
 ) -> int:
     """What the matrices may weigh together, in the unit that the budget counts in."""
-    tables = sum(table_bytes(layer.num_experts, len(layer.projections)) for layer in inventory.layers)
+    tables = sum(
+        spectral_table_bytes(len(layer.projections))
+        if widest.components is not None
+        else table_bytes(layer.num_experts, len(layer.projections))
+        for layer in inventory.layers
+    )
     if budget.code_bits is not None:
         return int(budget.code_bits * inventory.expert_parameters)
     if budget.bits is not None:

@@ -11,18 +11,22 @@ from transformers import PreTrainedModel
 from moeq.arch import hooks
 from moeq.arch.keymap import KeyMap, build_keymap, load_prefix, unload_prefix
 from moeq.arch.meta import build_meta_model
-from moeq.calibration.experts import ExpertsTask, quantize_experts, replay_experts
+from moeq.calibration.experts import ExpertsTask, grouped, quantize_experts, replay_experts
 from moeq.calibration.spill import SpillPool
 from moeq.calibration.stream import Capture, Streamer
 from moeq.checkpoint.mapped import map_file
 from moeq.checkpoint.write import FileDigest
+from moeq.components import blob_bytes
 from moeq.errors import CheckpointError
 from moeq.format.blob import DATA_SUFFIX, build_table, parse_table, record
 from moeq.format.packing import decode_matrix
 from moeq.quantizers.base import QuantizedMatrix
+from moeq.runtime import attach
 from moeq.spec import Unit, stored_bytes
+from moeq.stages import finish
 from moeq.stages.packing import Job, Progress, write_layer
 from moeq.stages.shards import Shard
+from moeq.stages.spectral_packing import ComponentRounding
 
 Done = Callable[[str, FileDigest], None]
 
@@ -124,7 +128,8 @@ def run(
         if shard.file in finished:
             y_TH, counts[layer] = _replay(job, shard, experts, capture)
         else:
-            y_TH, blob, counts[layer] = _round(job, layer, experts, capture, pool)
+            pack = _round if job.plan.components is None else _round_components
+            y_TH, blob, counts[layer] = pack(job, layer, experts, capture, pool)
             done(shard.file, write_layer(job, shard, blob))
         return y_TH
 
@@ -166,11 +171,12 @@ def _round(
         start = starts[expert, projection]
         blob[start : start + part.numel()] = part
 
+    def read(expert: int, name: str) -> Tensor:
+        return job.matrix(Unit(layer=layer, expert=expert, projection=name))
+
     task = ExpertsTask(
         layer=shape,
-        specs=specs,
-        read=lambda expert, name: job.matrix(Unit(layer=layer, expert=expert, projection=name)),
-        quantizer=job.quantizer,
+        round=grouped(shape, specs, read, job.quantizer, job.device),
         sink=sink,
         device=job.device,
     )
@@ -178,9 +184,30 @@ def _round(
     return y_TH, blob, counts
 
 
+def _round_components(
+    job: Job, layer: int, experts: nn.Module, capture: Capture, pool: SpillPool
+) -> tuple[Tensor, Tensor, list[int]]:
+    shape = job.inventory.layers[layer]
+    rounding = ComponentRounding(job, layer)
+    task = ExpertsTask(layer=shape, round=rounding.round, sink=rounding.sink, device=job.device)
+    y_TH, counts = quantize_experts(task, experts, capture)
+    size = blob_bytes(job.plan.form, job.plan.widths(layer, shape), *shape.shapes["down"])
+    blob = pool.empty((size,), torch.uint8)
+    start = 0
+    for part in rounding.parts():
+        blob[start : start + part.numel()] = part
+        start += part.numel()
+    return y_TH, blob, counts
+
+
 def _replay(job: Job, shard: Shard, experts: nn.Module, capture: Capture) -> tuple[Tensor, list[int]]:
     assert shard.layer is not None
     layer = job.inventory.layers[shard.layer]
+    if job.plan.components is not None:
+        packed = finish.packed_layers(job.inventory, job.plan)[shard.layer]
+        tensors = map_file(job.partial / shard.file)
+        dense = attach.spectral_layer(tensors, packed, torch.device("cpu"))[1].dense
+        return replay_experts(layer, dense, experts, capture, job.device)
     shapes = [layer.shapes[name] for name in layer.projections]
     data = map_file(job.partial / shard.file)[layer.path + DATA_SUFFIX]
     table = build_table(job.plan.layer_specs(shard.layer), shapes)

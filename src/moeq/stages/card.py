@@ -4,27 +4,42 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from moeq.artifacts import PROJECTIONS, Inventory, Plan
 from moeq.calibration.experts import MIN_TOKENS
 from moeq.calibration.tokens import TokenBatch
+from moeq.components import blob_bytes, kept_directions, spectral_table_bytes
 from moeq.report.card import CalibrationFacts, CardFacts, RouterFacts
 from moeq.report.heatmap import AllocationMap, allocation_svg, allocation_text, svg_limit
+from moeq.report.spectrum import BINS, SpectrumMap, spectrum_limit, spectrum_svg, spectrum_text
 from moeq.spec import stored_bytes, table_bytes
 from moeq.version import __version__
 
 
 def allocation(inventory: Inventory, plan: Plan) -> tuple[dict[int, int], ...]:
-    """MoE layer -> code bits -> expert matrices."""
+    """MoE layer -> code bits -> expert matrices, or components."""
+    if plan.components is not None:
+        return tuple(_component_counts(inventory, plan, index) for index in range(len(inventory.layers)))
     return tuple(
         dict(Counter(spec.bits for expert in plan.layer_specs(index) for spec in expert))
         for index in range(len(inventory.layers))
     )
 
 
+def counts(inventory: Inventory, plan: Plan) -> dict[str, int]:
+    """Code bits -> expert matrices (or components) that get them, by rising width."""
+    total: Counter[int] = Counter()
+    for layer in allocation(inventory, plan):
+        total.update(layer)
+    return {str(bits): total[bits] for bits in sorted(total)}
+
+
 def is_mixed(plan: Plan) -> bool:
-    """Whether expert matrices differ in width, so that a picture shows something."""
+    """Whether expert matrices (or components) differ in width, so that a picture shows something."""
+    if plan.components is not None:
+        return True
     return len({plan.specs[index].bits for layer in plan.experts for expert in layer for index in expert}) > 1
 
 
@@ -46,20 +61,59 @@ def allocation_map(inventory: Inventory, plan: Plan) -> AllocationMap:
     return AllocationMap(bits=tuple(bits), projections=names, stored=tuple(stored))
 
 
+def stored_bits(inventory: Inventory, plan: Plan) -> tuple[float, ...]:
+    """Mean stored bits of the expert weights of each layer, everything included."""
+    if plan.components is None:
+        return allocation_map(inventory, plan).stored
+    sizes = (
+        spectral_table_bytes(len(layer.projections))
+        + blob_bytes(plan.form, plan.widths(index, layer), *layer.shapes["down"])
+        for index, layer in enumerate(inventory.layers)
+    )
+    return tuple(8 * size / layer.parameters for size, layer in zip(sizes, inventory.layers, strict=True))
+
+
+def spectrum_map(inventory: Inventory, plan: Plan) -> SpectrumMap:
+    """A plan of components as pictures show it."""
+    means, kept = [], []
+    counts: Counter[int] = Counter()
+    for index, layer in enumerate(inventory.layers):
+        widths = plan.widths(index, layer)
+        counts.update(_component_counts(inventory, plan, index))
+        cells = {name: np.array_split(each_EH.mean(0), min(BINS, each_EH.shape[1])) for name, each_EH in widths.items()}
+        means.append({name: tuple(float(cell.mean()) for cell in row) for name, row in cells.items()})
+        directions = kept_directions(widths, joint=plan.form.joint)
+        kept.append({name: int(each_H.sum()) for name, each_H in directions.items()})
+    return SpectrumMap(means=tuple(means), counts=counts, kept=tuple(kept), stored=stored_bits(inventory, plan))
+
+
+def _component_counts(inventory: Inventory, plan: Plan, index: int) -> dict[int, int]:
+    counts: Counter[int] = Counter()
+    for widths_EH in plan.widths(index, inventory.layers[index]).values():
+        counts.update(dict(enumerate(np.bincount(widths_EH.reshape(-1)).tolist())))
+    return {width: count for width, count in sorted(counts.items()) if count}
+
+
 def heatmap(inventory: Inventory, plan: Plan, name: str) -> str:
     """The plan as an SVG document; `name` says of what."""
+    if plan.components is not None:
+        return spectrum_svg(spectrum_map(inventory, plan), _title(name))
     return allocation_svg(allocation_map(inventory, plan), _title(name))
 
 
 def heatmap_lines(inventory: Inventory, plan: Plan) -> tuple[str, ...]:
     """The plan as lines for a terminal."""
+    if plan.components is not None:
+        return tuple(spectrum_text(spectrum_map(inventory, plan)).splitlines())
     return tuple(allocation_text(allocation_map(inventory, plan)).splitlines())
 
 
 def heatmap_limit(inventory: Inventory, name: str) -> int:
     """Bytes that `heatmap` takes at most, whatever the plan."""
     experts = tuple(layer.num_experts for layer in inventory.layers)
-    return svg_limit(experts, max(len(layer.projections) for layer in inventory.layers), _title(name))
+    projections = max(len(layer.projections) for layer in inventory.layers)
+    spectrum = spectrum_limit(len(experts), projections, _title(name))
+    return max(spectrum, svg_limit(experts, projections, _title(name)))
 
 
 def _title(name: str) -> str:

@@ -37,7 +37,7 @@ Cfg = type(AutoConfig.for_model({model_type!r}))
 '''
 
 
-def packed_layers(inventory: Inventory) -> tuple[PackedLayer, ...]:
+def packed_layers(inventory: Inventory, plan: Plan) -> tuple[PackedLayer, ...]:
     """The layers of experts as the manifest names them."""
     return tuple(
         PackedLayer(
@@ -47,6 +47,7 @@ def packed_layers(inventory: Inventory) -> tuple[PackedLayer, ...]:
             shapes=layer.shapes,
             concatenated=layer.concatenated,
             transposed=layer.transposed,
+            layout=plan.layout,
         )
         for layer in inventory.layers
     )
@@ -72,7 +73,7 @@ def quantization_config(inventory: Inventory, plan: Plan, recipe: Recipe) -> dic
         "plan": PLAN_NAME,
         "plan_hash": plan.hash,
         "modules_to_not_convert": [linear.path for linear in inventory.dense if linear.path not in plan.dense],
-        "layers": codec.encode(packed_layers(inventory)),
+        "layers": codec.encode(packed_layers(inventory, plan)),
         "dense": codec.encode(packed_linears(inventory, plan)),
     }
 
@@ -109,7 +110,7 @@ def manifest(
         plan_hash=plan.hash,
         model_hash=inventory.model_hash,
         files=dict(files),
-        layers=packed_layers(inventory),
+        layers=packed_layers(inventory, plan),
         dense=packed_linears(inventory, plan),
         recipe=codec.encode(recipe),
         calibration=calibration,

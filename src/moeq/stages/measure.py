@@ -16,8 +16,11 @@ from moeq.artifacts import CostTable, Inventory
 from moeq.calibration.backprop import Labels
 from moeq.calibration.tokens import TokenBatch
 from moeq.checkpoint.read import Reader, resolve
+from moeq.checkpoint.write import write_file_atomic
 from moeq.costs.base import Asked, Cost, LayerCosts, LayerView
+from moeq.costs.component_table import ComponentFacts, ComponentTable, write_table
 from moeq.costs.registry import COSTS, make_cost
+from moeq.costs.spectral_energy import SpectralEnergy
 from moeq.errors import OptionError
 from moeq.format.manifest import read_manifest
 from moeq.recipe import Recipe
@@ -96,8 +99,10 @@ class MeasureReport:
     provenance: dict[str, Any]
 
 
-def report(table: CostTable, output: str) -> MeasureReport:
+def report(table: CostTable | ComponentTable, output: str) -> MeasureReport:
     """What a table holds, for people."""
+    if isinstance(table, ComponentTable):
+        return _component_report(table, output)
     return MeasureReport(
         output=output,
         model_hash=table.model_hash,
@@ -115,13 +120,44 @@ def report(table: CostTable, output: str) -> MeasureReport:
     )
 
 
-def run(model: str | Path, recipe: Recipe, progress: Progress | None = None) -> CostTable:
+def _component_report(table: ComponentTable, output: str) -> MeasureReport:
+    facts = table.facts
+    totals = dict.fromkeys(("0", *(str(spec.bits) for spec in facts.candidates)), 0.0)
+    spread: dict[str, list[float]] = {}
+    for index in range(len(facts.layers)):
+        for name, value in facts.spread[index].items():
+            spread.setdefault(f"spread_{name}", []).append(value)
+            part = table.layer(index, name)
+            weight = float(part.weight_EH.double().sum())
+            totals["0"] += weight
+            for spec, loss in zip(facts.candidates, part.curve_C.tolist(), strict=True):
+                totals[str(spec.bits)] += weight * loss
+    return MeasureReport(
+        output=output,
+        model_hash=facts.model_hash,
+        cost=facts.cost,
+        unit="component",
+        units=sum(3 * experts * hidden for experts, hidden, _ in facts.layers),
+        candidates=(0, *(spec.bits for spec in facts.candidates)),
+        totals=totals,
+        statistics={
+            name: (min(values), statistics.median(values), max(values)) for name, values in sorted(spread.items())
+        },
+        provenance=facts.provenance,
+    )
+
+
+def run(
+    model: str | Path, recipe: Recipe, progress: Progress | None = None, output: Path | None = None
+) -> CostTable | ComponentTable:
     """Measure the recipe's cost.
 
     Args:
         model: local directory or hub id.
         recipe: method or cost, unit, candidates, calibration; a budget is not needed.
         progress: called as work is done.
+        output: where the costs are to be written; those of components are written anyway, by default to a temporary
+            file.
 
     Raises:
         OptionError: the method has no cost, or an option is wrong.
@@ -129,7 +165,10 @@ def run(model: str | Path, recipe: Recipe, progress: Progress | None = None) -> 
     """
     source = resolve(model)
     inventory, headers = inspect.run(source)
-    return table(subject(source, inventory, headers, recipe), progress)
+    found = table(subject(source, inventory, headers, recipe), progress, output=output)
+    if output is not None and isinstance(found, CostTable):
+        write_file_atomic(output, codec.canonical(found.to_dict()) + b"\n")
+    return found
 
 
 def subject(
@@ -163,13 +202,16 @@ def subject(
     )
 
 
-def table(what: Subject, progress: Progress | None = None, scratch: Path | None = None) -> CostTable:
+def table(
+    what: Subject, progress: Progress | None = None, scratch: Path | None = None, output: Path | None = None
+) -> CostTable | ComponentTable:
     """Measure; see `run`.
 
     Args:
         what: from `subject`.
         progress: called as work is done.
         scratch: where activations may be spilled; the system's temporary directory by default.
+        output: where costs of components are written.
     """
     recipe, inventory = what.recipe, what.inventory
     device = pick_device(recipe.device)
@@ -198,12 +240,35 @@ def table(what: Subject, progress: Progress | None = None, scratch: Path | None 
                     progress("layers", layer + 1, len(inventory.layers))
         else:
             _stream(what, cost, labels, view, device, progress, scratch)
+    if isinstance(cost, SpectralEnergy):
+        return _write(what, cost, output)
     return _assemble(what, cost.result())
+
+
+def _write(what: Subject, cost: SpectralEnergy, output: Path | None) -> ComponentTable:
+    """The costs of components, in their file."""
+    layers = list(cost.layers())
+    facts = ComponentFacts(
+        model_hash=what.inventory.model_hash,
+        cost=str(what.recipe.cost),
+        provenance=what.provenance,
+        candidates=what.candidates,
+        basis_bits=cost.basis_bits,
+        joint=cost.joint,
+        exact=cost.exact,
+        layers=tuple((layer.num_experts, *layer.shapes["down"]) for layer in what.inventory.layers),
+        spread=tuple({name: part.spread for name, part in layer.items()} for layer in layers),
+        tokens=cost.tokens(),
+    )
+    home = None if output is not None else tempfile.TemporaryDirectory(prefix="moeq-costs-")
+    path = output or Path(str(home and home.name)) / "costs.safetensors"
+    write_table(path, facts, layers)
+    return ComponentTable(path, home)
 
 
 def _stream(
     what: Subject,
-    cost: Cost,
+    cost: Cost | SpectralEnergy,
     labels: Labels,
     view: Callable[[int], LayerView],
     device: torch.device,
@@ -227,7 +292,7 @@ def _stream(
         stream.run(what.tokens.ids_NT, visit, gradients=cost.needs == "gradients", labels=labels, seed=recipe.seed)
 
 
-def _make(recipe: Recipe) -> tuple[Cost, Labels]:
+def _make(recipe: Recipe) -> tuple[Cost | SpectralEnergy, Labels]:
     """The recipe's cost, and the labels that gradients are taken for.
 
     What the recipe says for all stages (seed, length of sequences, options of the quantizer) goes to costs that ask for
@@ -242,6 +307,8 @@ def _make(recipe: Recipe) -> tuple[Cost, Labels]:
         )
     if name in COSTS:
         wanted = inspect_signature(COSTS[name]).parameters
+        if recipe.has_components and not str(recipe.quantizer).startswith("gptq"):
+            options.setdefault("perturb", recipe.quantizer)
         common: dict[str, Any] = {"seed": recipe.seed, "seqlen": recipe.seqlen}
         perturb = options.get("perturb", wanted["perturb"].default if "perturb" in wanted else None)
         if perturb in choices.GAINED:

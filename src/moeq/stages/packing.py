@@ -13,8 +13,10 @@ from torch import Tensor
 from moeq.artifacts import DenseLinear, Inventory, MatrixSource, Plan
 from moeq.checkpoint.read import Reader
 from moeq.checkpoint.write import FileDigest, ShardWriter
+from moeq.costs.component_table import ComponentTable
 from moeq.format.blob import build_table
 from moeq.format.packing import decode_matrix, dequantize, pack_matrix
+from moeq.format.spectral import SpectralShape, build_spectral_table
 from moeq.quantizers.base import QuantizedMatrix, Quantizer
 from moeq.spec import QuantSpec, Unit
 from moeq.stages.shards import Shard
@@ -41,6 +43,9 @@ class Job:
         quantizer: rounds the experts.
         dense_quantizer: rounds the other linears; needs no data.
         device: where rounding is done.
+        table: the costs that a plan of components came from, for their bases.
+        gain: match the gain of components' scales.
+        damp: damping of Hessians, in mean diagonals.
         noted: unit -> digest of its rounded weights, filled for a few units of each layer; what
             `verify` compares the reloaded model with.
     """
@@ -53,6 +58,9 @@ class Job:
     quantizer: Quantizer
     dense_quantizer: Quantizer
     device: torch.device
+    table: ComponentTable | None = None
+    gain: bool = True
+    damp: float = 0.1
     noted: dict[Unit, str] = field(default_factory=dict)
 
     def settle(self, unit: Unit, rounded: QuantizedMatrix) -> Tensor:
@@ -122,10 +130,8 @@ def expert_records(job: Job, layer: int) -> Iterator[memoryview]:
 def write_layer(job: Job, shard: Shard, blob: Tensor | Iterator[memoryview]) -> FileDigest:
     """Write the shard of one MoE layer: its experts' blob, its packed linears, then all tables."""
     assert shard.layer is not None
-    layer = job.inventory.layers[shard.layer]
-    shapes = [layer.shapes[projection] for projection in layer.projections]
     linears = [job.inventory.dense[position] for position in shard.dense]
-    tables = [build_table(job.plan.layer_specs(shard.layer), shapes)]
+    tables = [layer_table(job.inventory, job.plan, shard.layer)]
     declared = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard.tensors]
     names = iter(tensor.name for tensor in shard.tensors)
     writer = ShardWriter(job.partial / shard.file, declared)
@@ -141,6 +147,16 @@ def write_layer(job: Job, shard: Shard, blob: Tensor | Iterator[memoryview]) -> 
         writer.abort()
         raise
     return writer.close()
+
+
+def layer_table(inventory: Inventory, plan: Plan, index: int) -> Tensor:
+    """The table of a layer's blob."""
+    layer = inventory.layers[index]
+    if plan.components is not None:
+        hidden, inner = layer.shapes["down"]
+        shape = SpectralShape(projections=layer.projections, num_experts=layer.num_experts, hidden=hidden, inner=inner)
+        return build_spectral_table(plan.form, plan.widths(index, layer), shape)
+    return build_table(plan.layer_specs(index), [layer.shapes[projection] for projection in layer.projections])
 
 
 def write_copied(job: Job, shard: Shard) -> FileDigest:

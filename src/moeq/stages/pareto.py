@@ -5,9 +5,10 @@ from pathlib import Path
 
 from moeq.artifacts import CostTable, Inventory, Plan, expert_bytes
 from moeq.checkpoint.read import resolve
+from moeq.costs.component_table import ComponentTable, load_table
 from moeq.errors import ArtifactError, InfeasibleError, OptionError
 from moeq.recipe import Recipe
-from moeq.stages import allocate, inspect
+from moeq.stages import allocate, card, inspect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,7 @@ def run(model: str | Path, recipe: Recipe, points: int = 20) -> ParetoReport:
     if points < 2:
         raise OptionError(f"{points} points make no curve", option="points", fix="give at least 2")
     inventory, _ = inspect.run(resolve(model))
-    table = CostTable.load(Path(recipe.costs))
+    table = load_table(Path(recipe.costs))
     recipe = recipe.replace(cost=table.cost, unit=table.unit).settled()
     narrowest, widest = _range(inventory, table, recipe)
     limits = [narrowest + (widest - narrowest) * step // (points - 1) for step in range(points)]
@@ -69,9 +70,12 @@ def run(model: str | Path, recipe: Recipe, points: int = 20) -> ParetoReport:
     )
 
 
-def _range(inventory: Inventory, table: CostTable, recipe: Recipe) -> tuple[int, int]:
+def _range(inventory: Inventory, table: CostTable | ComponentTable, recipe: Recipe) -> tuple[int, int]:
     """Smallest and largest limit worth solving."""
-    widest = sum(max(row) for row in table.sizes)
+    if isinstance(table, ComponentTable):
+        widest = allocate.widest_bytes(inventory, recipe)
+    else:
+        widest = sum(max(row) for row in table.sizes)
     try:
         allocate.plan_within(inventory, table, recipe, 0)
     except InfeasibleError as error:
@@ -90,16 +94,5 @@ def _point(inventory: Inventory, plan: Plan) -> ParetoPoint:
         expert_bits_per_weight=8 * size / inventory.expert_parameters,
         objective=plan.objective,
         gap=max(0.0, plan.objective - plan.bound) / max(abs(plan.objective), 1e-300),
-        allocation=allocation(plan),
+        allocation=card.counts(inventory, plan),
     )
-
-
-def allocation(plan: Plan) -> dict[str, int]:
-    """Code bits -> expert matrices that get them, by rising width."""
-    found: dict[int, int] = {}
-    for layer in plan.experts:
-        for expert in layer:
-            for index in expert:
-                bits = plan.specs[index].bits
-                found[bits] = found.get(bits, 0) + 1
-    return {str(bits): found[bits] for bits in sorted(found)}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from moeq.recipe import Recipe
 from moeq.spec import WHOLE_ROW
+from moeq.stages import card, summary
 from moeq.stages import setup as setup_stage
-from moeq.stages import summary
 from moeq.stages.setup import Setup
 
 READ_WRITE_BYTES_PER_SECOND = 0.5e9
@@ -67,12 +67,6 @@ def run(model: str | Path, recipe: Recipe) -> PlanReport:
     inventory, plan = setup.inventory, setup.plan
     rows = summary.families(inventory, setup.headers, plan)
     packed = {linear.kind for linear in inventory.dense if linear.path in plan.dense}
-    allocation: dict[str, int] = {}
-    for layer in plan.experts if setup.decided else ():
-        for expert in layer:
-            for index in expert:
-                bits = str(plan.specs[index].bits)
-                allocation[bits] = allocation.get(bits, 0) + 1
     sizes = setup.sizes
     return PlanReport(
         model=str(setup.source),
@@ -89,7 +83,7 @@ def run(model: str | Path, recipe: Recipe) -> PlanReport:
         expert_bytes=plan.expert_bytes,
         expert_bits_per_weight=8 * plan.expert_bytes / inventory.expert_parameters,
         families=rows,
-        allocation=dict(sorted(allocation.items(), key=lambda item: int(item[0]))),
+        allocation=card.counts(inventory, plan) if setup.decided else {},
         decided=setup.decided,
         quantized=("experts", *sorted(packed)),
         untouched=tuple(sorted((set(rows) | {"other"}) - packed - {"experts"})),

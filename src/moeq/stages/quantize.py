@@ -23,7 +23,18 @@ from moeq.recipe import Recipe
 from moeq.repair.tune import TuneOptions
 from moeq.report.card import CalibrationFacts, RouterFacts, model_card
 from moeq.runtime.load import pick_device
-from moeq.stages import calibrated, card, choices, finish, output, quality, summary, tuning, verify
+from moeq.stages import (
+    calibrated,
+    card,
+    choices,
+    finish,
+    output,
+    quality,
+    spectral_packing,
+    summary,
+    tuning,
+    verify,
+)
 from moeq.stages.packing import Job, Progress, expert_records, write_copied, write_layer
 from moeq.stages.setup import COSTS_NAME, Setup, decide, setup
 from moeq.version import __version__
@@ -245,6 +256,9 @@ def _pack(
             quantizer=quantizer,
             dense_quantizer=make_quantizer("rtn", gain=recipe.gain),
             device=device,
+            table=plan.table,
+            gain=recipe.gain,
+            damp=recipe.damp,
         )
         journal, counts = _pack_shards(job, plan, journal, tokens, progress)
     return job, journal, counts
@@ -278,7 +292,8 @@ def _pack_shards(
     else:
         for shard in job.shards:
             if shard.layer is not None and shard.file not in state.finished:
-                done(shard.file, write_layer(job, shard, expert_records(job, shard.layer)))
+                pack = expert_records if job.plan.components is None else spectral_packing.component_records
+                done(shard.file, write_layer(job, shard, pack(job, shard.layer)))
     return state, counts
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from moeq import codec
 from moeq.artifacts import CostTable, Inventory, Plan
 from moeq.checkpoint.read import resolve
+from moeq.costs.component_table import ComponentTable, Table, load_table
 from moeq.errors import ArtifactError, OptionError
 from moeq.quantizers.registry import make_quantizer
 from moeq.recipe import Recipe
@@ -14,9 +15,8 @@ from moeq.spec import TensorInfo
 from moeq.stages import allocate, card, choices, finish, inspect, measure
 from moeq.stages import shards as layout
 from moeq.stages.packing import Progress
-from moeq.stages.pareto import allocation
 
-COSTS_NAME = ".moeq-costs.json"
+COSTS_NAME = ".moeq-costs"
 """Measured costs of an unfinished run, so that one that goes on need not measure again."""
 
 
@@ -32,6 +32,7 @@ class Setup:
         plan: the spec of every unit; while costs are not measured, a draft of the same size.
         shards: the files to write.
         decided: `plan` is not a draft.
+        table: the costs that `plan` came from, where packing needs them too: those of components hold the bases.
     """
 
     source: Path
@@ -41,6 +42,7 @@ class Setup:
     plan: Plan
     shards: tuple[layout.Shard, ...]
     decided: bool
+    table: ComponentTable | None = None
 
     @property
     def sizes(self) -> layout.Sizes:
@@ -99,13 +101,13 @@ def report(decided: Setup, output: str) -> AllocateReport:
         stored_bytes=decided.sizes.total,
         expert_bytes=plan.expert_bytes,
         expert_bits_per_weight=8 * plan.expert_bytes / inventory.expert_parameters,
-        allocation=allocation(plan),
-        layers=card.allocation_map(inventory, plan).stored,
+        allocation=card.counts(inventory, plan),
+        layers=card.stored_bits(inventory, plan),
         map=card.heatmap_lines(inventory, plan),
     )
 
 
-def setup(model: str | Path, recipe: Recipe, table: CostTable | None = None) -> Setup:
+def setup(model: str | Path, recipe: Recipe, table: Table | None = None) -> Setup:
     """Read headers, decide the plan, lay out the files. No weights are read but a few samples.
 
     Args:
@@ -124,9 +126,10 @@ def setup(model: str | Path, recipe: Recipe, table: CostTable | None = None) -> 
         plan = Plan.load(Path(recipe.plan))
         plan.check_model(inventory)
         recipe = recipe.replace(method=plan.method)
+        table = _table_of(plan, recipe)
     else:
         if table is None and recipe.costs is not None:
-            table = CostTable.load(Path(recipe.costs))
+            table = load_table(Path(recipe.costs))
             if (table.cost, table.unit) != (recipe.cost, recipe.unit):
                 raise ArtifactError(
                     f"these are {table.cost} costs of each {table.unit}, not {recipe.cost} costs of each {recipe.unit}",
@@ -136,10 +139,36 @@ def setup(model: str | Path, recipe: Recipe, table: CostTable | None = None) -> 
                 )
         plan = allocate.run(inventory, headers, recipe, sidecars_of(source, inventory, headers, recipe), table)
     files = layout.arrange(inventory, plan, headers)
-    decided = recipe.cost is None or table is not None
     return Setup(
-        source=source, inventory=inventory, headers=headers, recipe=recipe, plan=plan, shards=files, decided=decided
+        source=source,
+        inventory=inventory,
+        headers=headers,
+        recipe=recipe,
+        plan=plan,
+        shards=files,
+        decided=recipe.cost is None or table is not None,
+        table=table if isinstance(table, ComponentTable) else None,
     )
+
+
+def _table_of(plan: Plan, recipe: Recipe) -> ComponentTable | None:
+    """The costs that a plan of components was made from: they hold the bases. No other plan needs any."""
+    if plan.components is None:
+        if recipe.costs is not None:
+            raise OptionError("it has no effect with this plan", option="costs", fix="drop one of the two")
+        return None
+    if recipe.costs is None:
+        raise OptionError(
+            "a plan of components needs the bases of the costs that it was made from",
+            option="costs",
+            fix="add --costs with the file that moeq allocate was given",
+        )
+    table = load_table(Path(recipe.costs))
+    if not isinstance(table, ComponentTable) or table.hash != plan.costs_hash:
+        raise ArtifactError(
+            "the plan was made from other costs", file=Path(recipe.costs), option="costs", fix="allocate again"
+        )
+    return table
 
 
 def decided(model: str | Path, recipe: Recipe) -> Setup:
@@ -185,17 +214,18 @@ def decide(draft: Setup, partial: Path, progress: Progress | None, context: str 
     path = partial / COSTS_NAME
     table = _measured(path, what)
     if table is None:
-        table = measure.table(what, progress, scratch=partial)
-        table.save(path)
+        table = measure.table(what, progress, scratch=partial, output=path)
+        if isinstance(table, CostTable):
+            table.save(path)
     return setup(draft.source, draft.recipe, table)
 
 
-def _measured(path: Path, what: measure.Subject) -> CostTable | None:
+def _measured(path: Path, what: measure.Subject) -> Table | None:
     """What an interrupted run measured, if it is what this one would measure."""
     if not path.is_file():
         return None
     try:
-        found = CostTable.load(path)
+        found = load_table(path)
     except ArtifactError:  # killed while it was written
         return None
     same = (found.model_hash, found.cost, found.unit, found.candidates, codec.encode(found.provenance))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from moeq.artifacts import Inventory, Plan
 from moeq.checkpoint.write import header_bytes
+from moeq.components import SLAB_COLUMNS, SLAB_WIDTHS, blob_bytes, spectral_table_bytes
 from moeq.format.blob import DATA_SUFFIX, TABLE_SUFFIX
 from moeq.spec import TABLE_COLUMNS, TensorInfo, stored_bytes, table_bytes
 
@@ -87,6 +88,12 @@ def consumed(inventory: Inventory, plan: Plan) -> set[str]:
 def expert_tensors(inventory: Inventory, plan: Plan, index: int) -> tuple[OutTensor, OutTensor]:
     """Blob and table of one MoE layer."""
     layer = inventory.layers[index]
+    if plan.components is not None:
+        size = blob_bytes(plan.form, plan.widths(index, layer), *layer.shapes["down"])
+        data = OutTensor(name=layer.path + DATA_SUFFIX, dtype="U8", shape=(size,), size=size)
+        grid = len(layer.projections), 1 + len(SLAB_WIDTHS), len(SLAB_COLUMNS)
+        size = spectral_table_bytes(len(layer.projections))
+        return data, OutTensor(name=layer.path + TABLE_SUFFIX, dtype="I64", shape=grid, size=size)
     shapes = [layer.shapes[projection] for projection in layer.projections]
     size = sum(
         stored_bytes(spec, shape)

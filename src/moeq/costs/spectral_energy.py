@@ -1,0 +1,359 @@
+"""BitsMoE's cost: energy of a component x what the inputs put on it x what its width loses (BitsMoE, section 3).
+
+With W = P^T B (or B^T P for down), rounding component k of expert e by delta_k changes the expert's gate (or up)
+products by delta_k (b_k . x) and its answer by b_k (delta_k . z). With s^2 = |p_k|^2 and D(b) the relative squared
+error of b bits, the expected harm of one component is s^2 a D(b), and
+
+    gate, up   a_ek = 1/T sum_t rho_te^2 (b_k . x_t)^2, times m_e, how far a change of g or u goes into the answer
+    down       a_e  = 1/T sum_t rho_te^2 |z_t|^2 / I
+
+over the tokens t routed to e, rho their routing weights, T all tokens of the text. That is `importance=routing`.
+
+`importance=fisher` looks at the model's loss instead of at the layer's answer: with c_t the gradient of the loss with
+respect to the layer's output, a change dz costs 1/2 (c_t . dz)^2 (GEMQ, section 2), which for one component is
+
+    gate, up   a_ek = sum_t rho_te^2 (b_k . x_t)^2 1/I sum_j ((c_t W_d)_j dz_j/dg_j)^2
+    down       a_ek = sum_t rho_te^2 (b_k . c_t)^2 |z_t|^2 / I
+
+so that layers can be compared, and directions of the output count as the loss minds them.
+
+Legend: T tokens, S tokens of one expert, E experts, H hidden = directions, I expert width, C candidates.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from moeq.arch import hooks
+from moeq.components import BASIS_BITS, basis_spec
+from moeq.costs.base import Asked, LayerView
+from moeq.costs.component_table import ProjectionCosts
+from moeq.costs.options import check_choice, check_number, check_switch
+from moeq.errors import CalibrationError, OptionError
+from moeq.format.packing import dequantize
+from moeq.quantizers.gain import rounded_weights
+from moeq.quantizers.registry import QUANTIZERS, make_quantizer
+from moeq.transforms import shared_basis
+
+PROJECTIONS: Final = ("gate", "up", "down")
+IMPORTANCES: Final = ("routing", "fisher")
+BASES: Final = ("svd", "identity")
+METRICS: Final = ("weights", "inputs")
+SHRINK: Final = 64
+SAMPLED: Final = 2048
+"""Components of one projection of one layer that the mean error of a width is measured on."""
+CHUNK: Final = 2048
+"""Tokens that are worked on together."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Sums:
+    """What is added up over batches for one layer.
+
+    Attributes:
+        bases: projection -> basis, (H, H) float32 as it is stored; rows and scales as they will be.
+        stored: projection -> rows and scales.
+        energy: projection -> (E, H) float64.
+        curve: projection -> (C,) float64.
+        errors: projection -> exact squared errors (E, H, C) float32, if asked for.
+        importance: projection -> (E, H) float64.
+        reach: "gate", "up" -> (E,) float64, sum over routed tokens of how far changes go.
+        tokens_E: routed tokens.
+        asked: tokens of the text.
+    """
+
+    bases: dict[str, Tensor] = field(default_factory=dict)
+    stored: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    energy: dict[str, Tensor] = field(default_factory=dict)
+    curve: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, Tensor] = field(default_factory=dict)
+    importance: dict[str, Tensor] = field(default_factory=dict)
+    reach: dict[str, Tensor] = field(default_factory=dict)
+    tokens_E: Tensor = field(default_factory=lambda: torch.zeros(0))
+    asked: int = 0
+
+
+class SpectralEnergy:
+    """What rounding each spectral component does; a cost of components.
+
+    Args:
+        basis_bits: 8 or 16, how the basis is stored. Components are those of the rounded basis.
+        basis: "svd", or "identity" for no change of basis at all (a control).
+        joint: gate and up share one basis, which saves one and costs compactness.
+        metric: "weights", or "inputs": gate and up bases for inputs as the text has them (section 12 c).
+        importance: "routing" or "fisher", see the module.
+        energy: count the energy (off: a control).
+        activation: count the importance (off: a control).
+        propagate: multiply by m_e, for "routing".
+        errors: "mean", one curve D for each projection of a layer, or "exact", each component's own errors.
+        shrink: experts with few tokens are drawn towards the mean of the layer, which counts as this many tokens.
+        perturb: the quantizer that errors are measured with.
+        gain: option of that quantizer.
+        seed: of the components that errors are measured on.
+    """
+
+    __slots__ = (
+        "_activation", "_basis", "_energy", "_exact", "_fisher", "_joint", "_layers", "_metric", "_propagate",
+        "_quantizer", "_seed", "_shrink", "basis_bits", "needs",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        basis_bits: int = 8,
+        basis: str = "svd",
+        joint: bool = False,
+        metric: str = "weights",
+        importance: str = "fisher",
+        energy: bool = True,
+        activation: bool = True,
+        propagate: bool = True,
+        errors: str = "mean",
+        shrink: float = SHRINK,
+        perturb: str = "rtn",
+        gain: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        if basis_bits not in BASIS_BITS or isinstance(basis_bits, bool):
+            raise OptionError(f"{basis_bits!r} cannot be used", option="basis-bits", fix="choose 8 or 16")
+        check_choice("basis", basis, BASES)
+        check_choice("metric", metric, METRICS)
+        check_choice("importance", importance, IMPORTANCES)
+        check_choice("errors", errors, ("mean", "exact"))
+        check_choice("perturb", perturb, [name for name in QUANTIZERS if not name.startswith("gptq")])
+        for option, value in (
+            ("joint", joint),
+            ("energy", energy),
+            ("activation", activation),
+            ("propagate", propagate),
+        ):
+            check_switch(option, value)
+        check_number("shrink", shrink)
+        self.needs = "gradients" if importance == "fisher" and activation else "activations"
+        self.basis_bits = basis_bits
+        self._basis, self._joint, self._metric = basis, joint, metric
+        self._fisher = self.needs == "gradients"
+        self._energy, self._activation, self._propagate = energy, activation, propagate
+        self._exact = errors == "exact"
+        self._shrink = float(shrink)
+        self._quantizer = make_quantizer(perturb, **({} if gain is None else {"gain": gain}))
+        self._seed = seed
+        self._layers: dict[int, _Sums] = {}
+
+    @property
+    def joint(self) -> bool:
+        """Whether gate and up share one basis."""
+        return self._joint
+
+    @property
+    def exact(self) -> bool:
+        """Whether costs are each component's own."""
+        return self._exact
+
+    def visit(self, view: LayerView, asked: Asked | None) -> None:
+        """Add one batch of one layer; see `moeq.costs.base.Cost`.
+
+        Raises:
+            OptionError: the experts have no gate.
+        """
+        assert asked is not None, "needs activations"
+        check_gated(view.layer.projections, view.layer.path)
+        sums = self._layers.get(view.index)
+        if sums is None:
+            sums = self._layers[view.index] = _Sums()
+            with torch.no_grad():
+                self._decompose(view, asked, sums)
+        self._listen(view, asked, sums)
+
+    def _decompose(self, view: LayerView, asked: Asked, sums: _Sums) -> None:
+        """Bases, energies and errors: what depends on the weights alone (and the inputs, for their metric)."""
+        layer, device = view.layer, view.device
+        hidden = layer.shapes["down"][0]
+        moment_HH = None
+        if self._metric == "inputs":
+            moment_HH = torch.zeros(hidden, hidden, dtype=torch.float64, device=device)
+            for chunk in asked.x_TH.split(CHUNK):
+                shared_basis.add_gram(moment_HH, chunk.to(device, torch.float32))
+            moment_HH = moment_HH.triu().add_(moment_HH.triu(1).T)
+        groups = (("gate", "up"), ("down",)) if self._joint else (("gate",), ("up",), ("down",))
+        for names in groups:
+            basis_HH = self._basis_of(view, names, moment_HH if names[0] != "down" else None)
+            stored, basis_HH = self._store(basis_HH)
+            inverse_HH = shared_basis.inverse_of(basis_HH)
+            for name in names:
+                sums.bases[name], sums.stored[name] = basis_HH, stored
+                self._energies(view, name, inverse_HH, sums)
+        experts = layer.num_experts
+        sums.importance = {name: torch.zeros(experts, hidden, dtype=torch.float64) for name in PROJECTIONS}
+        sums.reach = {name: torch.zeros(experts, dtype=torch.float64) for name in ("gate", "up")}
+        sums.tokens_E = torch.zeros(experts, dtype=torch.float64)
+
+    def _basis_of(self, view: LayerView, names: tuple[str, ...], moment_HH: Tensor | None) -> Tensor:
+        hidden = view.layer.shapes["down"][0]
+        if self._basis == "identity":
+            return torch.eye(hidden, dtype=torch.float64, device=view.device)
+        matrices = (view.read(expert, name) for expert in range(view.layer.num_experts) for name in names)
+        gram_HH = shared_basis.gram(matrices, names[0], hidden, view.device)
+        return (
+            shared_basis.eigenbasis(gram_HH) if moment_HH is None else shared_basis.weighted_basis(gram_HH, moment_HH)
+        )
+
+    def _store(self, basis_HH: Tensor) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
+        """The basis as it will be stored, and what that decodes to, float32."""
+        spec = basis_spec(self.basis_bits)
+        if spec is None:
+            half = basis_HH.half()
+            return (half.cpu(), None), half.float()
+        rounded = make_quantizer("rtn").quantize(basis_HH.float(), spec, None)
+        decoded = dequantize(rounded.codes_NK, rounded.scale_NG, None, spec)
+        return (rounded.codes_NK, rounded.scale_NG), decoded.to(basis_HH.device)
+
+    def _energies(self, view: LayerView, name: str, inverse_HH: Tensor, sums: _Sums) -> None:
+        """Energies of all components of a projection, and what the candidates lose of them."""
+        experts, hidden = view.layer.num_experts, len(inverse_HH)
+        generator = torch.Generator().manual_seed(self._seed)
+        energies, samples, errors = [], [], []
+        each = min(hidden, -(-SAMPLED // experts))
+        for expert in range(experts):
+            p_HI = shared_basis.components(view.read(expert, name), inverse_HH, name)
+            energies.append(p_HI.double().square().sum(1).cpu())
+            if self._exact:
+                errors.append(self._lost(p_HI, view))
+            samples.append(p_HI[torch.randperm(hidden, generator=generator)[:each].to(p_HI.device)])
+        sums.energy[name] = torch.stack(energies)
+        sample_NI = torch.cat(samples)
+        square_N = sample_NI.double().square().sum(1).cpu()
+        kept_N = square_N > 0
+        relative_NC = self._lost(sample_NI, view).double()[kept_N] / square_N[kept_N].unsqueeze(1)
+        sums.curve[name] = relative_NC.mean(0) if len(relative_NC) else torch.zeros(len(view.candidates)).double()
+        if self._exact:
+            sums.errors[name] = torch.stack(errors).float()
+
+    def _lost(self, p_NI: Tensor, view: LayerView) -> Tensor:
+        """Squared errors of components at each candidate, (N, C)."""
+        lost = []
+        for spec in view.candidates:
+            rounded = self._quantizer.quantize(p_NI, spec, None)
+            lost.append((rounded_weights(rounded, spec) - p_NI.cpu()).square().sum(1))
+        return torch.stack(lost, 1)
+
+    def _listen(self, view: LayerView, asked: Asked, sums: _Sums) -> None:
+        """Add what a batch of tokens says of the components' importance."""
+        order, counts = hooks.by_expert(asked.index_Tk, view.layer.num_experts)
+        top_k = asked.index_Tk.shape[-1]
+        flat_weights = asked.weights_Tk.reshape(-1)
+        sums.asked += len(asked.x_TH)
+        sums.tokens_E += torch.tensor(counts, dtype=torch.float64)
+        if not self._activation:
+            return
+        for expert, chosen in enumerate(order[: sum(counts)].split(counts)):
+            if not len(chosen):
+                continue
+            weights = {name: view.read(expert, name).to(view.device, torch.float32) for name in PROJECTIONS}
+            for part in chosen.split(CHUNK):
+                tokens = part // top_k
+                rho2_S = flat_weights[part].to(view.device, torch.float32).square_()
+                self._expert(view, asked, expert, tokens, rho2_S, weights, sums)
+
+    def _expert(
+        self,
+        view: LayerView,
+        asked: Asked,
+        expert: int,
+        tokens: Tensor,
+        rho2_S: Tensor,
+        weights: dict[str, Tensor],
+        sums: _Sums,
+    ) -> None:
+        """Add some tokens of one expert."""
+        x_SH = asked.x_TH[tokens].to(view.device, torch.float32)
+        z_SI, slopes = _inner(asked, expert, x_SH, weights)
+        size_S = rho2_S * z_SI.square().mean(1)
+        if self._fisher:
+            assert asked.grad_TH is not None, "needs gradients"
+            c_SH = asked.grad_TH[tokens].to(view.device, torch.float32)
+            back_SI = c_SH @ weights["down"]
+            reach = {name: (back_SI * slopes[name]).square_().mean(1) * rho2_S for name in ("gate", "up")}
+            sums.importance["down"][expert] += _projected(c_SH, sums.bases["down"], size_S)
+        else:
+            reach = dict.fromkeys(("gate", "up"), rho2_S)
+            sums.importance["down"][expert] += float(size_S.double().sum())
+            square_I = weights["down"].square().sum(0)
+            for name in ("gate", "up"):
+                sums.reach[name][expert] += float((slopes[name].square() * square_I).mean(1).double().sum())
+        for name in ("gate", "up"):
+            sums.importance[name][expert] += _projected(x_SH, sums.bases[name], reach[name])
+
+    def layers(self) -> Iterator[dict[str, ProjectionCosts]]:
+        """The costs of all layers, in order.
+
+        Raises:
+            CalibrationError: they are not finite.
+        """
+        for index in sorted(self._layers):
+            sums = self._layers[index]
+            yield {name: self._projection(sums, name, index) for name in PROJECTIONS}
+
+    def tokens(self) -> tuple[tuple[int, ...], ...]:
+        """Routed tokens of each expert, by layer."""
+        return tuple(tuple(int(n) for n in self._layers[index].tokens_E) for index in sorted(self._layers))
+
+    def _projection(self, sums: _Sums, name: str, index: int) -> ProjectionCosts:
+        factor_EH = torch.ones_like(sums.energy[name])
+        if self._activation:
+            factor_EH = self._shrunk(sums.importance[name] / max(1, sums.asked), sums.tokens_E)
+            if not self._fisher and self._propagate and name in sums.reach:
+                mean_E = sums.reach[name] / sums.tokens_E.clamp(min=1)
+                factor_EH = factor_EH * self._shrunk(mean_E.unsqueeze(1), sums.tokens_E, weighted=True)
+        weight_EH = factor_EH * sums.energy[name] if self._energy else factor_EH
+        if not bool(torch.isfinite(weight_EH.float()).all()):
+            raise CalibrationError(
+                f"the costs of MoE layer {index} are not finite", fix="use other calibration text, or fewer samples"
+            )
+        errors = None
+        if self._exact:
+            errors = (sums.errors[name] * factor_EH.unsqueeze(2)).float()
+        rows, scale_HG = sums.stored[name]
+        return ProjectionCosts(
+            rows=rows,
+            scale_HG=scale_HG,
+            weight_EH=weight_EH.float(),
+            energy_EH=sums.energy[name].float(),
+            curve_C=sums.curve[name],
+            errors_EHC=errors,
+        )
+
+    def _shrunk(self, value_EX: Tensor, tokens_E: Tensor, *, weighted: bool = False) -> Tensor:
+        """Values of experts with few tokens, drawn towards the layer's mean (section 3, "Zero bits")."""
+        tokens_E1 = tokens_E.unsqueeze(1)
+        mean_X = (value_EX * tokens_E1).sum(0) / tokens_E.sum().clamp(min=1) if weighted else value_EX.mean(0)
+        return (tokens_E1 * value_EX + self._shrink * mean_X) / (tokens_E1 + self._shrink).clamp(min=1e-9)
+
+
+def check_gated(projections: tuple[str, ...], path: str) -> None:
+    """Raise OptionError unless experts have gate, up and down."""
+    if projections != PROJECTIONS:
+        raise OptionError(
+            f"the experts of {path} have no gate: there is no spectral layout for them",
+            option="method",
+            fix="choose another method, for example gemq",
+        )
+
+
+def _inner(asked: Asked, expert: int, x_SH: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Inputs of the down projection (S, I), and their derivatives with respect to gate and up products."""
+    with torch.enable_grad():
+        gate_SI = (x_SH @ weights["gate"].T).requires_grad_()
+        up_SI = (x_SH @ weights["up"].T).requires_grad_()
+        z_SI = hooks.activation(asked.experts, expert, gate_SI, up_SI)
+        # Gating is elementwise: the gradient of the sum is each element's derivative.
+        dgate_SI, dup_SI = torch.autograd.grad(z_SI.sum(), (gate_SI, up_SI))
+    return z_SI.detach(), {"gate": dgate_SI, "up": dup_SI}
+
+
+def _projected(x_SH: Tensor, basis_HH: Tensor, weight_S: Tensor) -> Tensor:
+    """sum_t weight_t (b_k . x_t)^2 for every direction, (H,) float64."""
+    return (weight_S.unsqueeze(0) @ (x_SH @ basis_HH.T).square_()).squeeze(0).double().cpu()
