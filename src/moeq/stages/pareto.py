@@ -7,7 +7,7 @@ from moeq.artifacts import CostTable, Inventory, Plan, expert_bytes
 from moeq.checkpoint.read import resolve
 from moeq.errors import ArtifactError, InfeasibleError, OptionError
 from moeq.recipe import Recipe
-from moeq.stages import allocate, inspect
+from moeq.stages import allocate, inspect, joining, measure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +20,7 @@ class ParetoPoint:
         objective: predicted cost.
         gap: share of the objective that no other plan within the budget could save more of.
         allocation: code bits -> expert matrices.
+        dense_bytes: stored bytes of the other linears that shared the budget, left alone or packed.
     """
 
     expert_bytes: int
@@ -27,6 +28,7 @@ class ParetoPoint:
     objective: float
     gap: float
     allocation: dict[str, int]
+    dense_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,8 @@ def run(model: str | Path, recipe: Recipe, points: int = 20) -> ParetoReport:
     inventory, _ = inspect.run(resolve(model))
     table = CostTable.load(Path(recipe.costs))
     recipe = recipe.replace(cost=table.cost, unit=table.unit).settled()
+    if recipe.joining():
+        measure.check_joining(recipe)
     narrowest, widest = _range(inventory, table, recipe)
     limits = [narrowest + (widest - narrowest) * step // (points - 1) for step in range(points)]
     plans = [allocate.plan_within(inventory, table, recipe, limit) for limit in limits]
@@ -65,13 +69,14 @@ def run(model: str | Path, recipe: Recipe, points: int = 20) -> ParetoReport:
         model=str(model),
         cost=table.cost,
         unit=table.unit,
-        points=tuple(_point(inventory, plan) for plan in plans),
+        points=tuple(_point(inventory, table, recipe, plan) for plan in plans),
     )
 
 
 def _range(inventory: Inventory, table: CostTable, recipe: Recipe) -> tuple[int, int]:
     """Smallest and largest limit worth solving."""
     widest = sum(max(row) for row in table.sizes)
+    widest += sum(max(row.sizes) for row in joining.rows(table, inventory, recipe))
     try:
         allocate.plan_within(inventory, table, recipe, 0)
     except InfeasibleError as error:
@@ -81,7 +86,7 @@ def _range(inventory: Inventory, table: CostTable, recipe: Recipe) -> tuple[int,
     raise ArtifactError("the table's sizes are zero", option="costs", fix="measure again")
 
 
-def _point(inventory: Inventory, plan: Plan) -> ParetoPoint:
+def _point(inventory: Inventory, table: CostTable, recipe: Recipe, plan: Plan) -> ParetoPoint:
     size = expert_bytes(plan, inventory)
     assert plan.objective is not None
     assert plan.bound is not None
@@ -91,6 +96,7 @@ def _point(inventory: Inventory, plan: Plan) -> ParetoPoint:
         objective=plan.objective,
         gap=max(0.0, plan.objective - plan.bound) / max(abs(plan.objective), 1e-300),
         allocation=allocation(plan),
+        dense_bytes=joining.chosen_bytes(table, inventory, recipe, plan),
     )
 
 

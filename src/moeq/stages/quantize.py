@@ -23,7 +23,7 @@ from moeq.recipe import Recipe
 from moeq.repair.tune import TuneOptions
 from moeq.report.card import CalibrationFacts, RouterFacts, model_card
 from moeq.runtime.load import pick_device
-from moeq.stages import calibrated, card, choices, finish, output, quality, summary, tuning, verify
+from moeq.stages import calibrated, card, choices, finish, joining, output, quality, summary, tuning, verify
 from moeq.stages.packing import Job, Progress, expert_records, write_copied, write_layer
 from moeq.stages.setup import COSTS_NAME, Setup, decide, setup
 from moeq.version import __version__
@@ -243,7 +243,7 @@ def _pack(
             reader=reader,
             partial=partial,
             quantizer=quantizer,
-            dense_quantizer=make_quantizer("rtn", gain=recipe.gain),
+            dense_quantizer=joining.dense_quantizer(recipe),
             device=device,
         )
         journal, counts = _pack_shards(job, plan, journal, tokens, progress)

@@ -11,7 +11,7 @@ from moeq.errors import ArtifactError, OptionError
 from moeq.quantizers.registry import make_quantizer
 from moeq.recipe import Recipe
 from moeq.spec import TensorInfo
-from moeq.stages import allocate, card, choices, finish, inspect, measure
+from moeq.stages import allocate, card, choices, finish, inspect, joining, measure
 from moeq.stages import shards as layout
 from moeq.stages.packing import Progress
 from moeq.stages.pareto import allocation
@@ -120,6 +120,8 @@ def setup(model: str | Path, recipe: Recipe, table: CostTable | None = None) -> 
     inventory, headers = inspect.run(source)
     recipe = recipe.settled()
     make_quantizer(str(recipe.quantizer), **choices.quantizer_options(recipe))  # refuses names that nobody knows
+    if recipe.joining():
+        measure.check_joining(recipe)
     if recipe.plan is not None:
         plan = Plan.load(Path(recipe.plan))
         plan.check_model(inventory)
@@ -198,7 +200,9 @@ def _measured(path: Path, what: measure.Subject) -> CostTable | None:
         found = CostTable.load(path)
     except ArtifactError:  # killed while it was written
         return None
-    same = (found.model_hash, found.cost, found.unit, found.candidates, codec.encode(found.provenance))
+    same = (found.model_hash, found.cost, found.unit, found.candidates, codec.encode(found.provenance), found.dense)
     recipe = what.recipe
-    wanted = (what.inventory.model_hash, recipe.cost, recipe.unit, what.candidates, codec.encode(what.provenance))
+    dense = tuple(linear.path for linear in joining.linears(what.inventory, recipe))
+    facts = codec.encode(what.provenance)
+    wanted = (what.inventory.model_hash, recipe.cost, recipe.unit, what.candidates, facts, dense)
     return found if same == wanted else None
