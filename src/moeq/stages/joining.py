@@ -14,11 +14,13 @@ from moeq.errors import ArtifactError, OptionError
 from moeq.quantizers.base import Quantizer
 from moeq.quantizers.registry import make_quantizer
 from moeq.recipe import DENSE_BITS, Recipe
-from moeq.spec import QuantSpec, TensorInfo, stored_bytes, table_bytes
+from moeq.spec import ALIGN, QuantSpec, TensorInfo, stored_bytes, table_bytes
 from moeq.stages import shards
 
 QUANTIZER = "rtn"
 """What rounds these linears (docs/decisions/0011)."""
+OFFSETS_TEXT = 20
+"""Bytes that the two offsets of a tensor in a header may differ by, at most."""
 SHARD_TEXT = 512
 """Bytes that one more file takes at most in the manifest."""
 
@@ -163,15 +165,18 @@ def copied_overhead(inventory: Inventory, headers: Mapping[str, TensorInfo], pac
     """Bytes that copying linears may add to what is neither theirs nor in a layout that packs them all.
 
     Headers of layers, tables of names and texts are longest where all linears are packed; headers of copied tensors,
-    and the number of their files, are largest where all are copied. This is the difference of the latter.
+    and the number of their files, are largest where all are copied. This is the difference of the latter. With several
+    files of copied tensors, where they begin moves too, and with that the lengths of the offsets in their headers.
     """
     paths = {linear.path for linear in linears(inventory, recipe)}
     if not paths:
         return 0
     kept = {path: index for path, index in packed_plan.dense.items() if path not in paths}
-    overheads, counts = [], []
+    overheads, counts, num_copied = [], [], 0
     for plan in (packed_plan, replace(packed_plan, dense=kept)):
         copied = [shard for shard in shards.arrange(inventory, plan, headers) if shard.layer is None]
         overheads.append(sum(shard.size - sum(tensor.size for tensor in shard.tensors) for shard in copied))
         counts.append(len(copied))
-    return max(0, overheads[1] - overheads[0]) + max(0, counts[1] - counts[0]) * SHARD_TEXT
+        num_copied = sum(len(shard.tensors) for shard in copied)
+    moved = num_copied * OFFSETS_TEXT + counts[1] * ALIGN if counts[1] > 1 else 0
+    return max(0, overheads[1] - overheads[0]) + max(0, counts[1] - counts[0]) * SHARD_TEXT + moved

@@ -83,6 +83,7 @@ class MeasureReport:
     Attributes:
         output: file that the costs were written to.
         units: how many there are.
+        linears: how many other linears may join them.
         candidates: code widths.
         totals: code width -> predicted harm of giving every unit this width.
         statistics: name -> least, median and largest value over units.
@@ -94,6 +95,7 @@ class MeasureReport:
     cost: str
     unit: str
     units: int
+    linears: int
     candidates: tuple[int, ...]
     totals: dict[str, float]
     statistics: dict[str, tuple[float, float, float]]
@@ -108,6 +110,7 @@ def report(table: CostTable, output: str) -> MeasureReport:
         cost=table.cost,
         unit=table.unit,
         units=len(table.units),
+        linears=len(table.dense),
         candidates=tuple(spec.bits for spec in table.candidates),
         totals={
             str(spec.bits): sum(row[column] for row in table.costs) for column, spec in enumerate(table.candidates)

@@ -1,5 +1,6 @@
 """Decides a run before it begins: the model, the plan, the files; measures costs where the method needs them."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +63,7 @@ class AllocateReport:
         output: file that the plan was written to.
         gap: share of the objective that a better plan could at most save; None if no solver made the plan.
         allocation: code bits -> expert matrices that get them.
+        linears: code bits -> packed linears outside the experts; all others stay as they are.
         layers: MoE layer -> mean stored bits per expert weight.
     """
 
@@ -77,6 +79,7 @@ class AllocateReport:
     expert_bytes: int
     expert_bits_per_weight: float
     allocation: dict[str, int]
+    linears: dict[str, int]
     layers: tuple[float, ...]
     map: tuple[str, ...]
 
@@ -84,6 +87,7 @@ class AllocateReport:
 def report(decided: Setup, output: str) -> AllocateReport:
     """What `decided` holds, for people."""
     inventory, plan = decided.inventory, decided.plan
+    linears = Counter(plan.specs[index].bits for index in plan.dense.values())
     gap = None
     if plan.objective is not None and plan.bound is not None:
         gap = max(0.0, plan.objective - plan.bound) / max(abs(plan.objective), 1e-300)
@@ -100,6 +104,7 @@ def report(decided: Setup, output: str) -> AllocateReport:
         expert_bytes=plan.expert_bytes,
         expert_bits_per_weight=8 * plan.expert_bytes / inventory.expert_parameters,
         allocation=allocation(plan),
+        linears={str(bits): count for bits, count in sorted(linears.items())},
         layers=card.allocation_map(inventory, plan).stored,
         map=card.heatmap_lines(inventory, plan),
     )
