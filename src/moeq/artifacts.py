@@ -171,8 +171,10 @@ class CostTable(Artifact):
         sizes: unit -> candidate -> stored bytes.
         statistics: name -> one number per unit that the costs come from (alpha, tokens, ...).
         dense: paths of other linears that may join the program.
-        dense_costs: linear -> candidate -> predicted harm; a last column for leaving it as it is, 0.
-        dense_sizes: linear -> candidate -> stored bytes, in the same columns.
+        dense_candidates: the specs these may get, by rising stored size.
+        dense_costs: linear -> dense candidate -> predicted harm; a last column for leaving it as it is, 0. A row of
+            zeros says that nothing was learned of the linear (no token came by): it is left as it is.
+        dense_sizes: linear -> dense candidate -> stored bytes, its table included; last those of the source.
     """
 
     KIND: ClassVar[str] = "cost-table"
@@ -187,24 +189,25 @@ class CostTable(Artifact):
     sizes: tuple[tuple[int, ...], ...]
     statistics: dict[str, tuple[float, ...]] = field(default_factory=dict)
     dense: tuple[str, ...] = ()
+    dense_candidates: tuple[QuantSpec, ...] = ()
     dense_costs: tuple[tuple[float, ...], ...] = ()
     dense_sizes: tuple[tuple[int, ...], ...] = ()
 
     def validate(self) -> None:
         """Raise ArtifactError on NaN, negative costs, ragged rows or duplicate units."""
         again = "measure again"
-        columns = len(self.candidates)
+        columns, dense_columns = len(self.candidates), len(self.dense_candidates)
         if self.unit not in ("expert", "matrix"):
             raise ArtifactError(f"a cost table cannot have units {self.unit!r}", fix=again)
         if len(set(self.units)) != len(self.units) or len(set(self.dense)) != len(self.dense):
             raise ArtifactError("a cost table names a unit twice", fix=again)
-        if not columns or len(set(self.candidates)) != columns:
+        if not columns or any(len(set(specs)) != len(specs) for specs in (self.candidates, self.dense_candidates)):
             raise ArtifactError("the candidates of a cost table must be different specs, at least one", fix=again)
         for rows, what, keys, width in (
             (self.costs, "costs", self.units, columns),
             (self.sizes, "sizes", self.units, columns),
-            (self.dense_costs, "dense_costs", self.dense, columns + 1),
-            (self.dense_sizes, "dense_sizes", self.dense, columns + 1),
+            (self.dense_costs, "dense_costs", self.dense, dense_columns + 1),
+            (self.dense_sizes, "dense_sizes", self.dense, dense_columns + 1),
         ):
             if len(rows) != len(keys) or any(len(row) != width for row in rows):
                 raise ArtifactError(f"{what} must have one row per unit and one column per candidate", fix=again)
@@ -218,11 +221,8 @@ class CostTable(Artifact):
     def check_model(self, inventory: Inventory) -> None:
         """Raise ArtifactError unless this table was measured on exactly this model."""
         if self.model_hash != inventory.model_hash:
-            raise ArtifactError(
-                f"the costs are of model {self.model_hash[:12]}, this is {inventory.model_hash[:12]}",
-                option="costs",
-                fix="measure this model",
-            )
+            message = f"the costs are of model {self.model_hash[:12]}, this is {inventory.model_hash[:12]}"
+            raise ArtifactError(message, option="costs", fix="measure this model")
         wanted = tuple(unit for unit, _ in inventory.cost_units(self.unit))
         if self.units != wanted:
             odd = sorted(set(wanted) ^ set(self.units))
@@ -232,10 +232,14 @@ class CostTable(Artifact):
         for (unit, shapes), row in zip(inventory.cost_units(self.unit), self.sizes, strict=True):
             if row != tuple(sum(stored_bytes(spec, shape) for shape in shapes) for spec in self.candidates):
                 raise ArtifactError(f"unit {unit} does not take these sizes", option="costs", fix="measure again")
-        unknown = sorted(set(self.dense) - {linear.path for linear in inventory.dense})
-        if unknown:
-            message = f"the costs name {unknown[0]!r}, which is no linear of the model"
-            raise ArtifactError(message, option="costs", fix="measure again")
+        linears = {linear.path: linear.shape for linear in inventory.dense}
+        for path, row in zip(self.dense, self.dense_sizes, strict=True):
+            if path not in linears:
+                message = f"the costs name {path!r}, which is no linear of the model"
+                raise ArtifactError(message, option="costs", fix="measure again")
+            table = table_bytes(1, 1)
+            if row[:-1] != tuple(stored_bytes(spec, linears[path]) + table for spec in self.dense_candidates):
+                raise ArtifactError(f"linear {path} does not take these sizes", option="costs", fix="measure again")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,11 +322,8 @@ class Plan(Artifact):
     def check_model(self, inventory: Inventory) -> None:
         """Raise ArtifactError unless this plan was made for exactly this model."""
         if self.model_hash != inventory.model_hash:
-            raise ArtifactError(
-                f"the plan is for model {self.model_hash[:12]}, this is {inventory.model_hash[:12]}",
-                option="plan",
-                fix="allocate a plan for this model",
-            )
+            message = f"the plan is for model {self.model_hash[:12]}, this is {inventory.model_hash[:12]}"
+            raise ArtifactError(message, option="plan", fix="allocate a plan for this model")
         wanted = [[len(layer.projections)] * layer.num_experts for layer in inventory.layers]
         if self.components is not None:
             covered = len(self.components.layers) == len(inventory.layers)

@@ -17,7 +17,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quantizer", help="minmax, rtn, hqq, gptq, gptq-mc (default: gptq with calibration text, else hqq)")
     add("--group-size", type=int, help="inputs per scale: 32, 64, 128 (default) or -1 for whole rows")
     add("--levels", help="auto (default), asym, asym16, sym or half")
-    add("--dense-bits", help="other linears: 16 (default), 8, 6, 4, or attention=4,shared=8,dense=8,lm_head=16")
+    add("--dense-bits", help="other linears: 16 (default), 8, 6, 4, attention=4,shared=8,dense=8,lm_head=16, or auto")
     add("--calibration", metavar="FILE", help="text file (a document per line), jsonl, or dataset id")
     add("--nsamples", type=int, help="calibration sequences (default 128)")
     add("--seqlen", type=int, help="tokens of a sequence (default 512)")

@@ -93,6 +93,9 @@ def allocate(report: AllocateReport) -> str:
     """Text of `moeq allocate`."""
     widths = ", ".join(f"{count} x {bits} bits" for bits, count in report.allocation.items())
     lines = [f"wrote {report.output}: {report.expert_bits_per_weight:.4f} bits per expert weight, {widths}"]
+    if report.linears:
+        packed = ", ".join(f"{count} x {bits} bits" for bits, count in report.linears.items())
+        lines.append(f"other linears: {packed}, the rest as they are")
     if report.objective is not None:
         lines.append(
             f"predicted {report.cost} cost {report.objective:.6g}, at most {report.gap:.1e} of it could be saved"

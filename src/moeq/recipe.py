@@ -15,6 +15,9 @@ from moeq.spec import BITS, GROUP_SIZES, LEVELS
 
 DENSE_KINDS = ("attention", "shared", "dense", "lm_head")
 DENSE_BITS = (16, 8, 6, 4)
+AUTO = "auto"
+JOINING_KINDS = ("attention", "shared", "dense")
+"""Linears that may be units of the program. The head is not one: it decides about tokens, and is none of any block."""
 ACCOUNTINGS = ("bytes", "codes")
 UNITS = ("expert", "matrix", "component")
 SCOPES = ("global", "layer")
@@ -35,7 +38,8 @@ class Recipe:
         group_size: inputs per scale; -1 for whole rows.
         levels: level set, or "auto".
         dense_bits: width of the other linears: one number for all but lm_head, or
-            "attention=4,shared=8,dense=8,lm_head=16".
+            "attention=4,shared=8,dense=8,lm_head=16". "auto", for all but lm_head or for some kinds, lets the
+            program that spends `size` on the experts choose theirs too.
         calibration: a text or jsonl file, or a dataset id.
         nsamples: calibration sequences.
         seqlen: tokens of a sequence.
@@ -119,6 +123,10 @@ class Recipe:
         if self.bits is not None or self.size is not None:
             self.budget()
         self.dense()
+        if self.joining() and self.accounting == "codes":
+            raise OptionError(
+                "auto spends stored bytes, not code bits", option="dense-bits", fix="drop --accounting codes"
+            )
         self._check_allocation()
 
     def _check_allocation(self) -> None:
@@ -146,11 +154,8 @@ class Recipe:
         if any(low >= high for high, low in itertools.pairwise(budgets)) or (
             budgets and self.bits is not None and budgets[-1] <= self.bits
         ):
-            raise OptionError(
-                "the budgets must fall, down to --bits",
-                option="progressive",
-                fix="give for example 3,2.5 with --bits 2",
-            )
+            message, fix = "the budgets must fall, down to --bits", "give for example 3,2.5 with --bits 2"
+            raise OptionError(message, option="progressive", fix=fix)
         if budgets and self.bits is None:
             raise OptionError("it needs a budget in bits to end at", option="progressive", fix="give --bits")
         _check_used(self)
@@ -166,10 +171,9 @@ class Recipe:
             )
         if not self.has_components:
             return
-        if (self.shares or "none") != "none" or (self.solver or "threshold") != "threshold":
-            raise OptionError(
-                "components are chosen by threshold, without shares", option="solver", fix="drop --solver and --shares"
-            )
+        if (self.shares or "none") != "none" or (self.solver or "threshold") != "threshold" or self.joining():
+            message = "components are chosen by threshold, among themselves and without shares"
+            raise OptionError(message, option="solver", fix="drop --solver, --shares and --dense-bits auto")
         if (self.quantizer or row.quantizer) == "gptq-mc":
             raise OptionError("gptq-mc does not round components", option="quantizer", fix="use rtn or gptq")
 
@@ -247,23 +251,36 @@ class Recipe:
         size = None if self.size is None else parse_size(self.size)
         if self.bits is None and size is None:
             raise OptionError("no budget was given", option="bits", fix="give --bits 3 or --size 8GB")
+        if size is None and self.joining():
+            raise OptionError(
+                "auto shares one budget between experts and other linears, bits count experts alone",
+                option="dense-bits",
+                fix="give --size instead of --bits",
+            )
         if self.accounting == "codes":
             return Budget(code_bits=self.bits, size=size)
         return Budget(bits=self.bits, size=size)
 
     def dense(self) -> dict[str, int]:
-        """Kind of linear -> bits (16 means untouched)."""
-        bits = dict.fromkeys(DENSE_KINDS, 16)
+        """Kind of linear -> bits (16 means untouched, or that the program decides)."""
+        return {kind: 16 if width == AUTO else int(width) for kind, width in self._dense().items()}
+
+    def joining(self) -> tuple[str, ...]:
+        """Kinds of linears whose widths the program decides."""
+        return tuple(kind for kind, width in self._dense().items() if width == AUTO)
+
+    def _dense(self) -> dict[str, int | str]:
+        bits: dict[str, int | str] = dict.fromkeys(DENSE_KINDS, 16)
         text = str(self.dense_bits)
-        if text.isdecimal():
-            bits.update(dict.fromkeys(("attention", "shared", "dense"), int(text)))
+        if text.isdecimal() or text == AUTO:
+            bits.update(dict.fromkeys(JOINING_KINDS, AUTO if text == AUTO else int(text)))
         else:
             for part in text.split(","):
-                kind, _, number = part.strip().partition("=")
+                kind, _, width = part.strip().partition("=")
                 _choose("dense-bits", kind, DENSE_KINDS)
-                bits[kind] = int(number) if number.isdecimal() else 0
-        for width in bits.values():
-            _choose("dense-bits", width, DENSE_BITS)
+                bits[kind] = int(width) if width.isdecimal() else width
+        for kind, value in bits.items():
+            _choose("dense-bits", value, (*DENSE_BITS, AUTO) if kind in JOINING_KINDS else DENSE_BITS)
         return bits
 
     def level_set(self, bits: int) -> str:
@@ -296,13 +313,21 @@ TEXTS_OF_NUMBERS = ("size", "dense_bits", "routing", "candidates", "progressive"
 def _check_used(recipe: Recipe) -> None:
     """Refuse options that nothing would look at."""
     if recipe.plan is not None:
+        if recipe.joining():
+            raise OptionError("auto has no effect with --plan", option="dense-bits", fix="drop one of the two")
         for name in ("bits", "size", "cost", "unit", "candidates", "shares", "progressive"):
             if getattr(recipe, name) is not None:
                 raise OptionError("it has no effect with --plan", option=name, fix="drop one of the two")
     if recipe.cost is None and method(recipe.method).cost is None:
+        if recipe.joining():
+            raise OptionError(
+                f"auto needs costs, and method {recipe.method} ranks nothing",
+                option="dense-bits",
+                fix="choose --method gemq, or a width",
+            )
         for name in (
             "cost_options",
-            "costs",
+            *(("costs",) if recipe.plan is None else ()),  # a plan of components needs the bases in them
             "unit",
             "candidates",
             "scope",

@@ -152,7 +152,7 @@ def test_measured_costs_survive_a_kill(
         patch.setattr(quantize, "write_copied", die)
         with pytest.raises(KilledError):
             moeq.quantize(demo_dir, tmp_path / "cut", **options)
-    assert (tmp_path / "cut.partial" / ".moeq-costs.json").is_file()
+    assert (tmp_path / "cut.partial" / ".moeq-costs").is_file()
     with monkeypatch.context() as patch:
         patch.setattr(measure, "table", die)
         moeq.quantize(demo_dir, tmp_path / "cut", resume=True, **options)

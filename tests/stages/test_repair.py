@@ -19,6 +19,7 @@ from moeq.recipe import Recipe
 from moeq.repair.tune import TuneOptions
 from moeq.report.card import ROUTERS_KEPT, ROUTERS_TUNED
 from moeq.stages import choices, quality, repair, tuning, verify
+from moeq.stages.calibrated import compute_dtype
 
 SIZES: dict[str, Any] = {"nsamples": 4, "seqlen": 24, "lr": 1e-3, "epochs": 2, "device": "cpu"}
 
@@ -137,7 +138,8 @@ def test_kl_to_the_original(rough_tiny: Path, tiny_dir: Path, text: Path, tmp_pa
 
 def test_the_teacher_is_the_original(rough_tiny: Path, tiny_dir: Path, text: Path, tmp_path: Path) -> None:
     tokens, _ = choices.calibration_tokens(tiny_dir, Recipe(calibration=str(text), nsamples=3, seqlen=16), None)
-    model = quality.load_any(tiny_dir, "cpu")
+    dtype = compute_dtype(torch.bfloat16, torch.device("cpu"))
+    model = quality.load_any(tiny_dir, "cpu", dtype)
     with torch.inference_mode():
         wanted = model(input_ids=tokens.ids_NT, use_cache=False).logits
     options = TuneOptions(loss="kl")
@@ -146,7 +148,7 @@ def test_the_teacher_is_the_original(rough_tiny: Path, tiny_dir: Path, text: Pat
     with tuning.teaching(tiny_dir, inventory, tokens, options, device, tmp_path, None) as teacher:
         for index in (2, 0):
             logits = teacher(index, tokens.ids_NT[index : index + 1])
-            torch.testing.assert_close(logits, wanted[index : index + 1], rtol=0.02, atol=0.02)
+            torch.testing.assert_close(logits.float(), wanted[index : index + 1].float(), rtol=0.02, atol=0.02)
             assert not logits.requires_grad
 
 

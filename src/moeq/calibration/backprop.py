@@ -13,9 +13,10 @@ auxiliary loss. Nothing is trained. Routing decisions carry no gradient, routing
 Legend: N sequences of one batch, B sequences, T tokens of a sequence, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import torch
@@ -27,6 +28,7 @@ from moeq.calibration.node import BlockNode, Layout, Pass, Step, Visit
 from moeq.calibration.spill import SpillPool
 from moeq.calibration.standin import EnoughError, replaced
 from moeq.calibration.stream import BlockLoader
+from moeq.calibration.tap import Hear
 from moeq.errors import CalibrationError, OptionError
 
 MICRO_BATCH_TOKENS: Final = 2048
@@ -67,7 +69,16 @@ class Backprop:
     _last: dict[str, Layout] = field(default_factory=dict, init=False, repr=False)
     """What the blocks return, as seen in the latest run."""
 
-    def run(self, ids_NT: Tensor, visit: Visit, *, gradients: bool, labels: Labels = "text", seed: int = 0) -> None:
+    def run(
+        self,
+        ids_NT: Tensor,
+        visit: Visit,
+        *,
+        gradients: bool,
+        labels: Labels = "text",
+        seed: int = 0,
+        linears: Mapping[str, Hear] = MappingProxyType({}),
+    ) -> None:
         """Show `visit` every MoE layer once for each batch of sequences.
 
         With gradients the layers of a batch come from last to first, without from first to last. The loss
@@ -81,6 +92,7 @@ class Backprop:
             labels: "text" predicts the next token (empirical Fisher); "sampled" draws what to predict from
                 the model's own distribution (true Fisher).
             seed: of the drawing. The same seed draws the same tokens, whatever the sizes of batches.
+            linears: module path of a linear in a block -> who is told of its calls; only with gradients.
 
         Raises:
             OptionError: sequences of fewer than two tokens, or unknown labels.
@@ -93,13 +105,19 @@ class Backprop:
         if labels == "sampled":
             uniform_NT = torch.rand(ids_NT.shape, generator=torch.Generator().manual_seed(seed))
         for ids, uniform, tick in self._batches(ids_NT, uniform_NT, 2 if gradients else 1):
-            self._run_batch(ids, uniform, visit, gradients, tick)
+            self._run_batch(ids, uniform, visit, gradients, linears, tick)
 
     def _run_batch(
-        self, ids_NT: Tensor, uniform_NT: Tensor | None, visit: Visit, gradients: bool, tick: Callable[[], None]
+        self,
+        ids_NT: Tensor,
+        uniform_NT: Tensor | None,
+        visit: Visit,
+        gradients: bool,
+        linears: Mapping[str, Hear],
+        tick: Callable[[], None],
     ) -> None:
         with torch.set_grad_enabled(gradients):
-            passed = self._forward(ids_NT, visit, gradients, tick)
+            passed = self._forward(ids_NT, visit, gradients, tick, linears)
             if gradients:
                 tensors, grads = self._head(passed, ids_NT, uniform_NT)
                 torch.autograd.backward(tensors, grads)
@@ -190,7 +208,12 @@ class Backprop:
         return max(1, min(len(ids_NT), fitting, ids_NT.shape[1] - 1))
 
     def _forward(
-        self, ids_NT: Tensor, visit: Visit | None, gradients: bool, tick: Callable[[], None]
+        self,
+        ids_NT: Tensor,
+        visit: Visit | None,
+        gradients: bool,
+        tick: Callable[[], None],
+        linears: Mapping[str, Hear] = MappingProxyType({}),
     ) -> list[tuple[Step, tuple[Tensor, ...]]]:
         """Run all blocks; returns each with what it answered."""
         passed: list[tuple[Step, tuple[Tensor, ...]]] = []
@@ -204,6 +227,7 @@ class Backprop:
             micro_batch_tokens=self.micro_batch_tokens,
             visit=visit,
             gradients=gradients,
+            linears=linears,
             tick=tick,
         )
 

@@ -9,6 +9,7 @@ Legend: N sequences of one batch, T tokens of a sequence.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from moeq.arch import hooks
 from moeq.artifacts import MoeLayer
 from moeq.calibration.spill import SpillPool
 from moeq.calibration.stream import BlockLoader
-from moeq.calibration.tap import Asked, ExpertsTap
+from moeq.calibration.tap import Asked, ExpertsTap, Hear, Heard, hear_calls
 from moeq.checkpoint.read import is_finite
 from moeq.errors import CalibrationError
 
@@ -74,6 +75,7 @@ class Pass:
         micro_batch_tokens: tokens that one block sees at once, but at least one sequence.
         visit: told what the experts were asked; None if nobody wants to know.
         gradients: tell it on the way back, with gradients, instead of on the way forth.
+        linears: module path -> who is told of this linear's calls, on the way back.
         tick: called whenever a block is done.
     """
 
@@ -86,6 +88,7 @@ class Pass:
     micro_batch_tokens: int
     visit: Visit | None
     gradients: bool
+    linears: Mapping[str, Hear]
     tick: Callable[[], None]
 
 
@@ -193,7 +196,13 @@ class Step:
         block = shared.loader(self.path)
         assert not block.training, "dropout would enter the gradients"
         taps: dict[int, tuple[nn.Module, ExpertsTap]] = {}
+        ears = []
         try:
+            if listen and shared.gradients:
+                for path, hear in shared.linears.items():
+                    if path.startswith(self.path + "."):
+                        linear = block.get_submodule(path.removeprefix(self.path + "."))
+                        ears.append(hear_calls(linear, partial(self._hear, path, hear)))
             if listen and self._shared.visit is not None:
                 for index, layer in enumerate(shared.layers):
                     if layer.path.startswith(self.path + "."):
@@ -210,7 +219,14 @@ class Step:
         finally:
             for experts, tap in taps.values():
                 hooks.attach_handler(experts, tap.inner)
+            for ear in ears:
+                ear.remove()
             shared.loader.unload(self.path)
+
+    def _hear(self, path: str, hear: Hear, heard: Heard) -> None:
+        if not is_finite(heard.grad_TN):
+            raise CalibrationError("the gradients at a linear are not finite", tensor=path, fix="compute in float32")
+        hear(heard)
 
     def _tell(self, index: int, experts: nn.Module, tap: ExpertsTap, dtype: torch.dtype) -> None:
         assert self._shared.visit is not None

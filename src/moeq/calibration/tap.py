@@ -1,12 +1,17 @@
 """Listens to the experts of one layer: what they are asked, and what the loss makes of their answers.
 
-Legend: T tokens, H hidden, k experts per token.
+Other linears are listened to call by call, as gradients come by: nothing of them is kept.
+
+Legend: T tokens, H hidden, k experts per token, N outputs, K inputs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moeq.artifacts import MoeLayer
 from moeq.calibration.spill import SpillPool
@@ -30,6 +35,39 @@ class Asked:
     index_Tk: Tensor
     weights_Tk: Tensor
     grad_TH: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Heard:
+    """One call of a linear, on the device of its block and in the compute dtype.
+
+    Attributes:
+        x_TK: its inputs.
+        grad_TN: gradient of each sequence's loss (mean over its predicted tokens) with respect to its outputs.
+    """
+
+    x_TK: Tensor
+    grad_TN: Tensor
+
+
+Hear = Callable[[Heard], None]
+"""Told of every call of a linear, during the backward pass."""
+
+
+def hear_calls(linear: nn.Module, hear: Hear) -> RemovableHandle:
+    """Tell `hear` of every call of `linear` that the loss depends on; removing the handle ends it."""
+
+    def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        x = args[0] if args else kwargs["input"]
+        # A copy: nothing in autograd keeps families from changing the inputs of a frozen linear afterwards.
+        x_TK = x.detach().reshape(-1, x.shape[-1]).clone()
+        if not output.requires_grad:
+            # The first block: nothing before this linear is differentiated. A copy, as families may work in place.
+            output = output.detach().requires_grad_().clone()
+        output.register_hook(lambda grad: hear(Heard(x_TK=x_TK, grad_TN=grad.detach().reshape(-1, grad.shape[-1]))))
+        return output
+
+    return linear.register_forward_hook(called, with_kwargs=True)
 
 
 class _Rows:

@@ -1,5 +1,7 @@
 """The seam of all costs: layers in, predicted harm of every unit under every candidate out.
 
+Linears outside the experts have costs of their own kind (`LinearCost`), in the units of the experts' costs.
+
 Legend: T tokens, H hidden, k experts per token, N output rows, K input columns, U units, C candidates.
 """
 
@@ -13,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeq.artifacts import MoeLayer
-from moeq.calibration.tap import Asked
+from moeq.calibration.tap import Asked, Heard
 from moeq.spec import QuantSpec
 
-__all__ = ["Asked", "Cost", "LayerCosts", "LayerView", "ReadMatrix"]
+__all__ = ["Asked", "Cost", "Heard", "LayerCosts", "LayerView", "LinearCost", "LinearView", "ReadMatrix"]
 
 ReadMatrix = Callable[[int, str], Tensor]
 """(expert, projection) -> weights (N, K)."""
@@ -83,4 +85,44 @@ class Cost(Protocol):
 
     def result(self) -> list[LayerCosts]:
         """The costs of all layers, by layer index; called once, after the last visit."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LinearView:
+    """One linear outside the experts, as a cost sees it.
+
+    Attributes:
+        path: its module path.
+        block: path of its decoder block.
+        read: the weights (N, K) that will be rounded: the original's.
+        candidates: the specs it may get.
+        device: where to compute.
+    """
+
+    path: str
+    block: str
+    read: Callable[[], Tensor]
+    candidates: Sequence[QuantSpec]
+    device: torch.device
+
+
+class LinearCost(Protocol):
+    """Predicts harm of rounding linears outside the experts.
+
+    Attributes:
+        needs: "weights" or "gradients", as the cost of the experts that it goes with.
+    """
+
+    needs: str
+
+    def visit(self, view: LinearView, heard: Heard | None) -> None:
+        """Look at one linear: once if `needs` is "weights" (`heard` is None), else once for each call of it.
+
+        Calls of the linears of one block come together.
+        """
+        ...
+
+    def result(self, num_tokens: int) -> dict[str, tuple[float, ...]]:
+        """path -> harm under each candidate, of the linears visited, after `num_tokens` tokens of text."""
         ...

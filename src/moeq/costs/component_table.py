@@ -12,10 +12,10 @@ Legend: E experts, H hidden size = directions, I expert width, G groups, C candi
 
 import json
 import shutil
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -117,7 +117,7 @@ class ComponentTable:
 
     Args:
         path: the file.
-        home: a temporary directory around it that must live as long as the table.
+        home: a temporary directory around it, which goes with the table.
 
     Raises:
         ArtifactError: it is no such file, or its tensors are not what its facts say.
@@ -125,9 +125,10 @@ class ComponentTable:
 
     unit: ClassVar[str] = "component"
 
-    def __init__(self, path: Path, home: TemporaryDirectory[str] | None = None) -> None:
+    def __init__(self, path: Path, home: Path | None = None) -> None:
         self.path = path
-        self._home = home
+        if home is not None:
+            weakref.finalize(self, shutil.rmtree, home, ignore_errors=True)
         try:
             read_header(path)
             self._tensors = map_file(path, floats=True)

@@ -141,16 +141,23 @@ class Fisher:
         # With G = P g the gradient of a sequence's summed loss: the mean over predicted tokens of 1/2 (G.dz)^2.
         costs_UC = 0.5 * num_predicted**2 / num_tokens * tally.shrunk(self._form, self._floor)
         if self._linear:
-            costs_UC = np.maximum(0, costs_UC + num_predicted / num_tokens * _certain(tally))
+            costs_UC = np.maximum(
+                0, costs_UC + num_predicted / num_tokens * certain(*(tally.tables[name] for name in ("linear", "full")))
+            )
         tokens_U = tally.per_unit(tally.tokens_E)
         gradient_U = num_predicted**2 * tally.per_unit(self._squares[index]) / np.maximum(tokens_U, 1)
         statistics = {"tokens": tokens_U, "weight_sum": tally.per_unit(tally.weight_E), "gradient": gradient_U}
         return tally.layer_costs(costs_UC, statistics)
 
 
-def _certain(tally: Tally) -> Floats:
-    """The sums s g.dE, shrunk to what their scatter over tokens lets one believe, (U, C)."""
-    linear_UC = tally.tables["linear"]
-    square_UC = linear_UC**2
-    kept_UC = 1 - np.divide(tally.tables["full"], square_UC, out=np.ones_like(square_UC), where=square_UC > 0)
-    return linear_UC * np.maximum(0, kept_UC)
+def certain(linear: Floats, squares: Floats) -> Floats:
+    """Sums over tokens shrunk to what their scatter lets one believe, of any shape.
+
+    Args:
+        linear: the sums.
+        squares: of the same terms' squares.
+    """
+    square = linear**2
+    kept = 1 - np.divide(squares, square, out=np.ones_like(square), where=square > 0)
+    shrunk: Floats = linear * np.maximum(0, kept)
+    return shrunk

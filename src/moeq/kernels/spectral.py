@@ -86,7 +86,9 @@ def read_layer(data: Tensor, entries: tuple[SpectralEntry, ...], shape: Spectral
         found = decode_map(data[entry.map : entry.map + size], shape.num_experts, entry.rank)
         check_map(found, entry, path)
         present = [width for width in SLAB_WIDTHS if any(slab.spec.bits == width for slab in entry.slabs)]
-        counts = np.array([(found == width).sum(1) for width in present], dtype=np.int64).reshape(len(present), -1)
+        counts = np.array([(found == width).sum(1) for width in present], dtype=np.int64).reshape(
+            len(present), shape.num_experts
+        )
         starts[entry.projection] = np.concatenate([np.zeros((len(present), 1), np.int64), counts.cumsum(1)], axis=1)
         widths[entry.projection] = found
     by_name = {entry.projection: entry for entry in entries}

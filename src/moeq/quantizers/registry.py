@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from moeq.errors import OptionError
+from moeq.quantizers.alternating import Alternating
 from moeq.quantizers.base import Quantizer
 from moeq.quantizers.gptq import Gptq
 from moeq.quantizers.gptq_mc import GptqMc
@@ -17,6 +18,7 @@ QUANTIZERS: Final[dict[str, Callable[..., Quantizer]]] = {
     "hqq": Hqq,
     "gptq": Gptq,
     "gptq-mc": GptqMc,
+    "alternating": Alternating,
 }
 
 

@@ -10,7 +10,7 @@ from moeq.costs.component_table import ComponentTable
 from moeq.errors import ArtifactError, BudgetError, InfeasibleError
 from moeq.recipe import Recipe
 from moeq.spec import BITS, EXPERT, QuantSpec, TensorInfo, Unit, stored_bytes, table_bytes
-from moeq.stages import components, program, shards
+from moeq.stages import components, joining, program, shards
 
 SIZE_SLACK = 128
 """Recipe, manifest and config spell out the size and numbers that depend on it."""
@@ -48,15 +48,17 @@ def run(
     draft = _draft(inventory, recipe)
     if table is not None:
         _check_table(table, inventory, draft)
-    limit = _limit(inventory, headers, budget, draft, sidecars)
-    if not isinstance(table, CostTable | None) or recipe.has_components:
+    limit = _limit(inventory, headers, budget, draft, recipe, sidecars)
+    if recipe.has_components:
         assert not isinstance(table, CostTable)
         plan = _solve_components(inventory, draft, table, recipe, budget, limit)
     elif table is None:
-        filled = _fill(inventory, _weigher(draft, budget), limit, budget)
+        draft, left = _draft_dense(inventory, draft, recipe, limit)
+        filled = _fill(inventory, _weigher(draft, budget), left, budget)
         plain = replace(draft, experts=filled, unit=None, cost=None, costs_hash=None, objective=None, bound=None)
         plan = _sized(inventory, plain)
     else:
+        assert isinstance(table, CostTable)
         plan = _solve(inventory, draft, table, recipe, budget, limit)
     plan.validate()
     return plan
@@ -86,12 +88,28 @@ def _check_table(table: CostTable | ComponentTable, inventory: Inventory, draft:
             )
 
 
+def _draft_dense(inventory: Inventory, draft: Plan, recipe: Recipe, limit: int) -> tuple[Plan, int]:
+    """The draft with the linears that join as wide as leaves the experts something, and what it leaves them."""
+    linears = joining.linears(inventory, recipe)
+    least = sum(stored_bytes(draft.specs[0], shape) for _, shape in inventory.units())
+    for width in reversed(range(len(joining.specs(recipe)))):
+        left = limit - sum(joining.packed_bytes(linear, joining.specs(recipe)[width]) for linear in linears)
+        if left >= least or width == 0:
+            break
+    return joining.packed(inventory, draft, recipe, width), left
+
+
 def spendable_bits(
     inventory: Inventory, headers: Mapping[str, TensorInfo], recipe: Recipe, sidecars: Callable[[Plan], int]
 ) -> float:
-    """Mean bits per expert weight that the budget leaves, in the unit it counts in."""
-    budget = recipe.budget()
-    limit = _limit(inventory, headers, budget, _draft(inventory, recipe.settled()), sidecars)
+    """Mean bits per expert weight that the budget leaves at most, in the unit it counts in."""
+    budget, recipe = recipe.budget(), recipe.settled()
+    limit = _limit(inventory, headers, budget, _draft(inventory, recipe), recipe, sidecars)
+    return _spendable(inventory, recipe, budget, limit)
+
+
+def _spendable(inventory: Inventory, recipe: Recipe, budget: Budget, limit: int) -> float:
+    limit -= joining.least_bytes(inventory, recipe)
     return limit * (1 if budget.code_bits is not None else 8) / inventory.expert_parameters
 
 
@@ -106,7 +124,7 @@ def candidate_specs(recipe: Recipe, budget: float | None = None) -> tuple[QuantS
 
 
 def _draft(inventory: Inventory, recipe: Recipe) -> Plan:
-    """A plan of the widest codes, with palette and dense linears as they will be."""
+    """A plan of the widest codes, with palette and dense linears as they will be; those that join at their widest."""
     dense = _dense_specs(inventory, recipe)
     if recipe.has_components:
         longest = -1.2345678901234567e-300
@@ -128,7 +146,7 @@ def _draft(inventory: Inventory, recipe: Recipe) -> Plan:
         draft = replace(
             draft, unit="matrix", cost=recipe.cost, costs_hash=HASH_LENGTH * "0", objective=longest, bound=longest
         )
-    return _sized(inventory, draft)
+    return _sized(inventory, joining.packed(inventory, draft, recipe))
 
 
 def _sized(inventory: Inventory, plan: Plan) -> Plan:
@@ -146,16 +164,19 @@ def _weigher(draft: Plan, budget: Budget) -> Callable[[int, tuple[int, int]], in
 
 def _solve(inventory: Inventory, draft: Plan, table: CostTable, recipe: Recipe, budget: Budget, limit: int) -> Plan:
     codes = budget.code_bits is not None
-    spendable = limit * (1 if codes else 8) / inventory.expert_parameters
+    candidates = recipe.candidate_bits(_spendable(inventory, recipe, budget, limit))
+    rows = joining.rows(table, inventory, recipe)
     try:
-        return _within(inventory, draft, table, limit, rules_of(recipe, recipe.candidate_bits(spendable), codes))
+        return _within(inventory, draft, table, recipe, limit, rules_of(recipe, candidates, rows, codes))
     except InfeasibleError as error:
         if error.smallest is None:
             raise
         raise _too_small(inventory, budget, error.smallest - limit) from error
 
 
-def rules_of(recipe: Recipe, candidates: tuple[int, ...], codes: bool = False) -> program.Rules:
+def rules_of(
+    recipe: Recipe, candidates: tuple[int, ...], dense: tuple[joining.Row, ...] = (), codes: bool = False
+) -> program.Rules:
     """The rules that a settled recipe sets."""
     return program.Rules(
         solver=str(recipe.solver),
@@ -163,6 +184,7 @@ def rules_of(recipe: Recipe, candidates: tuple[int, ...], codes: bool = False) -
         shares=str(recipe.shares),
         candidates=candidates,
         codes=codes,
+        dense=dense,
     )
 
 
@@ -172,7 +194,7 @@ def widest_bytes(inventory: Inventory, recipe: Recipe) -> int:
 
 
 def plan_within(inventory: Inventory, table: CostTable | ComponentTable, recipe: Recipe, limit: int) -> Plan:
-    """The plan whose expert matrices take at most `limit` stored bytes, by a settled recipe's rules.
+    """The plan whose expert matrices, and linears that join, take at most `limit` bytes, by a settled recipe's rules.
 
     Raises:
         InfeasibleError: nothing fits; it says the smallest limit that would.
@@ -183,10 +205,13 @@ def plan_within(inventory: Inventory, table: CostTable | ComponentTable, recipe:
         return components.solve(inventory, draft, table, recipe, limit, codes=False)
     widths = tuple(spec.bits for spec in table.candidates)
     chosen = widths if recipe.candidates is None else recipe.candidate_bits()
-    return _within(inventory, draft, table, limit, rules_of(recipe, chosen))
+    rules = rules_of(recipe, chosen, joining.rows(table, inventory, recipe))
+    return _within(inventory, draft, table, recipe, limit, rules)
 
 
-def _within(inventory: Inventory, draft: Plan, table: CostTable, limit: int, rules: program.Rules) -> Plan:
+def _within(
+    inventory: Inventory, draft: Plan, table: CostTable, recipe: Recipe, limit: int, rules: program.Rules
+) -> Plan:
     choice = program.choose(table, inventory, limit, rules)
     specs = draft.specs
     index = {
@@ -206,7 +231,7 @@ def _within(inventory: Inventory, draft: Plan, table: CostTable, limit: int, rul
     return _sized(
         inventory,
         replace(
-            draft,
+            joining.decided(draft, recipe, choice.dense),
             experts=experts,
             unit=table.unit,
             cost=table.cost,
@@ -233,9 +258,10 @@ def _limit(
     headers: Mapping[str, TensorInfo],
     budget: Budget,
     widest: Plan,
+    recipe: Recipe,
     sidecars: Callable[[Plan], int],
 ) -> int:
-    """What the matrices may weigh together, in the unit that the budget counts in."""
+    """What the matrices, and linears that join, may weigh together, in the unit that the budget counts in."""
     tables = sum(
         spectral_table_bytes(len(layer.projections))
         if widest.components is not None
@@ -256,6 +282,11 @@ def _limit(
     # No other plan needs longer numbers in headers and sidecars than the widest.
     files = shards.arrange(inventory, widest, headers)
     others = shards.sizes(inventory, widest, files).total - widest.expert_bytes
+    others -= sum(
+        joining.packed_bytes(linear, widest.specs[widest.dense[linear.path]])
+        for linear in joining.linears(inventory, recipe)
+    )
+    others += joining.copied_overhead(inventory, headers, widest, recipe)
     return budget.size - others - sidecars(widest) - tables
 
 

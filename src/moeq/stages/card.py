@@ -108,12 +108,13 @@ def heatmap_lines(inventory: Inventory, plan: Plan) -> tuple[str, ...]:
     return tuple(allocation_text(allocation_map(inventory, plan)).splitlines())
 
 
-def heatmap_limit(inventory: Inventory, name: str) -> int:
-    """Bytes that `heatmap` takes at most, whatever the plan."""
+def heatmap_limit(inventory: Inventory, name: str, layout: str = "grouped") -> int:
+    """Bytes that `heatmap` takes at most, whatever the plan of this layout."""
     experts = tuple(layer.num_experts for layer in inventory.layers)
     projections = max(len(layer.projections) for layer in inventory.layers)
-    spectrum = spectrum_limit(len(experts), projections, _title(name))
-    return max(spectrum, svg_limit(experts, projections, _title(name)))
+    if layout == "spectral":
+        return spectrum_limit(len(experts), projections, _title(name))
+    return svg_limit(experts, projections, _title(name))
 
 
 def _title(name: str) -> str:

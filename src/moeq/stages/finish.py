@@ -129,7 +129,7 @@ def sidecar_limit(source: Path, inventory: Inventory, plan: Plan, recipe: Recipe
     """
     sizes = {name: path.stat().st_size for name, path in list_sidecars(source, OWN_FILES)}
     sizes |= {name: len(text) for name, text in _texts(source, inventory, plan, recipe, shards).items()}
-    sizes[PICTURE_NAME] = card.heatmap_limit(inventory, inventory.architecture)
+    sizes[PICTURE_NAME] = card.heatmap_limit(inventory, inventory.architecture, plan.layout)
     digest = FileDigest(bytes=10**15, sha256="0" * 64)
     files = dict.fromkeys([*sizes, *(shard.file for shard in shards)], digest)
     tokens = recipe.nsamples * recipe.seqlen

@@ -2,8 +2,9 @@
 
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from inspect import signature as inspect_signature
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import torch
 from torch import nn
 
 from moeq import codec
-from moeq.artifacts import CostTable, Inventory
+from moeq.artifacts import CostTable, DenseLinear, Inventory, MatrixSource
 from moeq.calibration.backprop import Labels
+from moeq.calibration.tap import Hear
 from moeq.calibration.tokens import TokenBatch
 from moeq.checkpoint.read import Reader, resolve
 from moeq.checkpoint.write import write_file_atomic
-from moeq.costs.base import Asked, Cost, LayerCosts, LayerView
+from moeq.costs.base import Asked, Cost, LayerCosts, LayerView, LinearView
 from moeq.costs.component_table import ComponentFacts, ComponentTable, write_table
 from moeq.costs.registry import COSTS, make_cost
 from moeq.costs.spectral_energy import SpectralEnergy
@@ -26,7 +28,7 @@ from moeq.format.manifest import read_manifest
 from moeq.recipe import Recipe
 from moeq.runtime.load import pick_device
 from moeq.spec import QuantSpec, TensorInfo, stored_bytes
-from moeq.stages import allocate, choices, inspect
+from moeq.stages import allocate, choices, inspect, joining
 from moeq.stages.packing import Progress
 from moeq.stages.streams import open_stream, packed_matrices
 from moeq.version import __version__
@@ -68,6 +70,8 @@ class Subject:
             "context": None if context is None else codec.digest(context),
             "moeq_version": __version__,
         }
+        if recipe.joining():
+            facts["dense"] = {"kinds": list(recipe.joining()), "quantizer": joining.QUANTIZER, "gain": recipe.gain}
         if context is not None and context.model_hash != self.inventory.model_hash:
             raise OptionError(
                 "it was not made from this model", option="context", fix="give a packed checkpoint of this model"
@@ -82,6 +86,7 @@ class MeasureReport:
     Attributes:
         output: file that the costs were written to.
         units: how many there are.
+        linears: how many other linears may join them.
         candidates: code widths.
         totals: code width -> predicted harm of giving every unit this width.
         statistics: name -> least, median and largest value over units.
@@ -93,6 +98,7 @@ class MeasureReport:
     cost: str
     unit: str
     units: int
+    linears: int
     candidates: tuple[int, ...]
     totals: dict[str, float]
     statistics: dict[str, tuple[float, float, float]]
@@ -109,6 +115,7 @@ def report(table: CostTable | ComponentTable, output: str) -> MeasureReport:
         cost=table.cost,
         unit=table.unit,
         units=len(table.units),
+        linears=len(table.dense),
         candidates=tuple(spec.bits for spec in table.candidates),
         totals={
             str(spec.bits): sum(row[column] for row in table.costs) for column, spec in enumerate(table.candidates)
@@ -137,6 +144,7 @@ def _component_report(table: ComponentTable, output: str) -> MeasureReport:
         model_hash=facts.model_hash,
         cost=facts.cost,
         unit="component",
+        linears=0,
         units=sum(3 * experts * hidden for experts, hidden, _ in facts.layers),
         candidates=(0, *(spec.bits for spec in facts.candidates)),
         totals=totals,
@@ -189,6 +197,8 @@ def subject(
             f"method {recipe.method} ranks nothing", option="cost", fix="choose a --cost, or a method that has one"
         )
     cost, _ = _make(recipe)
+    if recipe.joining():
+        check_joining(recipe)
     tokens = None
     if cost.needs != "weights":
         tokens, _ = choices.calibration_tokens(source, recipe, f"cost {recipe.cost}")
@@ -216,6 +226,8 @@ def table(
     recipe, inventory = what.recipe, what.inventory
     device = pick_device(recipe.device)
     cost, labels = _make(recipe)
+    joined = joining.linears(inventory, recipe)
+    linears = joining.linear_cost(recipe, _options(recipe)) if joined else None
     with Reader(what.source, what.headers) as reader:
 
         def view(layer: int) -> LayerView:
@@ -233,16 +245,55 @@ def table(
                 device=device,
             )
 
+        views = [_linear_view(reader, linear, recipe, device) for linear in joined]
         if cost.needs == "weights":
+            for each in views:
+                assert linears is not None
+                linears.visit(each, None)
             for layer in range(len(inventory.layers)):
                 cost.visit(view(layer), None)
                 if progress is not None:
                     progress("layers", layer + 1, len(inventory.layers))
         else:
-            _stream(what, cost, labels, view, device, progress, scratch)
+            hears = {} if linears is None else {each.path: partial(linears.visit, each) for each in views}
+            _stream(what, cost, labels, view, hears, device, progress, scratch)
     if isinstance(cost, SpectralEnergy):
         return _write(what, cost, output)
-    return _assemble(what, cost.result())
+    num_tokens = 0 if what.tokens is None else what.tokens.ids_NT.numel()
+    return _with_linears(_assemble(what, cost.result()), what, {} if linears is None else linears.result(num_tokens))
+
+
+def _linear_view(reader: Reader, linear: DenseLinear, recipe: Recipe, device: torch.device) -> LinearView:
+    source = MatrixSource(name=linear.source, stacked=False)
+    return LinearView(
+        path=linear.path,
+        block=linear.block,
+        read=partial(reader.matrix, source, 0, linear.shape),
+        candidates=joining.specs(recipe),
+        device=device,
+    )
+
+
+def _with_linears(table: CostTable, what: Subject, costs: Mapping[str, tuple[float, ...]]) -> CostTable:
+    """The table with rows of the linears that join; of zeros where nothing was heard of one."""
+    joined = joining.linears(what.inventory, what.recipe)
+    if not joined:
+        return table
+    specs = joining.specs(what.recipe)
+    found = replace(
+        table,
+        dense=tuple(linear.path for linear in joined),
+        dense_candidates=specs,
+        dense_costs=tuple((*costs.get(linear.path, (0.0,) * len(specs)), 0.0) for linear in joined),
+        dense_sizes=tuple(joining.sizes(linear, what.recipe, what.headers) for linear in joined),
+    )
+    found.validate()
+    return found
+
+
+def check_joining(recipe: Recipe) -> None:
+    """Raise OptionError unless other linears may join the experts of a settled recipe."""
+    joining.linear_cost(recipe, _options(recipe))
 
 
 def _write(what: Subject, cost: SpectralEnergy, output: Path | None) -> ComponentTable:
@@ -260,8 +311,9 @@ def _write(what: Subject, cost: SpectralEnergy, output: Path | None) -> Componen
         spread=tuple({name: part.spread for name, part in layer.items()} for layer in layers),
         tokens=cost.tokens(),
     )
-    home = None if output is not None else tempfile.TemporaryDirectory(prefix="moeq-costs-")
-    path = output or Path(str(home and home.name)) / "costs.safetensors"
+    home = None if output is not None else Path(tempfile.mkdtemp(prefix="moeq-costs-"))
+    path = output if home is None else home / "costs.safetensors"
+    assert path is not None
     write_table(path, facts, layers)
     return ComponentTable(path, home)
 
@@ -271,6 +323,7 @@ def _stream(
     cost: Cost | SpectralEnergy,
     labels: Labels,
     view: Callable[[int], LayerView],
+    hears: Mapping[str, Hear],
     device: torch.device,
     progress: Progress | None,
     scratch: Path | None,
@@ -289,7 +342,8 @@ def _stream(
         tempfile.TemporaryDirectory(dir=scratch, prefix=".moeq-") as work,
         open_stream(directory, what.inventory, device=device, scratch=Path(work), progress=progress) as stream,
     ):
-        stream.run(what.tokens.ids_NT, visit, gradients=cost.needs == "gradients", labels=labels, seed=recipe.seed)
+        gradients = cost.needs == "gradients"
+        stream.run(what.tokens.ids_NT, visit, gradients=gradients, labels=labels, seed=recipe.seed, linears=hears)
 
 
 def _make(recipe: Recipe) -> tuple[Cost | SpectralEnergy, Labels]:
@@ -298,13 +352,18 @@ def _make(recipe: Recipe) -> tuple[Cost | SpectralEnergy, Labels]:
     What the recipe says for all stages (seed, length of sequences, options of the quantizer) goes to costs that ask for
     it and were not told otherwise.
     """
-    name = str(recipe.cost)
-    options = recipe.options_of_cost()
-    labels: Labels = options.pop("labels", "text")
+    labels: Labels = recipe.options_of_cost().get("labels", "text")
     if labels not in LABELS:
         raise OptionError(
             f"{labels!r} is not supported", option="cost-options", fix=f"choose one of {', '.join(LABELS)}"
         )
+    return make_cost(str(recipe.cost), **_options(recipe)), labels
+
+
+def _options(recipe: Recipe) -> dict[str, Any]:
+    """The options that the recipe's cost is made with."""
+    name = str(recipe.cost)
+    options = {key: value for key, value in recipe.options_of_cost().items() if key != "labels"}
     if name in COSTS:
         wanted = inspect_signature(COSTS[name]).parameters
         if recipe.has_components and not str(recipe.quantizer).startswith("gptq"):
@@ -314,7 +373,7 @@ def _make(recipe: Recipe) -> tuple[Cost | SpectralEnergy, Labels]:
         if perturb in choices.GAINED:
             common |= choices.quantizer_options(recipe.replace(quantizer=perturb))
         options = {key: value for key, value in common.items() if key in wanted} | options
-    return make_cost(name, **options), labels
+    return options
 
 
 def _assemble(what: Subject, layers: list[LayerCosts]) -> CostTable:

@@ -8,7 +8,7 @@ from moeq.checkpoint.read import resolve
 from moeq.costs.component_table import ComponentTable, load_table
 from moeq.errors import ArtifactError, InfeasibleError, OptionError
 from moeq.recipe import Recipe
-from moeq.stages import allocate, card, inspect
+from moeq.stages import allocate, card, inspect, joining, measure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +21,7 @@ class ParetoPoint:
         objective: predicted cost.
         gap: share of the objective that no other plan within the budget could save more of.
         allocation: code bits -> expert matrices.
+        dense_bytes: stored bytes of the other linears that shared the budget, left alone or packed.
     """
 
     expert_bytes: int
@@ -28,6 +29,7 @@ class ParetoPoint:
     objective: float
     gap: float
     allocation: dict[str, int]
+    dense_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,8 @@ def run(model: str | Path, recipe: Recipe, points: int = 20) -> ParetoReport:
     inventory, _ = inspect.run(resolve(model))
     table = load_table(Path(recipe.costs))
     recipe = recipe.replace(cost=table.cost, unit=table.unit).settled()
+    if recipe.joining():
+        measure.check_joining(recipe)
     narrowest, widest = _range(inventory, table, recipe)
     limits = [narrowest + (widest - narrowest) * step // (points - 1) for step in range(points)]
     plans = [allocate.plan_within(inventory, table, recipe, limit) for limit in limits]
@@ -66,7 +70,7 @@ def run(model: str | Path, recipe: Recipe, points: int = 20) -> ParetoReport:
         model=str(model),
         cost=table.cost,
         unit=table.unit,
-        points=tuple(_point(inventory, plan) for plan in plans),
+        points=tuple(_point(inventory, table, recipe, plan) for plan in plans),
     )
 
 
@@ -76,6 +80,7 @@ def _range(inventory: Inventory, table: CostTable | ComponentTable, recipe: Reci
         widest = allocate.widest_bytes(inventory, recipe)
     else:
         widest = sum(max(row) for row in table.sizes)
+        widest += sum(max(row.sizes) for row in joining.rows(table, inventory, recipe))
     try:
         allocate.plan_within(inventory, table, recipe, 0)
     except InfeasibleError as error:
@@ -85,7 +90,7 @@ def _range(inventory: Inventory, table: CostTable | ComponentTable, recipe: Reci
     raise ArtifactError("the table's sizes are zero", option="costs", fix="measure again")
 
 
-def _point(inventory: Inventory, plan: Plan) -> ParetoPoint:
+def _point(inventory: Inventory, table: CostTable | ComponentTable, recipe: Recipe, plan: Plan) -> ParetoPoint:
     size = expert_bytes(plan, inventory)
     assert plan.objective is not None
     assert plan.bound is not None
@@ -95,4 +100,5 @@ def _point(inventory: Inventory, plan: Plan) -> ParetoPoint:
         objective=plan.objective,
         gap=max(0.0, plan.objective - plan.bound) / max(abs(plan.objective), 1e-300),
         allocation=card.counts(inventory, plan),
+        dense_bytes=0 if isinstance(table, ComponentTable) else joining.chosen_bytes(table, inventory, recipe, plan),
     )

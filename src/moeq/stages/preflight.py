@@ -11,7 +11,7 @@ from moeq.stages.setup import Setup
 
 READ_WRITE_BYTES_PER_SECOND = 0.5e9
 """A modest disk; only for the rough time estimate."""
-WEIGHTS_PER_SECOND = {"minmax": 600e6, "rtn": 400e6, "hqq": 250e6, "gptq": 4e6, "gptq-mc": 4e6}
+WEIGHTS_PER_SECOND = {"minmax": 600e6, "rtn": 400e6, "hqq": 250e6, "alternating": 20e6, "gptq": 4e6, "gptq-mc": 4e6}
 """Rounded weights per second on two CPU cores; only for the rough time estimate."""
 BASE_RAM = 600 * 2**20
 """The interpreter with torch and transformers."""

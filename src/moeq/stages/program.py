@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from moeq.errors import ArtifactError, InfeasibleError
 from moeq.solvers.problem import Problem, Solution
 from moeq.solvers.registry import make_solver
 from moeq.solvers.shares import parse_shares, shares_for
+from moeq.stages.joining import Row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,7 @@ class Rules:
         shares: minimum shares of widths in every layer.
         candidates: code widths that may be used.
         codes: the limit and the sizes count code bits, not stored bytes.
+        dense: linears outside the experts that spend the same budget; only with scope "global", and not `codes`.
     """
 
     solver: str
@@ -30,6 +33,7 @@ class Rules:
     shares: str
     candidates: tuple[int, ...]
     codes: bool
+    dense: tuple[Row, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -38,11 +42,13 @@ class Choice:
 
     Attributes:
         columns: unit -> column of the table.
+        dense: path of a linear of `Rules.dense` -> its choice.
         objective: predicted harm.
         bound: no choice within the rules has less.
     """
 
     columns: tuple[int, ...]
+    dense: dict[str, int]
     objective: float
     bound: float
 
@@ -53,7 +59,7 @@ def choose(table: CostTable, inventory: Inventory, limit: int, rules: Rules) -> 
     Args:
         table: costs, of this model.
         inventory: the model.
-        limit: stored bytes of all units, or their code bits if `rules.codes`.
+        limit: stored bytes of all units and `rules.dense`, or code bits of all units if `rules.codes`.
         rules: how.
 
     Raises:
@@ -61,8 +67,14 @@ def choose(table: CostTable, inventory: Inventory, limit: int, rules: Rules) -> 
         ArtifactError: the table lacks the candidates asked for.
     """
     columns = _columns(table, rules.candidates)
+    if rules.dense:
+        # All units of a problem have as many choices: who has fewer has the last one more than once.
+        columns += columns[-1:] * (max(len(row.costs) for row in rules.dense) - len(columns))
     costs_UC = np.array(table.costs, dtype=np.float64)[:, columns]
     sizes_UC = _sizes(table, inventory, columns, rules.codes)
+    dense_DC = _dense_choices(rules.dense, len(columns))
+    costs_UC = np.concatenate([costs_UC, _taken([row.costs for row in rules.dense], dense_DC, np.float64)])
+    sizes_UC = np.concatenate([sizes_UC, _taken([row.sizes for row in rules.dense], dense_DC, np.int64)])
     layers_U = np.array([unit.layer for unit in table.units])
     weights_U = _weights(table, inventory)
     groups = [np.flatnonzero(layers_U == layer) for layer in range(len(inventory.layers))]
@@ -77,8 +89,9 @@ def choose(table: CostTable, inventory: Inventory, limit: int, rules: Rules) -> 
         )
 
     if rules.scope == "global":
-        solution = solve(np.arange(len(table.units)), groups, limit)
-        return _choice(columns, solution.choice_U, solution.objective, solution.bound)
+        solution = solve(np.arange(len(costs_UC)), groups, limit)
+        return _choice(columns, rules, solution.choice_U, solution.objective, solution.bound)
+    assert not rules.dense, "they are in no layer's share"
     choice_U = np.zeros(len(table.units), dtype=np.int64)
     objective = bound = 0.0
     total = int(weights_U.sum())
@@ -96,11 +109,35 @@ def choose(table: CostTable, inventory: Inventory, limit: int, rules: Rules) -> 
         objective, bound = objective + solution.objective, bound + solution.bound
     if smallest:
         raise InfeasibleError("a layer's share of the budget is too small", smallest=smallest)
-    return _choice(columns, choice_U, objective, bound)
+    return _choice(columns, rules, choice_U, objective, bound)
 
 
-def _choice(columns: list[int], choice_U: NDArray[np.integer], objective: float, bound: float) -> Choice:
-    return Choice(columns=tuple(columns[int(index)] for index in choice_U), objective=objective, bound=bound)
+def _choice(columns: list[int], rules: Rules, choice_U: NDArray[np.integer], objective: float, bound: float) -> Choice:
+    units = len(choice_U) - len(rules.dense)
+    dense_DC = _dense_choices(rules.dense, len(columns))
+    return Choice(
+        columns=tuple(columns[int(index)] for index in choice_U[:units]),
+        dense={
+            row.path: int(choice_C[index])
+            for row, choice_C, index in zip(rules.dense, dense_DC, choice_U[units:], strict=True)
+        },
+        objective=objective,
+        bound=bound,
+    )
+
+
+def _dense_choices(rows: Sequence[Row], columns: int) -> NDArray[np.int64]:
+    """linear -> column of the problem -> its choice; that of leaving it alone, if its costs say nothing."""
+    choices = np.zeros((len(rows), columns), dtype=np.int64)
+    for choice_C, row in zip(choices, rows, strict=True):
+        last = len(row.costs) - 1
+        choice_C[:] = np.minimum(np.arange(columns), last) if any(row.costs) else last
+    return choices
+
+
+def _taken(values: Sequence[Sequence[float]], choices_DC: NDArray[np.int64], dtype: type) -> NDArray[Any]:
+    rows = [np.array(row, dtype=dtype)[choice_C] for row, choice_C in zip(values, choices_DC, strict=True)]
+    return np.array(rows, dtype=dtype).reshape(choices_DC.shape)
 
 
 def _columns(table: CostTable, candidates: tuple[int, ...]) -> list[int]:

@@ -1,5 +1,6 @@
 """Decides a run before it begins: the model, the plan, the files; measures costs where the method needs them."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from moeq.errors import ArtifactError, OptionError
 from moeq.quantizers.registry import make_quantizer
 from moeq.recipe import Recipe
 from moeq.spec import TensorInfo
-from moeq.stages import allocate, card, choices, finish, inspect, measure
+from moeq.stages import allocate, card, choices, finish, inspect, joining, measure
 from moeq.stages import shards as layout
 from moeq.stages.packing import Progress
 
@@ -64,6 +65,7 @@ class AllocateReport:
         output: file that the plan was written to.
         gap: share of the objective that a better plan could at most save; None if no solver made the plan.
         allocation: code bits -> expert matrices that get them.
+        linears: code bits -> packed linears outside the experts; all others stay as they are.
         layers: MoE layer -> mean stored bits per expert weight.
     """
 
@@ -79,6 +81,7 @@ class AllocateReport:
     expert_bytes: int
     expert_bits_per_weight: float
     allocation: dict[str, int]
+    linears: dict[str, int]
     layers: tuple[float, ...]
     map: tuple[str, ...]
 
@@ -86,6 +89,7 @@ class AllocateReport:
 def report(decided: Setup, output: str) -> AllocateReport:
     """What `decided` holds, for people."""
     inventory, plan = decided.inventory, decided.plan
+    linears = Counter(plan.specs[index].bits for index in plan.dense.values())
     gap = None
     if plan.objective is not None and plan.bound is not None:
         gap = max(0.0, plan.objective - plan.bound) / max(abs(plan.objective), 1e-300)
@@ -102,6 +106,7 @@ def report(decided: Setup, output: str) -> AllocateReport:
         expert_bytes=plan.expert_bytes,
         expert_bits_per_weight=8 * plan.expert_bytes / inventory.expert_parameters,
         allocation=card.counts(inventory, plan),
+        linears={str(bits): count for bits, count in sorted(linears.items())},
         layers=card.stored_bits(inventory, plan),
         map=card.heatmap_lines(inventory, plan),
     )
@@ -122,6 +127,8 @@ def setup(model: str | Path, recipe: Recipe, table: Table | None = None) -> Setu
     inventory, headers = inspect.run(source)
     recipe = recipe.settled()
     make_quantizer(str(recipe.quantizer), **choices.quantizer_options(recipe))  # refuses names that nobody knows
+    if recipe.joining():
+        measure.check_joining(recipe)
     if recipe.plan is not None:
         plan = Plan.load(Path(recipe.plan))
         plan.check_model(inventory)
@@ -228,7 +235,10 @@ def _measured(path: Path, what: measure.Subject) -> Table | None:
         found = load_table(path)
     except ArtifactError:  # killed while it was written
         return None
-    same = (found.model_hash, found.cost, found.unit, found.candidates, codec.encode(found.provenance))
+    linears = found.dense if isinstance(found, CostTable) else ()
+    same = (found.model_hash, found.cost, found.unit, found.candidates, codec.encode(found.provenance), linears)
     recipe = what.recipe
-    wanted = (what.inventory.model_hash, recipe.cost, recipe.unit, what.candidates, codec.encode(what.provenance))
+    dense = tuple(linear.path for linear in joining.linears(what.inventory, recipe))
+    facts = codec.encode(what.provenance)
+    wanted = (what.inventory.model_hash, recipe.cost, recipe.unit, what.candidates, facts, dense)
     return found if same == wanted else None

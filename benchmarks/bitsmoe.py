@@ -1,0 +1,249 @@
+"""BitsMoE against its own ablations and against grouped methods, at equal stored bytes, bases charged.
+
+    python benchmarks/bitsmoe.py run         measure everything that is missing
+    python benchmarks/bitsmoe.py surrogate   twenty allocations of one budget: predicted cost against measured KL
+    python benchmarks/bitsmoe.py write       write benchmarks/bitsmoe.md from what was measured
+
+Texts, tokens and measures are those of benchmarks/allocation.py. Results go to JSON lines files.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from allocation import mean_kl, prepare
+from scipy.stats import spearmanr
+from transformers.utils import logging
+from uniform import BATCH, SEQLEN, TEXTS
+
+import moeq
+from moeq.calibration.tokens import read_text, windows
+from moeq.checkpoint.write import write_file_atomic
+from moeq.codec import canonical
+from moeq.costs.component_table import ComponentTable
+from moeq.evals import suite
+from moeq.recipe import Recipe
+from moeq.report.tables import markdown_table
+from moeq.stages import allocate, inspect, measure, quality
+
+BUDGETS = (2.0, 3.0, 2.5, 1.6)
+
+
+def spectral(cost: str = "", **options: Any) -> dict[str, Any]:
+    return {"method": "bitsmoe", "cost_options": cost or None, **options}
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "bitsmoe": spectral(),
+    "uniform, grouped, gptq": {"method": "uniform"},
+    "uniform, grouped, rtn": {"method": "uniform", "quantizer": "rtn"},
+    "gemq, grouped, gptq, no router tuning": {"method": "gemq", "router": "none"},
+    "gemq, grouped, rtn, no router tuning": {"method": "gemq", "router": "none", "quantizer": "rtn"},
+    "importance by routing (the paper's)": spectral("importance=routing"),
+    "no activation term": spectral("activation=false"),
+    "no energy term": spectral("energy=false"),
+    "uniform bits in the spectral domain": spectral("activation=false,energy=false"),
+    "identity basis": spectral("basis=identity"),
+    "budget per layer": spectral(scope="layer"),
+    "16-bit basis": spectral("basis_bits=16"),
+    "released quantizer": spectral(quantizer="alternating"),
+    "no gain": spectral(gain=False),
+    "error feedback": spectral(quantizer="gptq"),
+    "without 0 bits": spectral(candidates="1,2,3,4,6,8"),
+    "joint basis of gate and up": spectral("joint=true"),
+    "basis for the inputs": spectral("metric=inputs"),
+    "exact errors": spectral("errors=exact"),
+}
+
+
+def costs_for(options: dict[str, Any], args: argparse.Namespace) -> str | None:
+    wanted = {key: value for key, value in options.items() if key not in ("bits", "scope")}
+    recipe = Recipe(**wanted)
+    if recipe.settled().cost is None:
+        return None
+    if recipe.has_components and recipe.candidates is not None:
+        wanted.pop("candidates")  # the table knows all widths
+    if recipe.quantizer == "gptq" or (recipe.settled().quantizer == "gptq" and not recipe.has_components):
+        wanted.pop("quantizer", None)
+    path = args.work / f"costs-{zlib.crc32(repr(sorted(wanted.items())).encode()):08x}"
+    if not path.exists():
+        if recipe.has_components:
+            measure.run(args.model, Recipe(**wanted), output=path)
+        else:
+            table = measure.run(args.model, Recipe(**wanted).replace(candidates="1,2,3,4"))
+            write_file_atomic(path, canonical(table.to_dict()))
+    return str(path)
+
+
+def common(args: argparse.Namespace) -> dict[str, Any]:
+    text = {"calibration": str(args.work / "calibration.txt"), "nsamples": args.nsamples, "seqlen": SEQLEN}
+    return {**text, "device": args.device, "quality": False}
+
+
+def evaluate(packed: Path, args: argparse.Namespace, rows: dict[str, Any]) -> dict[str, float]:
+    model = quality.load_any(packed, args.device, torch.float32)
+    found: dict[str, float] = {}
+    for name, windows_ in rows.items():
+        metrics, _ = suite.compare_all(model, args.work / f"reference-{name}.safetensors", windows_, BATCH, None)
+        found |= {f"{name}_{key}": value for key, value in metrics.items()}
+    return found
+
+
+def run(args: argparse.Namespace, rows: dict[str, Any]) -> None:
+    log = args.work / "bitsmoe.jsonl"
+    done = {(row["name"], row["bits"]) for row in read(log)}
+    for bits in BUDGETS:
+        for name, own in METHODS.items():
+            if (name, bits) in done:
+                continue
+            options = {**common(args), **own, "bits": bits}
+            row: dict[str, Any] = {"name": name, "bits": bits}
+            try:
+                options["costs"] = costs_for(options, args)
+                with tempfile.TemporaryDirectory(dir=args.work) as scratch:
+                    report = moeq.quantize(args.model, Path(scratch) / "packed", **options)
+                    row |= {"bits_per_weight": report.expert_bits_per_weight}
+                    row |= evaluate(Path(scratch) / "packed", args, rows)
+            except moeq.MoeqError as error:
+                row["error"] = str(error)
+            append(log, row)
+
+
+def surrogate(args: argparse.Namespace, rows: dict[str, Any], bits: float = 2.0, plans: int = 20) -> None:
+    """Allocations by factors that are more and more unlike the true ones, all of the same stored bytes."""
+    options = {**common(args), **METHODS["bitsmoe"], "bits": bits}
+    costs = costs_for(options, args)
+    assert costs is not None
+    recipe = Recipe(**options, costs=costs).settled()
+    inventory, headers = inspect.run(args.model)
+    log = args.work / "surrogate.jsonl"
+    for seed in range(len(read(log)), plans):
+        table, true = ComponentTable(Path(costs)), ComponentTable(Path(costs))
+        random = np.random.default_rng(seed)
+        kind = ("noise", "energy", "power", "random")[seed % 4]
+        strength = 0.5 * (1 + seed // 4)
+
+        def factors(index: int, projection: str) -> Any:
+            costs_of = true.layer(index, projection)  # noqa: B023
+            weight = costs_of.weight_EH.numpy().astype(np.float64)
+            if kind == "noise":  # noqa: B023
+                weight = weight * np.exp(strength * random.standard_normal(weight.shape))  # noqa: B023
+            elif kind == "energy":  # noqa: B023
+                weight = costs_of.energy_EH.numpy() ** strength  # noqa: B023
+            elif kind == "power":  # noqa: B023
+                weight = weight**strength  # noqa: B023
+            else:
+                weight = np.exp(strength * random.standard_normal(weight.shape))  # noqa: B023
+            return weight.astype(np.float32) / float(weight.mean())
+
+        table.weights = factors  # type: ignore[method-assign]
+        plan = allocate.run(inventory, headers, recipe, table=table)
+        predicted = 0.0
+        for index, layer in enumerate(inventory.layers):
+            for name, widths in plan.widths(index, layer).items():
+                part = true.layer(index, name)
+                curve = {0: 1.0} | {
+                    spec.bits: loss for spec, loss in zip(true.candidates, part.curve_C.tolist(), strict=True)
+                }
+                lost = np.vectorize(curve.get)(widths)
+                predicted += float((part.weight_EH.numpy() * lost).sum(dtype=np.float64))
+        with tempfile.TemporaryDirectory(dir=args.work) as scratch:
+            plan.save(Path(scratch) / "plan.json")
+            text = {"quality": False, "device": args.device, "quantizer": "rtn"}
+            moeq.quantize(
+                args.model, Path(scratch) / "packed", plan=str(Path(scratch) / "plan.json"), costs=costs, **text
+            )
+            row = {"kind": kind, "strength": strength, "bytes": plan.expert_bytes, "predicted": predicted}
+            append(log, row | evaluate(Path(scratch) / "packed", args, rows))
+
+
+def append(log: Path, row: dict[str, Any]) -> None:
+    with log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    shown = row.get("error") or f"KL {mean_kl(row):.5f}"
+    print({k: v for k, v in row.items() if "_" not in k}, shown, file=sys.stderr, flush=True)
+
+
+def read(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+
+
+def write(args: argparse.Namespace) -> None:
+    found = read(args.work / "bitsmoe.jsonl")
+    parts = [
+        f"# BitsMoE: components of a shared basis\n\nMade by `python benchmarks/bitsmoe.py run` (moeq "
+        f"{moeq.__version__}, torch {torch.__version__}), model `{args.model.name}`, {args.nsamples} x {SEQLEN} tokens "
+        "of C4 for costs, one seed. Budgets are stored bits per expert weight: codes, scales, bases, maps, tables and "
+        f"padding. KL in nats per token to the original, mean over three texts, first {args.max_tokens} tokens each, "
+        "float32. Rows not named grouped are `bitsmoe` with the change that they name."
+    ]
+    for bits in sorted(BUDGETS):
+        base = [mean_kl(row) for row in found if (row["name"], row["bits"]) == ("bitsmoe", bits)]
+        lines = []
+        for row in (row for name in METHODS for row in found if (row["name"], row["bits"]) == (name, bits)):
+            if "error" in row:
+                lines.append((row["name"], "", "cannot be reached", "", "", ""))
+                continue
+            top1 = statistics.fmean(row[f"{text}_top1_agreement"] for text in TEXTS)
+            kl = mean_kl(row)
+            ratio = f"{kl / base[0]:.2f}" if base else ""
+            texts = " / ".join(f"{row[f'{text}_perplexity']:.2f}" for text in TEXTS)
+            lines.append(
+                (row["name"], f"{row['bits_per_weight']:.4f}", f"{kl:.4f}", ratio, texts, f"{100 * top1:.1f} %")
+            )
+        header = ("method", "stored bits", "KL", "KL / bitsmoe's", f"perplexity {' / '.join(TEXTS)}", "top-1")
+        parts.append(f"## {bits:g} bits\n\n{markdown_table(header, lines)}")
+    pairs = read(args.work / "surrogate.jsonl")
+    if pairs:
+        kls = [mean_kl(row) for row in pairs]
+        rank = spearmanr([row["predicted"] for row in pairs], kls).statistic
+        spread = max(row["bytes"] for row in pairs) / min(row["bytes"] for row in pairs) - 1
+        parts.append(
+            f"## Does the predicted cost predict?\n\n{len(pairs)} allocations of 2 bits (stored bytes within "
+            f"{100 * spread:.2f} %) by factors that differ from the true ones: times noise, powers of them, the "
+            "energy alone, pure noise. Spearman's correlation of the predicted sum with KL on held-out text: "
+            f"**{rank:.3f}** (KL from {min(kls):.4f} to {max(kls):.4f})."
+        )
+    notes = args.output.with_name("bitsmoe_notes.md")
+    if notes.exists():
+        parts.append(notes.read_text(encoding="utf-8").strip())
+    args.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "surrogate", "write"))
+    parser.add_argument("--model", type=Path, default=Path("../shared/models/ref-qwen3moe-22m"))
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--work", type=Path, default=Path("build/bitsmoe"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/bitsmoe.md"))
+    parser.add_argument("--nsamples", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=4096)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    logging.disable_progress_bar()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.what == "write":
+        write(args)
+        return 0
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    tokenizer = quality.load_tokenizer(args.model)
+    rows = {
+        name: windows(tokenizer, read_text(args.data / path), SEQLEN, max_tokens=args.max_tokens)
+        for name, path in TEXTS.items()
+    }
+    prepare(args, rows)
+    (run if args.what == "run" else surrogate)(args, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
