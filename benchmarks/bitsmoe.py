@@ -47,6 +47,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform, grouped, rtn": {"method": "uniform", "quantizer": "rtn"},
     "gemq, grouped, gptq, no router tuning": {"method": "gemq", "router": "none"},
     "gemq, grouped, rtn, no router tuning": {"method": "gemq", "router": "none", "quantizer": "rtn"},
+    "dropping counts once (the paper's)": spectral("drop=1"),
+    "dropping counts twice": spectral("drop=2"),
+    "dropping counts six times": spectral("drop=6"),
     "importance by routing (the paper's)": spectral("importance=routing"),
     "no activation term": spectral("activation=false"),
     "no energy term": spectral("energy=false"),
@@ -100,7 +103,7 @@ def evaluate(packed: Path, args: argparse.Namespace, rows: dict[str, Any]) -> di
 def run(args: argparse.Namespace, rows: dict[str, Any]) -> None:
     log = args.work / "bitsmoe.jsonl"
     done = {(row["name"], row["bits"]) for row in read(log)}
-    for bits in BUDGETS:
+    for bits in args.budgets:
         for name, own in METHODS.items():
             if (name, bits) in done:
                 continue
@@ -150,7 +153,7 @@ def surrogate(args: argparse.Namespace, rows: dict[str, Any], bits: float = 2.0,
         for index, layer in enumerate(inventory.layers):
             for name, widths in plan.widths(index, layer).items():
                 part = true.layer(index, name)
-                curve = {0: 1.0} | {
+                curve = {0: true.facts.drop} | {
                     spec.bits: loss for spec, loss in zip(true.candidates, part.curve_C.tolist(), strict=True)
                 }
                 lost = np.vectorize(curve.get)(widths)
@@ -227,6 +230,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/bitsmoe.md"))
     parser.add_argument("--nsamples", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=4096)
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     logging.disable_progress_bar()

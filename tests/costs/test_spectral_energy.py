@@ -109,7 +109,9 @@ def test_experts_without_a_gate_are_refused(family: str) -> None:
         measured(make_toy(family))
 
 
-@pytest.mark.parametrize("option", [{"basis_bits": 4}, {"basis": "fft"}, {"joint": 1}, {"perturb": "gptq"}])
+@pytest.mark.parametrize(
+    "option", [{"basis_bits": 4}, {"basis": "fft"}, {"joint": 1}, {"perturb": "gptq"}, {"drop": 0.5}]
+)
 def test_options_are_checked(option: dict[str, Any]) -> None:
     with pytest.raises(OptionError):
         SpectralEnergy(**option)

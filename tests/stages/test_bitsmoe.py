@@ -116,6 +116,22 @@ def test_a_smaller_budget_drops_directions_and_returns_their_bytes(demo_dir: Pat
     assert large.bound <= large.objective <= large.bound * 1.01
 
 
+def test_what_dropping_costs_decides_how_much_is_dropped(
+    demo_dir: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    dropped = []
+    for drop in (1, 6):
+        options = {**OPTIONS, "cost_options": f"importance=routing,drop={drop}"}
+        table = tmp_path / f"costs-{drop}"
+        moeq.measure(demo_dir, calibration=str(calibration_text), **options).save(table)
+        plan = moeq.allocate(demo_dir, bits=2.2, costs=str(table), **options)
+        layers = inspect.run(demo_dir)[0].layers
+        dropped.append(
+            sum(int((w == 0).sum()) for i, layer in enumerate(layers) for w in plan.widths(i, layer).values())
+        )
+    assert dropped[1] < 0.9 * dropped[0]
+
+
 def test_joint_basis_and_16_bits_run(demo_dir: Path, calibration_text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = {**OPTIONS, "cost_options": "joint=true,basis_bits=16,importance=routing", "bits": 3.5}

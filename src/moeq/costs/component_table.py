@@ -83,6 +83,7 @@ class ComponentFacts(Artifact):
         basis_bits: 8 or 16.
         joint: gate and up share one basis.
         exact: costs are exact, not factored.
+        drop: harm of dropping a component, in units of its factor.
         layers: (E, H, I) of each layer.
         spread: layer -> projection -> standard deviation of ln w over its components. Allocation gains by it.
         tokens: routed tokens of each expert, by layer.
@@ -97,6 +98,7 @@ class ComponentFacts(Artifact):
     basis_bits: int
     joint: bool
     exact: bool
+    drop: float
     layers: tuple[tuple[int, int, int], ...]
     spread: tuple[dict[str, float], ...]
     tokens: tuple[tuple[int, ...], ...]
@@ -106,7 +108,12 @@ class ComponentFacts(Artifact):
         widths = [spec.bits for spec in self.candidates]
         if not widths or widths != sorted(set(widths)):
             raise ArtifactError("the candidates must be different widths, rising", fix=_AGAIN)
-        if self.basis_bits not in BASIS_BITS or not self.layers or len(self.tokens) != len(self.layers):
+        if (
+            not 0 < self.drop < float("inf")
+            or self.basis_bits not in BASIS_BITS
+            or not self.layers
+            or len(self.tokens) != len(self.layers)
+        ):
             raise ArtifactError("the facts of a component table contradict each other", fix=_AGAIN)
         if any(len(counts) != shape[0] for counts, shape in zip(self.tokens, self.layers, strict=True)):
             raise ArtifactError("a layer has token counts of other experts", fix=_AGAIN)

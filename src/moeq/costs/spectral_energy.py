@@ -43,6 +43,7 @@ IMPORTANCES: Final = ("routing", "fisher")
 BASES: Final = ("svd", "identity")
 METRICS: Final = ("weights", "inputs")
 SHRINK: Final = 64
+DROP: Final = 3.0
 SAMPLED: Final = 2048
 """Components of one projection of one layer that the mean error of a width is measured on."""
 CHUNK: Final = 2048
@@ -89,6 +90,10 @@ class SpectralEnergy:
         activation: count the importance (off: a control).
         propagate: multiply by m_e, for "routing".
         errors: "mean", one curve D for each projection of a layer, or "exact", each component's own errors.
+        drop: harm of dropping a component, in units of its factor; the paper's is 1. What rounding does to components
+            is independent and averages out. What is dropped is not: it is the components themselves, which inputs and
+            weights correlate. On the reference model 1 underrates it fourfold, and 2 to 4 do equally well
+            (benchmarks/bitsmoe.md).
         shrink: experts with few tokens are drawn towards the mean of the layer, which counts as this many tokens.
         perturb: the quantizer that errors are measured with.
         gain: option of that quantizer.
@@ -97,7 +102,7 @@ class SpectralEnergy:
 
     __slots__ = (
         "_activation", "_basis", "_energy", "_exact", "_fisher", "_joint", "_layers", "_metric", "_propagate",
-        "_quantizer", "_seed", "_shrink", "basis_bits", "needs",
+        "_quantizer", "_seed", "_shrink", "basis_bits", "drop", "needs",
     )  # fmt: skip
 
     def __init__(
@@ -112,6 +117,7 @@ class SpectralEnergy:
         activation: bool = True,
         propagate: bool = True,
         errors: str = "mean",
+        drop: float = DROP,
         shrink: float = SHRINK,
         perturb: str = "rtn",
         gain: bool | None = None,
@@ -132,12 +138,14 @@ class SpectralEnergy:
         ):
             check_switch(option, value)
         check_number("shrink", shrink)
+        check_number("drop", drop, 1.0)
         self.needs = "gradients" if importance == "fisher" and activation else "activations"
         self.basis_bits = basis_bits
         self._basis, self._joint, self._metric = basis, joint, metric
         self._fisher = self.needs == "gradients"
         self._energy, self._activation, self._propagate = energy, activation, propagate
         self._exact = errors == "exact"
+        self.drop = float(drop)
         self._shrink = float(shrink)
         self._quantizer = make_quantizer(perturb, **({} if gain is None else {"gain": gain}))
         self._seed = seed

@@ -136,7 +136,7 @@ def _component_report(table: ComponentTable, output: str) -> MeasureReport:
             spread.setdefault(f"spread_{name}", []).append(value)
             part = table.layer(index, name)
             weight = float(part.weight_EH.double().sum())
-            totals["0"] += weight
+            totals["0"] += weight * facts.drop
             for spec, loss in zip(facts.candidates, part.curve_C.tolist(), strict=True):
                 totals[str(spec.bits)] += weight * loss
     return MeasureReport(
@@ -307,6 +307,7 @@ def _write(what: Subject, cost: SpectralEnergy, output: Path | None) -> Componen
         basis_bits=cost.basis_bits,
         joint=cost.joint,
         exact=cost.exact,
+        drop=cost.drop,
         layers=tuple((layer.num_experts, *layer.shapes["down"]) for layer in what.inventory.layers),
         spread=tuple({name: part.spread for name, part in layer.items()} for layer in layers),
         tokens=cost.tokens(),
