@@ -180,7 +180,7 @@ def read(log: Path) -> list[dict[str, Any]]:
 
 
 def write(args: argparse.Namespace) -> None:
-    found = read(args.work / "bitsmoe.jsonl")
+    found = [row for log in sorted(args.work.glob("bitsmoe*.jsonl")) for row in read(log)]
     parts = [
         f"# BitsMoE: components of a shared basis\n\nMade by `python benchmarks/bitsmoe.py run` (moeq "
         f"{moeq.__version__}, torch {torch.__version__}), model `{args.model.name}`, {args.nsamples} x {SEQLEN} tokens "

@@ -121,7 +121,7 @@ def _warnings(setup: Setup) -> tuple[str, ...]:
         found.append(f"the plan is decided when {setup.recipe.cost} costs are measured; sizes are those of the budget")
     bits = 8 * setup.plan.expert_bytes / setup.inventory.expert_parameters
     recipe = setup.recipe
-    if bits < 4 and not str(recipe.quantizer).startswith("gptq"):
+    if bits < 4 and setup.plan.components is None and not str(recipe.quantizer).startswith("gptq"):
         found.append("below 4 bits a calibrated quantizer (--quantizer gptq --calibration FILE) keeps far more quality")
     widths = {columns for layer in setup.inventory.layers for _, columns in layer.shapes.values()}
     if recipe.group_size != WHOLE_ROW and any(columns % recipe.group_size for columns in widths):
