@@ -212,7 +212,8 @@ def write(args: argparse.Namespace) -> None:
         parts.append(
             f"## Does the predicted cost predict?\n\n{len(pairs)} allocations of 2 bits (stored bytes within "
             f"{100 * spread:.2f} %) by factors that differ from the true ones: times noise, powers of them, the "
-            "energy alone, pure noise. Spearman's correlation of the predicted sum with KL on held-out text: "
+            "energy alone, pure noise; each projection of a layer scaled to the same mean, so that none of them is the "
+            "default's plan. Spearman's correlation of the predicted sum with KL on held-out text: "
             f"**{rank:.3f}** (KL from {min(kls):.4f} to {max(kls):.4f})."
         )
     notes = args.output.with_name("bitsmoe_notes.md")
