@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from allocation import mean_kl, prepare
+from allocation import KNOWN, mean_kl, prepare
 from scipy.stats import spearmanr
 from transformers.utils import logging
 from uniform import BATCH, SEQLEN, TEXTS
@@ -102,7 +102,7 @@ def evaluate(packed: Path, args: argparse.Namespace, rows: dict[str, Any]) -> di
 
 def run(args: argparse.Namespace, rows: dict[str, Any]) -> None:
     log = args.work / "bitsmoe.jsonl"
-    done = {(row["name"], row["bits"]) for row in read(log)}
+    done = {(row["name"], row["bits"]) for row in rows_of(args)}
     for bits in args.budgets:
         for name, own in METHODS.items():
             if (name, bits) in done:
@@ -179,8 +179,18 @@ def read(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
 
+def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What was measured, now or before, each row once."""
+    found = {
+        (row["name"], row["bits"]): row
+        for log in (KNOWN / "bitsmoe.jsonl", *sorted(args.work.glob("bitsmoe*.jsonl")))
+        for row in read(log)
+    }
+    return list(found.values())
+
+
 def write(args: argparse.Namespace) -> None:
-    found = [row for log in sorted(args.work.glob("bitsmoe*.jsonl")) for row in read(log)]
+    found = rows_of(args)
     parts = [
         f"# BitsMoE: components of a shared basis\n\nMade by `python benchmarks/bitsmoe.py run` (moeq "
         f"{moeq.__version__}, torch {torch.__version__}), model `{args.model.name}`, {args.nsamples} x {SEQLEN} tokens "
@@ -204,7 +214,7 @@ def write(args: argparse.Namespace) -> None:
             )
         header = ("method", "stored bits", "KL", "KL / bitsmoe's", f"perplexity {' / '.join(TEXTS)}", "top-1")
         parts.append(f"## {bits:g} bits\n\n{markdown_table(header, lines)}")
-    pairs = read(args.work / "surrogate.jsonl")
+    pairs = read(args.work / "surrogate.jsonl") or read(KNOWN / "bitsmoe_surrogate.jsonl")
     if pairs:
         kls = [mean_kl(row) for row in pairs]
         rank = spearmanr([row["predicted"] for row in pairs], kls).statistic
