@@ -132,6 +132,18 @@ def test_what_dropping_costs_decides_how_much_is_dropped(
     assert dropped[1] < 0.9 * dropped[0]
 
 
+@pytest.mark.parametrize("joint", ["false", "true"])
+def test_exact_errors_obey_the_budget(joint: str, demo_dir: Path, calibration_text: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "cost_options": f"errors=exact,joint={joint}"}
+    table = tmp_path / "costs"
+    moeq.measure(demo_dir, calibration=str(calibration_text), **options).save(table)
+    inventory, _ = inspect.run(demo_dir)
+    for bits in (0.9, 1.4, 3.0):
+        plan = moeq.allocate(demo_dir, bits=bits, costs=str(table), **options)
+        assert plan.expert_bytes == expert_bytes(plan, inventory)
+        assert 8 * plan.expert_bytes / inventory.expert_parameters <= bits
+
+
 def test_joint_basis_and_16_bits_run(demo_dir: Path, calibration_text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = {**OPTIONS, "cost_options": "joint=true,basis_bits=16,importance=routing", "bits": 3.5}

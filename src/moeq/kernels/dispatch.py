@@ -3,7 +3,8 @@
 A new kernel is one file and one entry here; the torch reference comes last and never refuses.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,28 +25,24 @@ def experts(
     module: nn.Module, layer: PackedLayer, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """The first candidate's answer; arguments as in `reference.experts`."""
-    for kernel in EXPERTS:
-        output = kernel(module, layer, hidden_states, top_k_index, top_k_weights)
-        if output is not None:
-            return output
-    raise AssertionError("the reference kernel never refuses")
+    return _first(EXPERTS, module, layer, hidden_states, top_k_index, top_k_weights)
 
 
 def spectral_experts(
     module: nn.Module, layer: SpectralLayer, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """The first candidate's answer; arguments as in `moeq.kernels.spectral.experts`."""
-    for kernel in SPECTRAL:
-        output = kernel(module, layer, hidden_states, top_k_index, top_k_weights)
-        if output is not None:
-            return output
-    raise AssertionError("the reference kernel never refuses")
+    return _first(SPECTRAL, module, layer, hidden_states, top_k_index, top_k_weights)
 
 
 def linear(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
     """The first candidate's answer; arguments as in `reference.linear`."""
-    for kernel in LINEAR:
-        output = kernel(x_SK, matrix)
+    return _first(LINEAR, x_SK, matrix)
+
+
+def _first(kernels: Sequence[Callable[..., Tensor | None]], *arguments: Any) -> Tensor:
+    for kernel in kernels:
+        output = kernel(*arguments)
         if output is not None:
             return output
     raise AssertionError("the reference kernel never refuses")

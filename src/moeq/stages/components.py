@@ -20,6 +20,7 @@ from moeq.components import (
     Widths,
     basis_bytes,
     component_bytes,
+    kept_directions,
     padding_limit,
     spectral_table_bytes,
     widths_text,
@@ -309,9 +310,10 @@ def _solve_exact(question: _Question, layers: Sequence[int], limit: int) -> _Cho
         except InfeasibleError as error:
             raise InfeasibleError("the budget is too small", smallest=(error.smallest or 0) + fixed) from error
         shaped = _shaped(question, layers, found.choice_U)
+        kept = [kept_directions(each, joint=question.form.joint) for each in shaped]
         used = sum(
-            toll * int((widths_EH > 0).any(0).sum())
-            for toll, widths_EH in zip(tolls, (each[name] for each in shaped for name in PROJECTIONS), strict=True)
+            toll * int(kept_H.sum())
+            for toll, kept_H in zip(tolls, (each[name] for each in kept for name in PROJECTIONS), strict=True)
         )
         if used > fixed:
             break
