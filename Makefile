@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/python scripts/demo.py --output demo-output
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff format --check src tests scripts benchmarks

@@ -226,11 +226,13 @@ def key_of(job: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def results(args: argparse.Namespace) -> list[dict[str, Any]]:
-    return [
+    """What was measured, now or before, each row once."""
+    rows = (
         json.loads(line)
         for file in (*KNOWN.glob("allocation.jsonl"), *sorted(args.work.glob("results-*.jsonl")))
         for line in file.read_text(encoding="utf-8").splitlines()
-    ]
+    )
+    return list({key_of(row): row for row in rows}.values())
 
 
 def mean_kl(result: dict[str, Any]) -> float:

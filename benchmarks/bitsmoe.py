@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from allocation import KNOWN, mean_kl, prepare
 from scipy.stats import spearmanr
+from torch import nn
 from transformers.utils import logging
 from uniform import BATCH, SEQLEN, TEXTS
 
@@ -28,6 +30,7 @@ import moeq
 from moeq.calibration.tokens import read_text, windows
 from moeq.checkpoint.write import write_file_atomic
 from moeq.codec import canonical
+from moeq.components import basis_bytes
 from moeq.costs.component_table import ComponentTable
 from moeq.evals import suite
 from moeq.recipe import Recipe
@@ -35,6 +38,7 @@ from moeq.report.tables import markdown_table
 from moeq.stages import allocate, inspect, measure, quality
 
 BUDGETS = (2.0, 3.0, 2.5, 1.6)
+SEEDS = (0, 1, 2)
 
 
 def spectral(cost: str = "", **options: Any) -> dict[str, Any]:
@@ -64,7 +68,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "joint basis of gate and up": spectral("joint=true"),
     "basis for the inputs": spectral("metric=inputs"),
     "exact errors": spectral("errors=exact"),
+    "second basis not charged": spectral(),
 }
+SEEDED = ("bitsmoe", "joint basis of gate and up", "uniform, grouped, gptq", "gemq, grouped, gptq, no router tuning")
+"""Rows that are measured with several seeds of the calibration text."""
 
 
 def costs_for(options: dict[str, Any], args: argparse.Namespace) -> str | None:
@@ -91,6 +98,20 @@ def common(args: argparse.Namespace) -> dict[str, Any]:
     return {**text, "device": args.device, "quality": False}
 
 
+def spared(args: argparse.Namespace) -> float:
+    """Bits per expert weight that a basis for both gate and up saves."""
+    layer = inspect.run(args.model)[0].layers[0]
+    hidden = layer.shapes["down"][0]
+    weights = layer.num_experts * sum(rows * columns for rows, columns in layer.shapes.values())
+    return 8 * basis_bytes(8, hidden, hidden) / weights
+
+
+def jobs(args: argparse.Namespace) -> list[tuple[str, float, int]]:
+    """Name, bits and seed of every row: the first seed of everything, then the others."""
+    first = [(name, bits, SEEDS[0]) for bits in args.budgets for name in METHODS]
+    return first + [(name, bits, seed) for bits in args.budgets for seed in SEEDS[1:] for name in SEEDED]
+
+
 def evaluate(packed: Path, args: argparse.Namespace, rows: dict[str, Any]) -> dict[str, float]:
     model = quality.load_any(packed, args.device, torch.float32)
     found: dict[str, float] = {}
@@ -102,22 +123,42 @@ def evaluate(packed: Path, args: argparse.Namespace, rows: dict[str, Any]) -> di
 
 def run(args: argparse.Namespace, rows: dict[str, Any]) -> None:
     log = args.work / "bitsmoe.jsonl"
-    done = {(row["name"], row["bits"]) for row in rows_of(args)}
-    for bits in args.budgets:
-        for name, own in METHODS.items():
-            if (name, bits) in done:
-                continue
-            options = {**common(args), **own, "bits": bits}
-            row: dict[str, Any] = {"name": name, "bits": bits}
-            try:
-                options["costs"] = costs_for(options, args)
-                with tempfile.TemporaryDirectory(dir=args.work) as scratch:
-                    report = moeq.quantize(args.model, Path(scratch) / "packed", **options)
-                    row |= {"bits_per_weight": report.expert_bits_per_weight}
-                    row |= evaluate(Path(scratch) / "packed", args, rows)
-            except moeq.MoeqError as error:
-                row["error"] = str(error)
-            append(log, row)
+    done = {key_of(row) for row in rows_of(args)}
+    for name, bits, seed in jobs(args):
+        if (name, bits, seed) in done:
+            continue
+        options = {**common(args), **METHODS[name], "seed": seed}
+        row: dict[str, Any] = {"name": name, "bits": bits, "seed": seed}
+        try:
+            options["costs"] = costs_for(options, args)
+            options["bits"] = bits + (spared(args) if name == "second basis not charged" else 0)
+            with tempfile.TemporaryDirectory(dir=args.work) as scratch:
+                report = moeq.quantize(args.model, Path(scratch) / "packed", **options)
+                row |= {"bits_per_weight": report.expert_bits_per_weight}
+                row |= evaluate(Path(scratch) / "packed", args, rows)
+        except moeq.MoeqError as error:
+            row["error"] = str(error)
+        append(log, row)
+
+
+def block_error(packed: Path, args: argparse.Namespace, rows: dict[str, Any]) -> float:
+    """Mean over MoE layers of |z' - z|^2 / |z|^2, z the experts' answers to what the original model asks them."""
+    stock, rounded = (quality.load_any(path, args.device, torch.float32) for path in (args.model, packed))
+    paths = [layer.path for layer in inspect.run(args.model)[0].layers]
+    sums = torch.zeros(len(paths), 2, dtype=torch.float64)
+
+    def compare(index: int, _: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        other = rounded.get_submodule(paths[index])(*inputs)
+        sums[index, 0] += (other - output).double().square().sum()
+        sums[index, 1] += output.double().square().sum()
+
+    for index, path in enumerate(paths):
+        stock.get_submodule(path).register_forward_hook(partial(compare, index))
+    with torch.inference_mode():
+        for ids_NT in rows.values():
+            for batch in ids_NT.split(BATCH):
+                stock(input_ids=batch, use_cache=False)
+    return float((sums[:, 0] / sums[:, 1]).mean())
 
 
 def surrogate(args: argparse.Namespace, rows: dict[str, Any], bits: float = 2.0, plans: int = 20) -> None:
@@ -165,6 +206,7 @@ def surrogate(args: argparse.Namespace, rows: dict[str, Any], bits: float = 2.0,
                 args.model, Path(scratch) / "packed", plan=str(Path(scratch) / "plan.json"), costs=costs, **text
             )
             row = {"kind": kind, "strength": strength, "bytes": plan.expert_bytes, "predicted": predicted}
+            row["block_error"] = block_error(Path(scratch) / "packed", args, rows)
             append(log, row | evaluate(Path(scratch) / "packed", args, rows))
 
 
@@ -179,14 +221,43 @@ def read(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
 
+def key_of(row: dict[str, Any]) -> tuple[str, float, int]:
+    return row["name"], row["bits"], row.get("seed", SEEDS[0])
+
+
 def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     """What was measured, now or before, each row once."""
-    found = {
-        (row["name"], row["bits"]): row
-        for log in (KNOWN / "bitsmoe.jsonl", *sorted(args.work.glob("bitsmoe*.jsonl")))
-        for row in read(log)
-    }
-    return list(found.values())
+    logs = (KNOWN / "bitsmoe.jsonl", *sorted(args.work.glob("bitsmoe*.jsonl")))
+    return list({key_of(row): row for log in logs for row in read(log)}.values())
+
+
+def table_of(found: list[dict[str, Any]], bits: float) -> str:
+    """The rows of one budget, means over seeds."""
+    lines = []
+    base = [mean_kl(row) for row in found if key_of(row) == ("bitsmoe", bits, SEEDS[0])]
+    for name in METHODS:
+        mine = sorted((row for row in found if key_of(row)[:2] == (name, bits)), key=key_of)
+        if not mine:
+            continue
+        if "error" in mine[0]:
+            lines.append((name, "", "cannot be reached", "", "", ""))
+            continue
+        kls = [mean_kl(row) for row in mine]
+        spread = f" ({min(kls):.4f} to {max(kls):.4f})" if len(kls) > 1 else ""
+        texts = " / ".join(f"{statistics.fmean(row[f'{text}_perplexity'] for row in mine):.2f}" for text in TEXTS)
+        top1 = statistics.fmean(row[f"{text}_top1_agreement"] for row in mine for text in TEXTS)
+        lines.append(
+            (
+                name,
+                f"{mine[0]['bits_per_weight']:.4f}",
+                f"{statistics.fmean(kls):.4f}{spread}",
+                f"{kls[0] / base[0]:.2f}" if base else "",
+                texts,
+                f"{100 * top1:.1f} %",
+            )
+        )
+    header = ("method", "stored bits", "KL", "KL / bitsmoe's", f"perplexity {' / '.join(TEXTS)}", "top-1")
+    return f"## {bits:g} bits\n\n{markdown_table(header, lines)}"
 
 
 def write(args: argparse.Namespace) -> None:
@@ -194,37 +265,29 @@ def write(args: argparse.Namespace) -> None:
     parts = [
         f"# BitsMoE: components of a shared basis\n\nMade by `python benchmarks/bitsmoe.py run` (moeq "
         f"{moeq.__version__}, torch {torch.__version__}), model `{args.model.name}`, {args.nsamples} x {SEQLEN} tokens "
-        "of C4 for costs, one seed. Budgets are stored bits per expert weight: codes, scales, bases, maps, tables and "
-        f"padding. KL in nats per token to the original, mean over three texts, first {args.max_tokens} tokens each, "
+        "of C4 for costs; where a range is given, mean and range of three seeds of that text, else the first of them. "
+        "The ratio compares first seeds. Budgets are stored bits per expert weight: codes, scales, bases, maps, tables "
+        f"and padding. KL in nats per token to the original, mean over three texts, {args.max_tokens} tokens of each, "
         "float32. Rows not named grouped are `bitsmoe` with the change that they name."
     ]
-    for bits in sorted(BUDGETS):
-        base = [mean_kl(row) for row in found if (row["name"], row["bits"]) == ("bitsmoe", bits)]
-        lines = []
-        for row in (row for name in METHODS for row in found if (row["name"], row["bits"]) == (name, bits)):
-            if "error" in row:
-                lines.append((row["name"], "", "cannot be reached", "", "", ""))
-                continue
-            top1 = statistics.fmean(row[f"{text}_top1_agreement"] for text in TEXTS)
-            kl = mean_kl(row)
-            ratio = f"{kl / base[0]:.2f}" if base else ""
-            texts = " / ".join(f"{row[f'{text}_perplexity']:.2f}" for text in TEXTS)
-            lines.append(
-                (row["name"], f"{row['bits_per_weight']:.4f}", f"{kl:.4f}", ratio, texts, f"{100 * top1:.1f} %")
-            )
-        header = ("method", "stored bits", "KL", "KL / bitsmoe's", f"perplexity {' / '.join(TEXTS)}", "top-1")
-        parts.append(f"## {bits:g} bits\n\n{markdown_table(header, lines)}")
+    parts += [table_of(found, bits) for bits in sorted(BUDGETS)]
     pairs = read(args.work / "surrogate.jsonl") or read(KNOWN / "bitsmoe_surrogate.jsonl")
     if pairs:
         kls = [mean_kl(row) for row in pairs]
         rank = spearmanr([row["predicted"] for row in pairs], kls).statistic
+        blocks = [row["block_error"] for row in pairs]
+        predicts, follows = (
+            float(spearmanr(side, blocks).statistic) for side in ([row["predicted"] for row in pairs], kls)
+        )
         spread = max(row["bytes"] for row in pairs) / min(row["bytes"] for row in pairs) - 1
         parts.append(
             f"## Does the predicted cost predict?\n\n{len(pairs)} allocations of 2 bits (stored bytes within "
             f"{100 * spread:.2f} %) by factors that differ from the true ones: times noise, powers of them, the "
             "energy alone, pure noise; each projection of a layer scaled to the same mean, so that none of them is the "
             "default's plan. Spearman's correlation of the predicted sum with KL on held-out text: "
-            f"**{rank:.3f}** (KL from {min(kls):.4f} to {max(kls):.4f})."
+            f"**{rank:.3f}** (KL from {min(kls):.4f} to {max(kls):.4f}). With the measured error of the layers' "
+            "answers (mean over layers of the relative squared error, each asked what the original model asks it): "
+            f"**{predicts:.3f}**; that error with KL: {follows:.3f}."
         )
     notes = args.output.with_name("bitsmoe_notes.md")
     if notes.exists():

@@ -27,7 +27,7 @@ from moeq import cli
 from moeq.artifacts import EvalResult
 from moeq.stages.generate import GenerateReport
 from moeq.stages.inspect import InspectReport
-from moeq.stages.measure import MeasureReport
+from moeq.stages.measured import MeasureReport
 from moeq.stages.pareto import ParetoReport
 from moeq.stages.preflight import PlanReport
 from moeq.stages.quantize import QuantizeReport

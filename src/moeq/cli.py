@@ -23,8 +23,8 @@ from moeq.stages import card as card_stage
 from moeq.stages import generate as generate_stage
 from moeq.stages import inspect as inspect_stage
 from moeq.stages import measure as measure_stage
+from moeq.stages import measured, preflight, progressive, quality
 from moeq.stages import pareto as pareto_stage
-from moeq.stages import preflight, progressive, quality
 from moeq.stages import repair as repair_stage
 from moeq.stages import setup as setup_stage
 from moeq.stages import verify as verify_stage
@@ -71,7 +71,7 @@ def _measure(args: argparse.Namespace) -> Any:
     _check_file("output", args.output)
     with _progress() as progress:
         table = measure_stage.run(args.model, recipe, progress, output=Path(args.output))
-    return measure_stage.report(table, args.output)
+    return measured.report(table, args.output)
 
 
 def _allocate(args: argparse.Namespace) -> Any:

@@ -164,7 +164,7 @@ class Backprop:
     def _not_causal(self, what: str) -> CalibrationError:
         return CalibrationError(
             f"{type(self.driver).__name__} {what}: there is no next token to predict",
-            fix="use a cost that needs no gradients for this family",
+            fix="use a cost without gradients for it, for bitsmoe --cost-options importance=routing",
         )
 
     def _batches(

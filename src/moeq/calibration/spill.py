@@ -12,16 +12,18 @@ IN_MEMORY_BYTES = 64 * 2**20
 
 
 class SpillPool:
-    """Makes tensors, file-backed above `IN_MEMORY_BYTES`, so that the system can write them out under pressure.
+    """Makes tensors, file-backed where they are large, so that the system can write them out under pressure.
 
     The files are unlinked at once: they vanish with the tensors, also after a crash.
 
     Args:
         directory: where the files live; must be on a disk, not in memory.
+        in_memory: bytes up to which a tensor is not worth a file.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, in_memory: int = IN_MEMORY_BYTES) -> None:
         self._directory = directory
+        self._in_memory = in_memory
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised CPU tensor.
@@ -33,7 +35,7 @@ class SpillPool:
         for size in shape:
             count *= size
         num_bytes = count * dtype.itemsize
-        if num_bytes <= IN_MEMORY_BYTES:
+        if num_bytes <= self._in_memory:
             return torch.empty(shape, dtype=dtype)
         path = Path(tempfile.mkstemp(prefix="activations-", dir=self._directory)[1])
         try:
@@ -42,7 +44,7 @@ class SpillPool:
             storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=num_bytes)
         except (OSError, RuntimeError) as error:
             raise StorageError(
-                f"cannot spill {num_bytes} bytes of activations: {error}",
+                f"cannot spill {num_bytes} bytes: {error}",
                 file=self._directory,
                 fix="free disk space there, or use fewer samples (--nsamples)",
             ) from error

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from moeq.arch import hooks
+from moeq.calibration.spill import SpillPool
 from moeq.components import BASIS_BITS, basis_spec
 from moeq.costs.base import Asked, LayerView
 from moeq.costs.component_table import ProjectionCosts
@@ -55,8 +56,7 @@ class _Sums:
     """What is added up over batches for one layer.
 
     Attributes:
-        bases: projection -> basis, (H, H) float32 as it is stored; rows and scales as they will be.
-        stored: projection -> rows and scales.
+        stored: projection -> rows and scales of the basis, as they will be stored.
         energy: projection -> (E, H) float64.
         curve: projection -> (C,) float64.
         errors: projection -> exact squared errors (E, H, C) float32, if asked for.
@@ -66,7 +66,6 @@ class _Sums:
         asked: tokens of the text.
     """
 
-    bases: dict[str, Tensor] = field(default_factory=dict)
     stored: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     energy: dict[str, Tensor] = field(default_factory=dict)
     curve: dict[str, Tensor] = field(default_factory=dict)
@@ -101,7 +100,7 @@ class SpectralEnergy:
     """
 
     __slots__ = (
-        "_activation", "_basis", "_energy", "_exact", "_fisher", "_joint", "_layers", "_metric", "_propagate",
+        "_activation", "_basis", "_energy", "_exact", "_fisher", "_joint", "_layers", "_metric", "_pool", "_propagate",
         "_quantizer", "_seed", "_shrink", "basis_bits", "drop", "needs",
     )  # fmt: skip
 
@@ -150,6 +149,11 @@ class SpectralEnergy:
         self._quantizer = make_quantizer(perturb, **({} if gain is None else {"gain": gain}))
         self._seed = seed
         self._layers: dict[int, _Sums] = {}
+        self._pool: SpillPool | None = None
+
+    def keep_bases_in(self, pool: SpillPool) -> None:
+        """Bases that are made from now on wait in files of this pool."""
+        self._pool = pool
 
     @property
     def joint(self) -> bool:
@@ -189,10 +193,10 @@ class SpectralEnergy:
         groups = (("gate", "up"), ("down",)) if self._joint else (("gate",), ("up",), ("down",))
         for names in groups:
             basis_HH = self._basis_of(view, names, moment_HH if names[0] != "down" else None)
-            stored, basis_HH = self._store(basis_HH)
-            inverse_HH = shared_basis.inverse_of(basis_HH)
+            stored = self._store(basis_HH)
+            inverse_HH = shared_basis.inverse_of(_decoded(*stored, view.device))
             for name in names:
-                sums.bases[name], sums.stored[name] = basis_HH, stored
+                sums.stored[name] = stored
                 self._energies(view, name, inverse_HH, sums)
         experts = layer.num_experts
         sums.importance = {name: torch.zeros(experts, hidden, dtype=torch.float64) for name in PROJECTIONS}
@@ -209,15 +213,19 @@ class SpectralEnergy:
             shared_basis.eigenbasis(gram_HH) if moment_HH is None else shared_basis.weighted_basis(gram_HH, moment_HH)
         )
 
-    def _store(self, basis_HH: Tensor) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
-        """The basis as it will be stored, and what that decodes to, float32."""
+    def _store(self, basis_HH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The basis as it will be stored: rows and scales, on the CPU."""
         spec = basis_spec(self.basis_bits)
         if spec is None:
-            half = basis_HH.half()
-            return (half.cpu(), None), half.float()
+            return self._kept(basis_HH.half()), None
         rounded = make_quantizer("rtn").quantize(basis_HH.float(), spec, None)
-        decoded = dequantize(rounded.codes_NK, rounded.scale_NG, None, spec)
-        return (rounded.codes_NK, rounded.scale_NG), decoded.to(basis_HH.device)
+        return self._kept(rounded.codes_NK), rounded.scale_NG
+
+    def _kept(self, rows_HH: Tensor) -> Tensor:
+        """The same in a file where there is a pool: bases of all layers wait for the end of the measurement."""
+        if self._pool is None:
+            return rows_HH.cpu()
+        return self._pool.empty(tuple(rows_HH.shape), rows_HH.dtype).copy_(rows_HH)
 
     def _energies(self, view: LayerView, name: str, inverse_HH: Tensor, sums: _Sums) -> None:
         """Energies of all components of a projection, and what the candidates lose of them."""
@@ -257,43 +265,50 @@ class SpectralEnergy:
         sums.tokens_E += torch.tensor(counts, dtype=torch.float64)
         if not self._activation:
             return
+        shares = {name: torch.zeros(asked.index_Tk.numel()) for name in PROJECTIONS}
         for expert, chosen in enumerate(order[: sum(counts)].split(counts)):
             if not len(chosen):
                 continue
             weights = {name: view.read(expert, name).to(view.device, torch.float32) for name in PROJECTIONS}
             for part in chosen.split(CHUNK):
-                tokens = part // top_k
                 rho2_S = flat_weights[part].to(view.device, torch.float32).square_()
-                self._expert(view, asked, expert, tokens, rho2_S, weights, sums)
+                for name, share_S in self._shares(asked, expert, part // top_k, rho2_S, weights, sums).items():
+                    shares[name][part] = share_S.cpu()
+        for name in PROJECTIONS:
+            self._project(view, asked, name, shares[name].view(-1, top_k), sums)
 
-    def _expert(
-        self,
-        view: LayerView,
-        asked: Asked,
-        expert: int,
-        tokens: Tensor,
-        rho2_S: Tensor,
-        weights: dict[str, Tensor],
-        sums: _Sums,
-    ) -> None:
-        """Add some tokens of one expert."""
-        x_SH = asked.x_TH[tokens].to(view.device, torch.float32)
+    def _shares(
+        self, asked: Asked, expert: int, tokens: Tensor, rho2_S: Tensor, weights: dict[str, Tensor], sums: _Sums
+    ) -> dict[str, Tensor]:
+        """What some tokens of one expert count for in its importance, beside their projections, (S,)."""
+        x_SH = asked.x_TH[tokens].to(rho2_S.device, torch.float32)
         z_SI, slopes = _inner(asked, expert, x_SH, weights)
-        size_S = rho2_S * z_SI.square().mean(1)
+        shares = {"down": rho2_S * z_SI.square().mean(1)}
         if self._fisher:
             assert asked.grad_TH is not None, "needs gradients"
-            c_SH = asked.grad_TH[tokens].to(view.device, torch.float32)
-            back_SI = c_SH @ weights["down"]
-            reach = {name: (back_SI * slopes[name]).square_().mean(1) * rho2_S for name in ("gate", "up")}
-            sums.importance["down"][expert] += _projected(c_SH, sums.bases["down"], size_S)
-        else:
-            reach = dict.fromkeys(("gate", "up"), rho2_S)
-            sums.importance["down"][expert] += float(size_S.double().sum())
-            square_I = weights["down"].square().sum(0)
-            for name in ("gate", "up"):
-                sums.reach[name][expert] += float((slopes[name].square() * square_I).mean(1).double().sum())
+            back_SI = asked.grad_TH[tokens].to(rho2_S.device, torch.float32) @ weights["down"]
+            return shares | {name: (back_SI * slopes[name]).square_().mean(1) * rho2_S for name in ("gate", "up")}
+        square_I = weights["down"].square().sum(0)
         for name in ("gate", "up"):
-            sums.importance[name][expert] += _projected(x_SH, sums.bases[name], reach[name])
+            sums.reach[name][expert] += float((slopes[name].square() * square_I).mean(1).double().sum())
+        return shares | dict.fromkeys(("gate", "up"), rho2_S)
+
+    def _project(self, view: LayerView, asked: Asked, name: str, share_Tk: Tensor, sums: _Sums) -> None:
+        """Add shares times squared projections to the importance; a token is projected once for all its experts."""
+        side_TH = asked.x_TH if name != "down" else asked.grad_TH if self._fisher else None
+        basis_HH = None if side_TH is None else _decoded(*sums.stored[name], view.device)
+        experts = view.layer.num_experts
+        for start in range(0, len(share_Tk), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            # Choices that stand for no expert go to a last column of their own.
+            index_Tk = asked.index_Tk[chunk].clamp(max=experts).to(view.device)
+            share_TE = torch.zeros(len(index_Tk), experts + 1, device=view.device)
+            share_TE = share_TE.scatter_add_(1, index_Tk, share_Tk[chunk].to(view.device))[:, :experts]
+            if side_TH is None or basis_HH is None:  # no direction of the output counts more than another
+                sums.importance[name] += share_TE.double().sum(0).unsqueeze(1).cpu()
+            else:
+                square_TH = (side_TH[chunk].to(view.device, torch.float32) @ basis_HH.T).square_()
+                sums.importance[name] += (share_TE.T @ square_TH).double().cpu()
 
     def layers(self) -> Iterator[dict[str, ProjectionCosts]]:
         """The costs of all layers, in order.
@@ -351,6 +366,15 @@ def check_gated(projections: tuple[str, ...], path: str) -> None:
         )
 
 
+def _decoded(rows_HH: Tensor, scale_HG: Tensor | None, device: torch.device) -> Tensor:
+    """The stored basis, (H, H) float32."""
+    if scale_HG is None:
+        return rows_HH.to(device).float()
+    spec = basis_spec(8)
+    assert spec is not None
+    return dequantize(rows_HH, scale_HG, None, spec).to(device)
+
+
 def _inner(asked: Asked, expert: int, x_SH: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Inputs of the down projection (S, I), and their derivatives with respect to gate and up products."""
     with torch.enable_grad():
@@ -360,8 +384,3 @@ def _inner(asked: Asked, expert: int, x_SH: Tensor, weights: dict[str, Tensor]) 
         # Gating is elementwise: the gradient of the sum is each element's derivative.
         dgate_SI, dup_SI = torch.autograd.grad(z_SI.sum(), (gate_SI, up_SI))
     return z_SI.detach(), {"gate": dgate_SI, "up": dup_SI}
-
-
-def _projected(x_SH: Tensor, basis_HH: Tensor, weight_S: Tensor) -> Tensor:
-    """sum_t weight_t (b_k . x_t)^2 for every direction, (H,) float64."""
-    return (weight_S.unsqueeze(0) @ (x_SH @ basis_HH.T).square_()).squeeze(0).double().cpu()

@@ -1,6 +1,5 @@
 """Measures a cost: from a checkpoint to a CostTable that serves many budgets."""
 
-import statistics
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from torch import nn
 from moeq import codec
 from moeq.artifacts import CostTable, DenseLinear, Inventory, MatrixSource
 from moeq.calibration.backprop import Labels
+from moeq.calibration.spill import SpillPool
 from moeq.calibration.tap import Hear
 from moeq.calibration.tokens import TokenBatch
 from moeq.checkpoint.read import Reader, resolve
@@ -77,82 +77,6 @@ class Subject:
                 "it was not made from this model", option="context", fix="give a packed checkpoint of this model"
             )
         return facts
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasureReport:
-    """What was measured; field names are those of the JSON document (docs/json.md).
-
-    Attributes:
-        output: file that the costs were written to.
-        units: how many there are.
-        linears: how many other linears may join them.
-        candidates: code widths.
-        totals: code width -> predicted harm of giving every unit this width.
-        statistics: name -> least, median and largest value over units.
-        provenance: what the numbers depend on.
-    """
-
-    output: str
-    model_hash: str
-    cost: str
-    unit: str
-    units: int
-    linears: int
-    candidates: tuple[int, ...]
-    totals: dict[str, float]
-    statistics: dict[str, tuple[float, float, float]]
-    provenance: dict[str, Any]
-
-
-def report(table: CostTable | ComponentTable, output: str) -> MeasureReport:
-    """What a table holds, for people."""
-    if isinstance(table, ComponentTable):
-        return _component_report(table, output)
-    return MeasureReport(
-        output=output,
-        model_hash=table.model_hash,
-        cost=table.cost,
-        unit=table.unit,
-        units=len(table.units),
-        linears=len(table.dense),
-        candidates=tuple(spec.bits for spec in table.candidates),
-        totals={
-            str(spec.bits): sum(row[column] for row in table.costs) for column, spec in enumerate(table.candidates)
-        },
-        statistics={
-            name: (min(values), statistics.median(values), max(values)) for name, values in table.statistics.items()
-        },
-        provenance=table.provenance,
-    )
-
-
-def _component_report(table: ComponentTable, output: str) -> MeasureReport:
-    facts = table.facts
-    totals = dict.fromkeys(("0", *(str(spec.bits) for spec in facts.candidates)), 0.0)
-    spread: dict[str, list[float]] = {}
-    for index in range(len(facts.layers)):
-        for name, value in facts.spread[index].items():
-            spread.setdefault(f"spread_{name}", []).append(value)
-            part = table.layer(index, name)
-            weight = float(part.weight_EH.double().sum())
-            totals["0"] += weight * facts.drop
-            for spec, loss in zip(facts.candidates, part.curve_C.tolist(), strict=True):
-                totals[str(spec.bits)] += weight * loss
-    return MeasureReport(
-        output=output,
-        model_hash=facts.model_hash,
-        cost=facts.cost,
-        unit="component",
-        linears=0,
-        units=sum(3 * experts * hidden for experts, hidden, _ in facts.layers),
-        candidates=(0, *(spec.bits for spec in facts.candidates)),
-        totals=totals,
-        statistics={
-            name: (min(values), statistics.median(values), max(values)) for name, values in sorted(spread.items())
-        },
-        provenance=facts.provenance,
-    )
 
 
 def run(
@@ -343,6 +267,8 @@ def _stream(
         tempfile.TemporaryDirectory(dir=scratch, prefix=".moeq-") as work,
         open_stream(directory, what.inventory, device=device, scratch=Path(work), progress=progress) as stream,
     ):
+        if isinstance(cost, SpectralEnergy):
+            cost.keep_bases_in(SpillPool(Path(work), in_memory=0))
         gradients = cost.needs == "gradients"
         stream.run(what.tokens.ids_NT, visit, gradients=gradients, labels=labels, seed=recipe.seed, linears=hears)
 
