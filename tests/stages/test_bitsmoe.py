@@ -144,12 +144,13 @@ def test_exact_errors_obey_the_budget(joint: str, demo_dir: Path, calibration_te
         assert 8 * plan.expert_bytes / inventory.expert_parameters <= bits
 
 
-def test_joint_basis_and_16_bits_run(demo_dir: Path, calibration_text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("joint", [False, True])
+def test_one_basis_or_two_of_16_bits(joint: bool, demo_dir: Path, calibration_text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = {**OPTIONS, "cost_options": "joint=true,basis_bits=16,importance=routing", "bits": 3.5}
+    options = {**OPTIONS, "cost_options": f"joint={str(joint).lower()},basis_bits=16,importance=routing", "bits": 3.5}
     moeq.quantize(demo_dir, out, calibration=str(calibration_text), quality=False, **options)
     spectral = layer_of(moeq.load(out, device="cpu"), 0)
-    assert spectral.entries["up"].basis == spectral.entries["gate"].basis
+    assert (spectral.entries["up"].basis == spectral.entries["gate"].basis) == joint
     assert spectral.entries["gate"].basis_bits == 16
 
 

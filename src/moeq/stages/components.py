@@ -26,7 +26,7 @@ from moeq.components import (
     widths_text,
 )
 from moeq.costs.component_table import ComponentTable
-from moeq.costs.spectral_energy import check_gated
+from moeq.costs.spectral_energy import JOINT, check_gated
 from moeq.errors import ArtifactError, InfeasibleError, OptionError
 from moeq.recipe import Recipe
 from moeq.solvers.lagrangian import Lagrangian
@@ -76,7 +76,7 @@ def draft(inventory: Inventory, recipe: Recipe, dense: Mapping[str, QuantSpec]) 
         method=recipe.method,
         specs=(*specs, *sorted(set(dense.values()))),
         experts=(),
-        components=ComponentPlan(basis_bits=bits, joint=bool(options.get("joint")), layers=layers),
+        components=ComponentPlan(basis_bits=bits, joint=bool(options.get("joint", JOINT)), layers=layers),
         expert_bytes=0,
         unit="component",
         cost=recipe.cost,
