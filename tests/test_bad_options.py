@@ -12,7 +12,7 @@ import moeq
 import zoo
 from hostile import OPTIONS, copy_of, edit_json, no_partial, refused
 from moeq import cli, errors
-from moeq.recipe import load_recipe
+from moeq.recipe_file import load_recipe
 from moeq.stages import setup
 
 WRONG: dict[str, tuple[dict[str, Any], type[errors.MoeqError], tuple[str, ...]]] = {

@@ -23,7 +23,7 @@ RECIPE_OPTIONS = (
     "--nsamples --seqlen --seed --routing --act-order --no-act-order --damp --gain "
     "--no-gain --device --plan --costs --cost --cost-options --unit --candidates --context --round-context "
     "--no-round-context --scope --shares --solver --router --router-epochs --router-lr --quality --no-quality "
-    "--progressive"
+    "--rank --allocation --tile-options --progressive"
 )
 OPTIONS = {
     "plan": f"model --json --save-plan {RECIPE_OPTIONS}",

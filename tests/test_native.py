@@ -18,7 +18,7 @@ from moeq.format.packing import decode_in_chunks, decode_matrix, dequantize, pac
 from moeq.quantizers.base import QuantizedMatrix
 from moeq.quantizers.levels import quantize_groups
 from moeq.quantizers.registry import make_quantizer
-from moeq.spec import BITS, GROUP_SIZES, LEVELS, QuantSpec, stored_bytes
+from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, QuantSpec, stored_bytes
 
 built = pytest.mark.skipif(not native.available(), reason="moeq was installed without its compiled kernels")
 SHAPE = (80, 300)
@@ -71,7 +71,7 @@ def along(rounded: QuantizedMatrix, w_NK: Tensor, spec: QuantSpec) -> float:
 
 @built
 @pytest.mark.parametrize("name", ["minmax", "rtn", "hqq"])
-@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("levels", SCALAR_LEVELS)
 @pytest.mark.parametrize("bits", BITS)
 def test_codes_scales_and_zeros_are_those_of_torch(name: str, levels: str, bits: int) -> None:
     """But for the groups in which the last bit of a sum turns a scale, a zero or the choice of a candidate."""
@@ -98,7 +98,10 @@ def test_codes_scales_and_zeros_are_those_of_torch(name: str, levels: str, bits:
 @given(
     name=st.sampled_from(["minmax", "rtn", "hqq"]),
     spec=st.builds(
-        QuantSpec, bits=st.sampled_from(BITS), group_size=st.sampled_from(GROUP_SIZES), levels=st.sampled_from(LEVELS)
+        QuantSpec,
+        bits=st.sampled_from(BITS),
+        group_size=st.sampled_from(GROUP_SIZES),
+        levels=st.sampled_from(SCALAR_LEVELS),
     ),
     kind=st.sampled_from(["outlier", "sparse", "positive", "tiny", "subnormal", "huge", "zeros", "constant"]),
     rows=st.integers(1, 40),
@@ -146,7 +149,7 @@ def test_the_shrinkage_takes_any_exponent(p: float, iterations: int) -> None:
 
 @built
 @pytest.mark.parametrize("name", ["minmax", "rtn", "hqq"])
-@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("levels", SCALAR_LEVELS)
 def test_instruction_sets_give_the_same_bits(name: str, levels: str) -> None:
     if len(native.isas()) == 1:
         pytest.skip("this machine has one")
@@ -227,7 +230,7 @@ def test_packing_is_that_of_torch_to_the_bit(bits: int, rows: int, columns: int,
 
 
 @built
-@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("levels", SCALAR_LEVELS)
 @pytest.mark.parametrize("bits", BITS)
 def test_decoding_is_that_of_torch_to_the_bit(bits: int, levels: str) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from moeq import codec
 from moeq.errors import OptionError
-from moeq.recipe import ACCOUNTINGS, DENSE_BITS, DENSE_KINDS, Recipe, load_recipe
-from moeq.spec import BITS, GROUP_SIZES, LEVELS
+from moeq.recipe import ACCOUNTINGS, DENSE_BITS, DENSE_KINDS, Recipe
+from moeq.recipe_file import load_recipe
+from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=20)
 RECIPES = st.builds(
@@ -19,7 +20,7 @@ RECIPES = st.builds(
     accounting=st.sampled_from(ACCOUNTINGS),
     quantizer=st.none() | TEXT,
     group_size=st.sampled_from(GROUP_SIZES),
-    levels=st.sampled_from(("auto", *LEVELS)),
+    levels=st.sampled_from(("auto", *SCALAR_LEVELS)),
     dense_bits=st.sampled_from(("16", "8", "attention=4", "attention=4,lm_head=8", "shared=6, dense=8")),
     calibration=st.none() | TEXT,
     nsamples=st.integers(1, 10**6),

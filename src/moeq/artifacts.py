@@ -12,6 +12,7 @@ from moeq.artifact import Artifact
 from moeq.components import ComponentPlan, Form, Widths, blob_bytes, parse_widths, spectral_table_bytes
 from moeq.errors import ArtifactError
 from moeq.spec import EXPERT, QuantSpec, Unit, stored_bytes, table_bytes
+from moeq.tiling import TileForm, fits, sides_bytes, tile_table_bytes
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -260,6 +261,7 @@ class Plan(Artifact):
         costs_hash: hash of the cost table.
         objective: predicted harm, if a solver made the plan.
         bound: the solver's proven lower bound of the objective.
+        tiles: layer -> projection -> form of its sides, for the layout "tiled"; the specs are then the residuals'.
     """
 
     KIND: ClassVar[str] = "plan"
@@ -276,11 +278,12 @@ class Plan(Artifact):
     objective: float | None = None
     bound: float | None = None
     components: ComponentPlan | None = None
+    tiles: tuple[dict[str, TileForm], ...] = ()
 
     def validate(self) -> None:
         """Raise ArtifactError if an assignment points outside the palette."""
         used = {index for layer in self.experts for expert in layer for index in expert} | set(self.dense.values())
-        if self.experts and self.components is not None:
+        if self.components is not None and (self.experts or self.tiles):
             raise ArtifactError("a plan has widths either of matrices or of components", fix="allocate again")
         nothing = not used and self.components is None
         if nothing or (used and (min(used) < 0 or max(used) >= len(self.specs))):
@@ -289,7 +292,7 @@ class Plan(Artifact):
     @property
     def layout(self) -> str:
         """How the experts are stored, one of `moeq.spec.LAYOUTS`."""
-        return "grouped" if self.components is None else "spectral"
+        return "spectral" if self.components is not None else "tiled" if self.tiles else "grouped"
 
     @property
     def form(self) -> Form:
@@ -329,7 +332,7 @@ class Plan(Artifact):
             covered = len(self.components.layers) == len(inventory.layers)
         else:
             covered = [[len(expert) for expert in layer] for layer in self.experts] == wanted
-        if not covered:
+        if not covered or (self.tiles and not _tiles_fit(self.tiles, inventory)):
             raise ArtifactError("the plan covers other experts than the model has", option="plan", fix="allocate again")
         unknown = sorted(set(self.dense) - {linear.path for linear in inventory.dense})
         if unknown:
@@ -337,6 +340,19 @@ class Plan(Artifact):
             raise ArtifactError(message, option="plan", fix="allocate again")
         if self.expert_bytes != expert_bytes(self, inventory):
             raise ArtifactError("the plan's expert_bytes disagrees with its specs", option="plan", fix="allocate again")
+
+
+def _tiles_fit(tiles: tuple[dict[str, TileForm], ...], inventory: Inventory) -> bool:
+    pairs = zip(tiles, inventory.layers, strict=False)
+    return len(tiles) == len(inventory.layers) and all(fits(a, b.num_experts, b.shapes) for a, b in pairs)
+
+
+def side_bytes(plan: Plan, inventory: Inventory, index: int) -> int:
+    """Stored bytes of a layer's sides with their table; 0 in other layouts than "tiled"."""
+    if not plan.tiles:
+        return 0
+    layer = inventory.layers[index]
+    return sides_bytes(plan.tiles[index], layer.num_experts, layer.shapes) + tile_table_bytes(len(layer.shapes))
 
 
 def expert_bytes(plan: Plan, inventory: Inventory) -> int:
@@ -347,7 +363,7 @@ def expert_bytes(plan: Plan, inventory: Inventory) -> int:
             widths = plan.widths(index, layer)
             total += spectral_table_bytes(len(widths)) + blob_bytes(plan.form, widths, *layer.shapes["down"])
             continue
-        total += table_bytes(layer.num_experts, len(layer.projections))
+        total += table_bytes(layer.num_experts, len(layer.projections)) + side_bytes(plan, inventory, index)
         for expert in plan.layer_specs(index):
             shapes = (layer.shapes[projection] for projection in layer.projections)
             total += sum(stored_bytes(spec, shape) for spec, shape in zip(expert, shapes, strict=True))

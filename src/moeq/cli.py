@@ -17,7 +17,8 @@ from moeq import cli_text, codec
 from moeq.checkpoint.write import write_file_atomic
 from moeq.cli_args import build_parser
 from moeq.errors import MoeqError, OutputError
-from moeq.recipe import Recipe, load_recipe
+from moeq.recipe import Recipe
+from moeq.recipe_file import load_recipe
 from moeq.report.curves import curve_svg
 from moeq.stages import card as card_stage
 from moeq.stages import generate as generate_stage

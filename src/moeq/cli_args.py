@@ -14,7 +14,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bits", type=float, help="mean stored bits per expert weight, scales and padding included")
     add("--size", help="bytes of the whole checkpoint instead: 8GB, 7.5GiB")
     add("--accounting", help="bytes (default) or codes: --bits counts code bits only, as papers do")
-    add("--quantizer", help="minmax, rtn, hqq, gptq, gptq-mc (default: gptq with calibration text, else hqq)")
+    add("--quantizer", help="minmax, rtn, hqq, gptq, gptq-mc, vector (default: gptq with calibration text, else hqq)")
     add("--group-size", type=int, help="inputs per scale: 32, 64, 128 (default) or -1 for whole rows")
     add("--levels", help="auto (default), asym, asym16, sym or half")
     add("--dense-bits", help="other linears: 16 (default), 8, 6, 4, attention=4,shared=8,dense=8,lm_head=16, or auto")
@@ -36,6 +36,9 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add("--router", help="tune routers after packing: none, task (next-token loss) or kl (to the original)")
     _tuning_arguments(parser)
     add("--quality", action=argparse.BooleanOptionalAction, help="measure small models on held-out text (default on)")
+    add("--rank", help="tileq: components of the shared factors, or auto (default): what the budget leaves")
+    add("--allocation", help="tileq: the method that chooses the residuals' widths, as gemq (default: all alike)")
+    add("--tile-options", metavar="NAME=VALUE,...", help="tileq: choices of its tiles, as grid=8x16,rotation=expert")
     add("--progressive", metavar="BITS", help="falling budgets to go through before the last, as 3,2.5")
 
 

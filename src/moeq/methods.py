@@ -57,6 +57,7 @@ METHODS = {
         quantizer="rtn",
         dataless="rtn",
     ),
+    "tileq": Method(unit="none", layout="tiled"),
     "gemq": Method(unit="expert", cost="fisher", solver="auto", candidates=(1, 2, 3), shares="c2c3", router="task"),
 }
 

@@ -2,16 +2,17 @@
 
 import dataclasses
 import itertools
-from pathlib import Path, PurePath
 from typing import Any, get_type_hints
 
 import yaml
 
 from moeq import codec
 from moeq.budget import Budget, parse_size
-from moeq.errors import ArtifactError, OptionError, RecipeError
-from moeq.methods import METHODS, method
-from moeq.spec import BITS, GROUP_SIZES, LEVELS
+from moeq.errors import OptionError
+from moeq.methods import METHODS, Method, method
+from moeq.option_values import choose, named_values, typed
+from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, VECTORS, WHOLE_ROW, QuantSpec
+from moeq.tiling import MAX_RANK, TileOptions, tile_options
 
 DENSE_KINDS = ("attention", "shared", "dense", "lm_head")
 DENSE_BITS = (16, 8, 6, 4)
@@ -65,6 +66,9 @@ class Recipe:
         router_epochs: passes over the calibration text.
         router_lr: learning rate.
         quality: measure quality on held-out windows of the calibration text, if the original is small.
+        rank: components of the tiled low-rank factors; "auto" and None take what the budget leaves.
+        allocation: for the tiled layout, the method whose unit, cost and solver choose the residuals' widths.
+        tile_options: choices of the tiled layout, as "grid=8x16,rotation=expert" (`moeq.tiling.TileOptions`).
         progressive: falling budgets to go through before the last one, as "3,2.5", each measured on the
             packed and tuned result of the one before.
     """
@@ -101,16 +105,19 @@ class Recipe:
     router_epochs: int = 1
     router_lr: float = 1e-4
     quality: bool = True
+    rank: str | None = None
+    allocation: str | None = None
+    tile_options: str | None = None
     progressive: str | None = None
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(Recipe).items():
             # The same choice must be the same bytes in hashes, journal and YAML, whoever made it: 3 is 3.0.
-            object.__setattr__(self, name, _typed(name, kind, getattr(self, name)))
+            object.__setattr__(self, name, typed(name, kind, getattr(self, name)))
         method(self.method)
-        _choose("accounting", self.accounting, ACCOUNTINGS)
-        _choose("group-size", self.group_size, GROUP_SIZES)
-        _choose("levels", self.levels, ("auto", *LEVELS))
+        choose("accounting", self.accounting, ACCOUNTINGS)
+        choose("group-size", self.group_size, GROUP_SIZES)
+        choose("levels", self.levels, ("auto", *SCALAR_LEVELS))
         for name, value, least in (("nsamples", self.nsamples, 1), ("seqlen", self.seqlen, 2), ("seed", self.seed, 0)):
             if value < least:
                 raise OptionError(f"{value} is too small", option=name, fix=f"give at least {least}")
@@ -136,7 +143,7 @@ class Recipe:
             ("router", self.router, ROUTER_LOSSES),
         ):
             if value is not None:
-                _choose(name, value, choices)
+                choose(name, value, choices)
         if self.router_epochs < 1:
             raise OptionError(f"{self.router_epochs} is too small", option="router-epochs", fix="give at least 1")
         if not 0 < self.router_lr <= 1:
@@ -150,6 +157,7 @@ class Recipe:
         self.options_of_cost()
         self.candidate_bits()
         self._check_components()
+        self._check_tiles()
         budgets = self.progressive_bits()
         if any(low >= high for high, low in itertools.pairwise(budgets)) or (
             budgets and self.bits is not None and budgets[-1] <= self.bits
@@ -161,7 +169,7 @@ class Recipe:
         _check_used(self)
 
     def _check_components(self) -> None:
-        row = method(self.method)
+        row = self.choosing
         named = (self.cost or row.cost) == "spectral-energy"
         if self.plan is None and named != self.has_components:
             raise OptionError(
@@ -177,33 +185,54 @@ class Recipe:
         if (self.quantizer or row.quantizer) == "gptq-mc":
             raise OptionError("gptq-mc does not round components", option="quantizer", fix="use rtn or gptq")
 
+    def _check_tiles(self) -> None:
+        tiled = method(self.method).layout == "tiled"
+        for name in ("rank", "allocation", "tile_options"):
+            if getattr(self, name) is not None and not tiled and self.plan is None:
+                raise OptionError(
+                    f"method {self.method} has no tiles", option=name.replace("_", "-"), fix="add --method tileq"
+                )
+        if self.allocation is not None and method(self.allocation).layout != "grouped":
+            choices = tuple(name for name, row in METHODS.items() if row.layout == "grouped")
+            choose("allocation", self.allocation, choices)
+        self.tiles()
+        if self.rank is not None and self.rank != AUTO and not (self.rank.isdecimal() and int(self.rank) <= MAX_RANK):
+            raise OptionError(f"{self.rank!r} is no rank", option="rank", fix=f"give 0 to {MAX_RANK}, or auto")
+        if self.quantizer == "vector" and self.plan is None and (self.cost or self.choosing.cost):
+            raise OptionError(
+                "costs are not measured with codebooks",
+                option="quantizer",
+                fix="use gptq, or a method that gives all matrices alike",
+            )
+
+    @property
+    def choosing(self) -> Method:
+        """The method that chooses widths."""
+        return method(self.allocation or self.method)
+
+    def tiles(self) -> TileOptions:
+        """The choices of the tiled layout."""
+        return tile_options(named_values(self.tile_options, "tile-options", "grid=8x16"))
+
     def settled(self) -> "Recipe":
         """With the method's own choices where none was made; the quantizer depends on whether there is text."""
-        row = method(self.method)
+        own, row = method(self.method), self.choosing
         known = bool(row.cost or self.cost) and self.plan is None
         return self.replace(
-            quantizer=self.quantizer or (row.quantizer if self.calibration else row.dataless),
+            quantizer=self.quantizer or (own.quantizer if self.calibration else own.dataless),
             cost=(self.cost or row.cost) if known else None,
             unit=(self.unit or row.unit) if known else None,
             scope=(self.scope or row.scope) if known else None,
             shares=(self.shares or row.shares) if known else None,
             solver=(self.solver or row.solver) if known else None,
-            router=self.router or row.router,
+            router=self.router or own.router,
         )
 
     def options_of_cost(self) -> dict[str, Any]:
         """The cost's options: the method's where it is the method's cost, and what `cost_options` says."""
-        row = method(self.method)
+        row = self.choosing
         options = dict(row.cost_options) if self.cost in (None, row.cost) else {}
-        for part in (self.cost_options or "").split(","):
-            name, equals, value = part.partition("=")
-            if part.strip() and (not equals or not name.strip()):
-                raise OptionError(
-                    f"{part.strip()!r} is not NAME=VALUE", option="cost-options", fix="write for example gamma=12"
-                )
-            if part.strip():
-                options[name.strip().replace("-", "_")] = yaml.safe_load(value.strip() or "null")
-        return options
+        return options | named_values(self.cost_options, "cost-options", "gamma=12")
 
     def candidate_bits(self, budget: float | None = None) -> tuple[int, ...]:
         """Code widths that a unit may get, rising.
@@ -214,7 +243,7 @@ class Recipe:
             budget: mean bits per weight that can be spent; None takes `bits`, or enough for most uses.
         """
         if self.candidates is None:
-            own = method(self.method).candidates or DEFAULT_CANDIDATES
+            own = self.choosing.candidates or DEFAULT_CANDIDATES
             if self.has_components:
                 return own
             asked = budget or self.bits or DEFAULT_CANDIDATES[-1] - 0.5
@@ -227,13 +256,13 @@ class Recipe:
                 f"{self.candidates!r} is not a list of widths", option="candidates", fix="write for example 1,2,3"
             )
         for width in widths:
-            _choose("candidates", width, (0, *BITS) if self.has_components else BITS)
+            choose("candidates", width, (0, *BITS) if self.has_components else BITS)
         return tuple(widths)
 
     @property
     def has_components(self) -> bool:
         """Whether spectral components are what gets widths."""
-        return self.plan is None and (self.unit or method(self.method).unit) == "component"
+        return self.plan is None and (self.unit or self.choosing.unit) == "component"
 
     def progressive_bits(self) -> tuple[float, ...]:
         """The budgets before the last."""
@@ -277,10 +306,10 @@ class Recipe:
         else:
             for part in text.split(","):
                 kind, _, width = part.strip().partition("=")
-                _choose("dense-bits", kind, DENSE_KINDS)
+                choose("dense-bits", kind, DENSE_KINDS)
                 bits[kind] = int(width) if width.isdecimal() else width
         for kind, value in bits.items():
-            _choose("dense-bits", value, (*DENSE_BITS, AUTO) if kind in JOINING_KINDS else DENSE_BITS)
+            choose("dense-bits", value, (*DENSE_BITS, AUTO) if kind in JOINING_KINDS else DENSE_BITS)
         return bits
 
     def level_set(self, bits: int) -> str:
@@ -288,6 +317,12 @@ class Recipe:
         if self.levels != "auto":
             return self.levels
         return AUTO_LEVELS[bits]
+
+    def spec(self, bits: int) -> QuantSpec:
+        """How a matrix of a code width is stored."""
+        if self.quantizer == "vector" and bits in VECTORS:
+            return QuantSpec(bits=bits, group_size=WHOLE_ROW, levels="vector")
+        return QuantSpec(bits=bits, group_size=self.group_size, levels=self.level_set(bits))
 
     def component_levels(self, bits: int) -> str:
         """The level set of components of a code width; those of the released quantizer if that is used."""
@@ -307,18 +342,15 @@ class Recipe:
 AUTO_LEVELS = {bits: ("half" if bits <= 2 else "asym") for bits in BITS}
 
 
-TEXTS_OF_NUMBERS = ("size", "dense_bits", "routing", "candidates", "progressive")
-
-
 def _check_used(recipe: Recipe) -> None:
     """Refuse options that nothing would look at."""
     if recipe.plan is not None:
         if recipe.joining():
             raise OptionError("auto has no effect with --plan", option="dense-bits", fix="drop one of the two")
-        for name in ("bits", "size", "cost", "unit", "candidates", "shares", "progressive"):
+        for name in ("bits", "size", "cost", "unit", "candidates", "shares", "progressive", "rank", "allocation"):
             if getattr(recipe, name) is not None:
                 raise OptionError("it has no effect with --plan", option=name, fix="drop one of the two")
-    if recipe.cost is None and method(recipe.method).cost is None:
+    if recipe.cost is None and recipe.choosing.cost is None:
         if recipe.joining():
             raise OptionError(
                 f"auto needs costs, and method {recipe.method} ranks nothing",
@@ -340,57 +372,7 @@ def _check_used(recipe: Recipe) -> None:
                 option = name.replace("_", "-")
                 methods = ", ".join(other for other, row in METHODS.items() if row.cost)
                 raise OptionError(
-                    f"method {recipe.method} makes no choice per unit",
+                    f"method {recipe.allocation or recipe.method} makes no choice per unit",
                     option=option,
                     fix=f"choose a --method of {methods}",
                 )
-
-
-def _typed(name: str, kind: Any, value: Any) -> Any:
-    """`value` as the type that the field has; numbers and paths pass for the texts they stand for."""
-    if isinstance(value, PurePath) or (name in TEXTS_OF_NUMBERS and type(value) is int):
-        value = str(value)
-    option = name.replace("_", "-")
-    try:
-        return codec.decode(kind, value, option)
-    except ArtifactError as error:
-        raise OptionError(error.message, option=option, fix="give a value of that type") from error
-
-
-def _choose(option: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        legal = ", ".join(str(choice) for choice in choices)
-        raise OptionError(f"{value!r} is not supported", option=option, fix=f"choose one of {legal}")
-
-
-def load_recipe(path: Path) -> dict[str, Any]:
-    """The options a YAML file gives, by name; a null counts as not given.
-
-    Raises:
-        RecipeError: not readable, not YAML, unknown keys, or values that a Recipe refuses.
-    """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise RecipeError("the recipe is nested too deeply", file=path, fix="give a mapping of options") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"cannot read the recipe: {reason}", file=path, fix="give a YAML file") from error
-    fields = [field.name for field in dataclasses.fields(Recipe)]
-    known = f"options are {', '.join(sorted(fields))}"
-    if not isinstance(data, dict):
-        raise RecipeError("a recipe is a mapping of options", file=path, fix=known)
-    options: dict[str, Any] = {}
-    for key, value in data.items():
-        name = str(key).replace("-", "_")
-        if name not in fields:
-            raise RecipeError(f"unknown option {str(key)[:40]!r}", file=path, fix=known)
-        if name in options:
-            raise RecipeError(f"option {name!r} is given twice", file=path, fix="drop one of them")
-        if value is not None:
-            options[name] = value
-    try:
-        recipe = Recipe(**options)
-    except OptionError as error:
-        raise RecipeError(error.message, file=path, option=error.option, fix=error.fix) from error
-    return {name: getattr(recipe, name) for name in options}

@@ -16,13 +16,18 @@ WHOLE_ROW = -1
 GROUP_SIZES = (32, 64, 128, WHOLE_ROW)
 """Inputs that share one scale; `WHOLE_ROW` means one scale for each output row."""
 
-LEVELS = ("asym", "asym16", "sym", "half")
-"""Level sets, w = scale * (code - zero); the position in this tuple is the id on disk.
+SCALAR_LEVELS = ("asym", "asym16", "sym", "half")
+"""Level sets of single weights, w = scale * (code - zero).
 
 asym    zero is stored per group in 8 bits, in units of (2^b - 1) / 255 codes
 asym16  zero is stored per group as float16 (what the papers' code does)
 sym     zero = 2^(b-1): integers -2^(b-1) .. 2^(b-1) - 1 times a signed scale
 half    zero = (2^b - 1) / 2: half-integers -(2^b - 1)/2 .. (2^b - 1)/2 times the scale
+"""
+LEVELS = (*SCALAR_LEVELS, "vector")
+"""All level sets; the position in this tuple is the id on disk.
+
+vector  a code names an entry of a codebook, and an entry is several neighbouring weights of a row (`VECTORS`)
 """
 
 ZERO_BYTES = {"asym": 1, "asym16": 2, "sym": 0, "half": 0}
@@ -35,10 +40,43 @@ ALIGN = 64
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 """Code width -> widths of the planes that store it, most significant plane first."""
 
-LAYOUTS = ("grouped", "spectral")
+LAYOUTS = ("grouped", "spectral", "tiled")
 
 EXPERT = "expert"
 """Stands for all projections of an expert where units are whole experts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Codebooks:
+    """How the level set "vector" stores weights at a width (TileQ and GPTVQ).
+
+    Attributes:
+        dim: neighbouring weights of a row that share a code.
+        code_bits: width of a code.
+        rows: rows of the blocks that have a codebook of their own.
+        columns: columns of these blocks.
+    """
+
+    dim: int
+    code_bits: int
+    rows: int
+    columns: int
+
+    @property
+    def entries(self) -> int:
+        """Entries of a codebook."""
+        return 1 << self.code_bits
+
+    def grid(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Blocks of a matrix (N, K) down and across; the last ones may be ragged."""
+        return -(-shape[0] // self.rows), -(-shape[1] // self.columns)
+
+
+VECTORS = {
+    2: Codebooks(dim=4, code_bits=8, rows=256, columns=256),
+    3: Codebooks(dim=2, code_bits=6, rows=256, columns=128),
+}
+"""Code width per weight -> codebooks; the level set "vector" has no other widths."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -46,8 +84,8 @@ class QuantSpec:
     """How one matrix is stored.
 
     Attributes:
-        bits: width of a code, one of `BITS`.
-        group_size: inputs that share a scale, one of `GROUP_SIZES`.
+        bits: width of a code (per weight), one of `BITS`.
+        group_size: inputs that share a scale, one of `GROUP_SIZES`; `WHOLE_ROW` for the level set "vector".
         levels: the level set, one of `LEVELS`.
         layout: the storage layout, one of `LAYOUTS`.
     """
@@ -67,6 +105,16 @@ class QuantSpec:
             if value not in legal:
                 choices = ", ".join(str(choice) for choice in legal)
                 raise OptionError(f"{value!r} is not supported", option=option, fix=f"choose one of {choices}")
+        if self.levels == "vector":
+            if self.bits not in VECTORS:
+                raise OptionError(f"there are no codebooks of {self.bits} bits", option="bits", fix="choose 2 or 3")
+            if self.group_size != WHOLE_ROW or self.layout != "grouped":
+                raise OptionError("codebooks go with scales of rows", option="group-size", fix="give -1")
+
+    @property
+    def codebooks(self) -> Codebooks | None:
+        """The codebooks of the level set "vector", None for all others."""
+        return VECTORS[self.bits] if self.levels == "vector" else None
 
     def to_dict(self) -> dict[str, int | str]:
         """The spec as plain JSON values."""
@@ -98,7 +146,7 @@ class Sections:
     Attributes:
         planes: (width, offset, bytes) of each code plane.
         scales: (offset, bytes) of the float16 scales, N x G.
-        zeros: (offset, bytes) of the zeros, N x G; zero bytes when the level set has none.
+        zeros: (offset, bytes) of the zeros, N x G; the codebooks of "vector"; zero bytes when there are none.
         total: bytes of the record, a multiple of `ALIGN`.
     """
 
@@ -130,18 +178,34 @@ def sections(spec: QuantSpec, shape: tuple[int, int]) -> Sections:
     Args:
         spec: how the matrix is stored.
         shape: (N, K), output rows and input columns.
+
+    Raises:
+        OptionError: K is no multiple of the weights that share a code.
     """
     rows, columns = shape
+    books = spec.codebooks
+    if books is not None and columns % books.dim:
+        raise OptionError(
+            f"{columns} inputs cannot be cut into vectors of {books.dim}",
+            option="quantizer",
+            fix="use gptq for this model",
+        )
     planes = []
     offset = 0
-    for width in PLANES[spec.bits]:
-        size = rows * plane_row_bytes(columns, width)
+    for width in PLANES[spec.bits if books is None else books.code_bits]:
+        size = rows * plane_row_bytes(columns if books is None else columns // books.dim, width)
         planes.append((width, offset, size))
         offset += align(size)
-    groups = rows * num_groups(columns, spec.group_size)
+    if books is None:
+        groups = rows * num_groups(columns, spec.group_size)
+        second = groups * ZERO_BYTES[spec.levels]
+    else:
+        down, across = books.grid(shape)
+        groups = rows
+        second = down * across * books.entries * books.dim
     scales = (offset, groups * SCALE_BYTES)
     offset += align(scales[1])
-    zeros = (offset, groups * ZERO_BYTES[spec.levels])
+    zeros = (offset, second)
     offset += align(zeros[1])
     return Sections(planes=tuple(planes), scales=scales, zeros=zeros, total=offset)
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from moeq.errors import PackedError
 from moeq.format.blob import build_table, parse_table, record, validate_table
-from moeq.spec import BITS, GROUP_SIZES, LEVELS, QuantSpec, stored_bytes, table_bytes
+from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, QuantSpec, stored_bytes, table_bytes
 
 SHAPES = ((30, 40), (30, 40), (50, 24))
 SPECS = (
@@ -15,7 +15,10 @@ SPECS = (
 SIZE = sum(stored_bytes(spec, shape) for expert in SPECS for spec, shape in zip(expert, SHAPES, strict=True))
 
 specs = st.builds(
-    QuantSpec, bits=st.sampled_from(BITS), group_size=st.sampled_from(GROUP_SIZES), levels=st.sampled_from(LEVELS)
+    QuantSpec,
+    bits=st.sampled_from(BITS),
+    group_size=st.sampled_from(GROUP_SIZES),
+    levels=st.sampled_from(SCALAR_LEVELS),
 )
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 300))
 layers = st.integers(1, 3).flatmap(
@@ -68,7 +71,8 @@ def test_a_record_outside_the_blob(offset):
         ((1, 2, 1), 8, "records take"),
         ((0, 1, 2), 0, "illegal spec.*group-size"),
         ((0, 1, 2), 2**62, "illegal spec.*group-size"),
-        ((1, 0, 3), 4, "expert 1 has an illegal spec.*level set 4"),
+        ((1, 0, 3), 5, "expert 1 has an illegal spec.*level set 5"),
+        ((1, 0, 3), 4, "expert 1 has an illegal spec.*codebooks"),
         ((1, 0, 3), -1, "level set -1"),
     ],
 )

@@ -16,10 +16,13 @@ from moeq.format.packing import (
     unpack_plane,
     unpack_scales,
 )
-from moeq.spec import BITS, GROUP_SIZES, LEVELS, QuantSpec, num_groups, plane_row_bytes, sections, stored_bytes
+from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, QuantSpec, num_groups, plane_row_bytes, sections, stored_bytes
 
 specs = st.builds(
-    QuantSpec, bits=st.sampled_from(BITS), group_size=st.sampled_from(GROUP_SIZES), levels=st.sampled_from(LEVELS)
+    QuantSpec,
+    bits=st.sampled_from(BITS),
+    group_size=st.sampled_from(GROUP_SIZES),
+    levels=st.sampled_from(SCALAR_LEVELS),
 )
 matrices = st.tuples(st.integers(1, 5), st.one_of(st.integers(1, 40), st.integers(100, 300)))
 
@@ -132,7 +135,7 @@ def test_codes_cost_their_bits_and_nothing_more():
 def test_stored_bytes_are_the_bytes_on_disk(tmp_path):
     shape = (5, 200)
     for bits in BITS:
-        for levels in LEVELS:
+        for levels in SCALAR_LEVELS:
             spec = QuantSpec(bits=bits, group_size=64, levels=levels)
             size = stored_bytes(spec, shape)
             with ShardWriter(tmp_path / "x", [("w.moeq_data", "U8", (size,))]) as writer:

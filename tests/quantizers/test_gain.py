@@ -8,7 +8,7 @@ from moeq.format.packing import dequantize
 from moeq.quantizers.base import QuantizedMatrix
 from moeq.quantizers.gain import match_rows, rounded_weights
 from moeq.quantizers.registry import make_quantizer
-from moeq.spec import LEVELS, QuantSpec
+from moeq.spec import SCALAR_LEVELS, QuantSpec
 
 
 def weights(rows: int = 24, columns: int = 256) -> Tensor:
@@ -25,7 +25,7 @@ def decoded(rounded: QuantizedMatrix, spec: QuantSpec) -> Tensor:
     return dequantize(rounded.codes_NK, rounded.scale_NG, rounded.zero_NG, spec)
 
 
-@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("levels", SCALAR_LEVELS)
 @pytest.mark.parametrize("group_size", [32, 128, -1])
 def test_rounded_weights_is_the_decoder(levels: str, group_size: int) -> None:
     spec = QuantSpec(bits=3, levels=levels, group_size=group_size)

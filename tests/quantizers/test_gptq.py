@@ -9,7 +9,7 @@ from moeq.quantizers.gptq import round_columns
 from moeq.quantizers.hessian import factorize
 from moeq.quantizers.registry import make_quantizer
 from moeq.quantizers.rtn import fit_minmax
-from moeq.spec import BITS, GROUP_SIZES, LEVELS, QuantSpec
+from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, QuantSpec
 
 
 def problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def output_error(matrix: QuantizedMatrix, spec: QuantSpec, w: Tensor, h: Tensor)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("levels", SCALAR_LEVELS)
 @pytest.mark.parametrize("bits", BITS)
 def test_beats_rounding_on_the_output_at_every_width(levels: str, bits: int, act_order: bool) -> None:
     w, h = problem(48, 300)
@@ -66,7 +66,7 @@ def test_equals_the_textbook_loop(group_size: int) -> None:
 def test_without_correlations_it_is_rounding() -> None:
     w, _ = problem(16, 160)
     for act_order in (False, True):
-        for levels in LEVELS:
+        for levels in SCALAR_LEVELS:
             spec = QuantSpec(bits=3, group_size=64, levels=levels)
             m = make_quantizer("gptq", act_order=act_order).quantize(w, spec, torch.eye(160))
             plain = make_quantizer("rtn").quantize(w, spec, None)

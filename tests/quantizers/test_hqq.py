@@ -8,7 +8,7 @@ from moeq import native
 from moeq.errors import OptionError
 from moeq.format.packing import dequantize
 from moeq.quantizers.registry import make_quantizer
-from moeq.spec import BITS, LEVELS, QuantSpec
+from moeq.spec import BITS, SCALAR_LEVELS, QuantSpec
 
 
 @pytest.fixture(params=["kernels", "torch"], scope="module", autouse=True)
@@ -34,7 +34,7 @@ def errors(name: str, w: Tensor, spec: QuantSpec, **options: float) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["gauss", "heavy"])
-@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("levels", SCALAR_LEVELS)
 @pytest.mark.parametrize("bits", BITS)
 def test_better_than_plain_and_close_to_searched_rounding(kind: str, levels: str, bits: int) -> None:
     w = samples(kind)
@@ -60,7 +60,7 @@ def test_the_shrinkage_does_not_depend_on_the_size_of_the_weights() -> None:
 
 def test_iterations_lower_the_objective() -> None:
     w = samples("heavy")[:300]
-    for levels in LEVELS:
+    for levels in SCALAR_LEVELS:
         spec = QuantSpec(bits=3, levels=levels)
         none, some = (float(errors("hqq", w, spec, iterations=n).pow(0.7).mean()) for n in (0, 4))
         assert some < none * 0.97

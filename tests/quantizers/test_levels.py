@@ -16,13 +16,13 @@ from moeq.quantizers.base import QuantizedMatrix
 from moeq.quantizers.levels import fit_groups, levels_of, quantize_groups, store_scale
 from moeq.quantizers.registry import QUANTIZERS, make_quantizer
 from moeq.quantizers.rtn import fit_minmax, fit_range
-from moeq.spec import BITS, GROUP_SIZES, LEVELS, ZERO_BYTES, QuantSpec, num_groups
+from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, ZERO_BYTES, QuantSpec, num_groups
 
 specs = st.builds(
     QuantSpec,
     bits=st.sampled_from(BITS),
     group_size=st.sampled_from(GROUP_SIZES),
-    levels=st.sampled_from(LEVELS),
+    levels=st.sampled_from(SCALAR_LEVELS),
 )
 KINDS = ("gauss", "zeros", "constant", "subnormal", "tiny", "huge", "one outlier", "positive", "mixed")
 
@@ -125,7 +125,7 @@ def test_the_search_never_loses_to_zeros_and_codes_are_nearest(
         assert float(error.square().sum()) <= float(w.square().sum()) * 1.0001 + columns * 3 * 1e-14
 
 
-@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("levels", SCALAR_LEVELS)
 @pytest.mark.parametrize("bits", BITS)
 def test_a_constant_matrix_survives(levels: str, bits: int) -> None:
     spec = QuantSpec(bits=bits, group_size=64, levels=levels)
@@ -138,7 +138,7 @@ def test_a_constant_matrix_survives(levels: str, bits: int) -> None:
 def test_a_ragged_last_group_is_a_group_of_its_own() -> None:
     torch.manual_seed(0)
     w = torch.randn(4, 150)
-    for levels in LEVELS:
+    for levels in SCALAR_LEVELS:
         spec = QuantSpec(bits=3, group_size=128, levels=levels)
         whole = make_quantizer("rtn").quantize(w, spec, None)
         tail = make_quantizer("rtn").quantize(w[:, 128:], spec, None)
@@ -237,7 +237,7 @@ def test_errors_in_threads_reach_the_caller() -> None:
 def test_refit_never_raises_the_error() -> None:
     torch.manual_seed(0)
     w = torch.randn(64, 128) ** 3
-    for levels in LEVELS:
+    for levels in SCALAR_LEVELS:
         for bits in (1, 2, 3, 4, 6):
             spec = QuantSpec(bits=bits, levels=levels)
             errors = []
@@ -254,7 +254,7 @@ def test_column_weights_shift_the_fit_towards_heavy_columns() -> None:
     w = torch.randn(32, 256)
     root = torch.ones(256)
     root[::8] = 5.0
-    for levels in LEVELS:
+    for levels in SCALAR_LEVELS:
         spec = QuantSpec(bits=2, group_size=64, levels=levels)
         errors = []
         for root_K in (None, root):
@@ -283,7 +283,7 @@ def test_stored_zeros_are_the_ones_that_readers_use() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", sorted(QUANTIZERS))
-@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("levels", SCALAR_LEVELS)
 def test_a_gpu_rounds_like_a_cpu(name: str, levels: str) -> None:
     torch.manual_seed(0)
     w, x = torch.randn(64, 300), torch.randn(1000, 300)

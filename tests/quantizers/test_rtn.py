@@ -7,7 +7,7 @@ from torch import Tensor
 from moeq.format.packing import dequantize
 from moeq.quantizers.base import Quantizer
 from moeq.quantizers.registry import make_quantizer
-from moeq.spec import BITS, LEVELS, QuantSpec
+from moeq.spec import BITS, SCALAR_LEVELS, QuantSpec
 
 
 def gauss() -> Tensor:
@@ -65,7 +65,7 @@ def test_the_coarse_search_is_as_good_as_a_fine_one(levels: str, bits: int, make
     assert fast < loss(make_quantizer("rtn", refits=4), w, spec) * 1.04
 
 
-@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("levels", SCALAR_LEVELS)
 @pytest.mark.parametrize("make", [gauss, heavy])
 def test_the_search_beats_plain_rounding_at_every_width(levels: str, make) -> None:  # type: ignore[no-untyped-def]
     w = make()[:500]

@@ -87,7 +87,7 @@ def grouped(
     def work(expert: int, names: list[str], hessian_KK: Tensor) -> dict[str, Rounded]:
         mine = dict(zip(layer.projections, specs[expert], strict=True))
         weights = [read(expert, name).to(device) for name in names]
-        if len({mine[name] for name in names}) == 1:
+        if len({mine[name] for name in names}) == 1 and mine[names[0]].codebooks is None:
             parts = _in_one_go(weights, mine[names[0]], quantizer, hessian_KK)
         else:
             parts = [
@@ -171,6 +171,55 @@ def quantize_experts(task: ExpertsTask, experts: nn.Module, capture: Capture) ->
             task.sink(expert, projection, quantized.stored)
         _add_answers(y_TH, routes[expert], done.answers)
     return y_TH.to(capture.x_TH.dtype), [len(route.token_S) for route in routes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Survey:
+    """What the experts of a layer see at full precision.
+
+    Attributes:
+        mean: projection -> mean |x| of each input, (E, K) float32.
+        square: projection -> mean x^2, (E, K) float32.
+        counts: routed tokens of each expert (before borrowing).
+    """
+
+    mean: dict[str, Tensor]
+    square: dict[str, Tensor]
+    counts: list[int]
+
+
+def survey(layer: MoeLayer, read: ReadMatrix, experts: nn.Module, capture: Capture, device: torch.device) -> Survey:
+    """The sizes of the inputs of every projection; experts with few tokens borrow some, as in `quantize_experts`."""
+    num_tokens = len(capture.x_TH)
+    routes = _routes(capture, layer.num_experts)
+
+    def work(expert: int) -> tuple[Tensor, Tensor]:
+        seen = _fill_up(routes[expert].token_S, num_tokens)
+        weights = {name: read(expert, name).to(device, capture.x_TH.dtype) for name in layer.projections[:-1]}
+        x_2H = _sizes((capture.x_TH.index_select(0, chunk), len(chunk)) for chunk in seen.split(CHUNK_TOKENS))
+        return x_2H, _sizes(_inner(experts, expert, capture.x_TH, seen, weights, device))
+
+    found = list(in_order(work, layer.num_experts, device))
+    shared, inner = (torch.stack([pair[side] for pair in found]) for side in (0, 1))
+    by_name = {name: inner if name == "down" else shared for name in layer.projections}
+    return Survey(
+        mean={name: both_E2K[:, 0] for name, both_E2K in by_name.items()},
+        square={name: both_E2K[:, 1] for name, both_E2K in by_name.items()},
+        counts=[len(route.token_S) for route in routes],
+    )
+
+
+def _sizes(chunks: Iterable[tuple[Tensor, int]]) -> Tensor:
+    """Mean |x| and mean x^2 over the first rows of chunks, (2, K) float32 on the CPU."""
+    total: Tensor | None = None
+    rows = 0
+    for chunk, count in chunks:
+        x_SK = chunk[:count].float()
+        part = torch.stack([x_SK.abs().sum(0), x_SK.square().sum(0)]).cpu()
+        total = part if total is None else total + part
+        rows += count
+    assert total is not None
+    return total / rows
 
 
 def _routes(capture: Capture, num_experts: int) -> list[_Route]:

@@ -16,6 +16,10 @@ from moeq.spec import LEVELS, TABLE_COLUMNS, QuantSpec, stored_bytes
 
 DATA_SUFFIX: Final = ".moeq_data"
 TABLE_SUFFIX: Final = ".moeq_table"
+SIDES_SUFFIX: Final = ".moeq_sides"
+TILES_SUFFIX: Final = ".moeq_tiles"
+SUFFIXES: Final = (DATA_SUFFIX, TABLE_SUFFIX, SIDES_SUFFIX, TILES_SUFFIX)
+"""Endings of the names of packed tensors; the last two only exist in layers of the layout "tiled"."""
 
 Shapes = Sequence[tuple[int, int]]
 """(N, K) of each projection, in storage order."""
@@ -95,7 +99,10 @@ def validate_table(entries: Entries, shapes: Shapes, num_bytes: int, *, tensor: 
                     tensor=tensor,
                     fix=_FIX,
                 )
-            end += stored_bytes(spec, shape)
+            try:
+                end += stored_bytes(spec, shape)
+            except OptionError as error:  # inputs that cannot be cut into vectors
+                raise PackedError(f"matrix {matrix} of expert {expert}: {error}", tensor=tensor, fix=_FIX) from error
     if end != num_bytes:
         raise PackedError(f"the records take {end} bytes, the data has {num_bytes}", tensor=tensor, fix=_FIX)
 

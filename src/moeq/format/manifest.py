@@ -51,6 +51,11 @@ class PackedLayer:
         return tuple(self.shapes[name] for name in self.projections)
 
     @property
+    def named_shapes(self) -> dict[str, tuple[int, int]]:
+        """Projection -> (N, K), in storage order; JSON objects have no order of their own."""
+        return {name: self.shapes[name] for name in self.projections}
+
+    @property
     def spectral_shape(self) -> SpectralShape:
         """The layer's shape as the layout "spectral" needs it."""
         hidden, inner = self.shapes["down"]

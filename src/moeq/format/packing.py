@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeq import native
-from moeq.spec import BLOCK, QuantSpec, Sections, num_groups, plane_row_bytes, sections
+from moeq.spec import BLOCK, WHOLE_ROW, Codebooks, QuantSpec, Sections, num_groups, plane_row_bytes, sections
 
 CODE_DTYPE: Final = torch.uint8
 
@@ -74,25 +74,31 @@ def unpack_plane(packed_NB: Tensor, width: int, columns: int) -> Tensor:
     return torch.cat(parts, dim=1) if parts else packed_NB.new_zeros(rows, 0)
 
 
+def plane_spec(spec: QuantSpec) -> QuantSpec:
+    """A spec whose codes lie in the same planes as those of `spec`; columns are codes, not weights."""
+    books = spec.codebooks
+    return spec if books is None else QuantSpec(bits=books.code_bits, group_size=WHOLE_ROW, levels="half")
+
+
 def pack_matrix(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, spec: QuantSpec) -> Tensor:
     """One matrix record.
 
     Args:
-        codes_NK: uint8 codes below 2^bits.
+        codes_NK: uint8 codes below 2^bits; for `vector` one for each vector, (N, K / dim).
         scale_NG: float16 scales.
-        zero_NG: uint8 for `asym`, float16 for `asym16`, None for `sym` and `half`.
+        zero_NG: uint8 for `asym`, float16 for `asym16`, None for `sym` and `half`; for `vector` the codebooks, uint8.
         spec: how to store it.
 
     Returns:
         uint8, (stored_bytes(spec, (N, K)),); padding is zero.
     """
     rows, columns = codes_NK.shape
-    where = sections(spec, (rows, columns))
+    where = sections(spec, (rows, columns * (1 if spec.codebooks is None else spec.codebooks.dim)))
     record = torch.zeros(where.total, dtype=torch.uint8)
     if native.available() and codes_NK.device.type == "cpu" and codes_NK.numel():
-        native.pack_codes(codes_NK.detach().contiguous(), spec, record)
+        native.pack_codes(codes_NK.detach().contiguous(), plane_spec(spec), record)
     else:
-        pack_codes(codes_NK, spec, record)
+        pack_codes(codes_NK, plane_spec(spec), record)
     offset, size = where.scales
     record[offset : offset + size] = scale_NG.contiguous().view(torch.uint8).view(-1)
     offset, size = where.zeros
@@ -119,15 +125,18 @@ def pack_codes(codes_NK: Tensor, spec: QuantSpec, record: Tensor) -> None:
 
 
 def unpack_codes(record: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
-    """The uint8 codes (N, K) of a matrix record."""
-    rows, columns = shape
+    """The uint8 codes (N, K) of a matrix record; (N, K / dim) for `vector`."""
+    rows, columns = shape[0], shape[1] if spec.codebooks is None else shape[1] // spec.codebooks.dim
     where = sections(spec, shape).planes
     planes = [(w, record[at : at + size].view(rows, plane_row_bytes(columns, w))) for w, at, size in where]
     return _join(planes, columns)
 
 
 def unpack_scales(record: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """The float16 scales and stored zeros (or None) of a matrix record, each (N, G), as views."""
+    """The float16 scales and stored zeros (or None) of a matrix record, each (N, G), as views.
+
+    For `vector` the second are the codebooks, (down, across, entries * dim).
+    """
     rows, columns = shape
     where: Sections = sections(spec, shape)
     groups = num_groups(columns, spec.group_size)
@@ -137,6 +146,8 @@ def unpack_scales(record: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> tu
     if not size:
         return scale_NG, None
     stored = record[offset : offset + size]
+    if spec.codebooks is not None:
+        return scale_NG, stored.view(*spec.codebooks.grid(shape), -1)
     zero_NG = stored.view(torch.float16) if spec.levels == "asym16" else stored
     return scale_NG, zero_NG.view(rows, groups)
 
@@ -156,8 +167,11 @@ def real_zeros(zero_NG: Tensor | None, spec: QuantSpec) -> Tensor | float:
 def dequantize(
     codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, spec: QuantSpec, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """w = scale * (code - zero), computed in float32, (N, K) in `dtype`."""
+    """w = scale * (code - zero), computed in float32, (N, K) in `dtype`; for `vector` the entries that codes name."""
     rows, columns = codes_NK.shape
+    if spec.codebooks is not None:
+        assert zero_NG is not None
+        return _look_up(codes_NK, scale_NG, zero_NG, spec.codebooks, dtype)
     groups = num_groups(columns, spec.group_size)
     group_size = columns if groups == 1 else spec.group_size
     scale_NG = scale_NG.float()
@@ -169,6 +183,17 @@ def dequantize(
     w_NGg = codes.view(rows, groups, group_size)
     w_NGg.sub_(zero if isinstance(zero, float) else zero.unsqueeze(-1)).mul_(scale_NG.unsqueeze(-1))
     return w_NGg.view(rows, padded)[:, :columns].to(dtype)
+
+
+def _look_up(codes_NV: Tensor, scale_N1: Tensor, entries: Tensor, books: Codebooks, dtype: torch.dtype) -> Tensor:
+    """The weights (N, K) of codes (N, K / dim), scales of rows and entries (blocks, entries, dim), block by block."""
+    rows, vectors = codes_NV.shape
+    across = -(-vectors * books.dim // books.columns)
+    table_Vd = entries.view(-1, books.dim).float() - 128
+    down_N = torch.arange(rows, device=codes_NV.device) // books.rows
+    across_V = torch.arange(vectors, device=codes_NV.device) // (books.columns // books.dim)
+    book_NV = down_N.unsqueeze(1) * across + across_V
+    return (table_Vd[book_NV * books.entries + codes_NV].flatten(1) * scale_N1.float()).to(dtype)
 
 
 CHUNK_WEIGHTS: Final = 1 << 18
@@ -187,6 +212,8 @@ def decode_matrix(
 
     The compiled kernel gives the same bits as `decode_in_chunks`.
     """
+    if spec.codebooks is not None:
+        return _decode_vectors(record, spec, shape, dtype, rows)
     plain = record.device.type == "cpu" and record.is_contiguous() and record.data_ptr() % 2 == 0
     if native.available() and plain and dtype in native.DTYPES and record.numel() >= sections(spec, shape).total:
         return native.decode_matrix(record.detach(), spec, shape, dtype, rows=rows)
@@ -217,6 +244,26 @@ def decode_in_chunks(
         zero = None if zero_NG is None else zero_NG[part]
         w_NK[start - first : part.stop - first] = dequantize(codes, scale_NG[part], zero, spec, dtype)
     return w_NK
+
+
+def _decode_vectors(
+    record: Tensor, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, rows: tuple[int, int] | None
+) -> Tensor:
+    """`decode_matrix` for the level set "vector"; whole blocks of rows are decoded."""
+    books = spec.codebooks
+    assert books is not None
+    scale_NG, zero_NG = unpack_scales(record, spec, shape)
+    assert zero_NG is not None
+    first, last = rows or (0, shape[0])
+    start, stop = first // books.rows * books.rows, min(shape[0], -(-last // books.rows) * books.rows)
+    columns = shape[1] // books.dim
+    planes = [
+        (width, record[offset : offset + size].view(shape[0], -1)[start:stop])
+        for width, offset, size in sections(spec, shape).planes
+    ]
+    down = slice(start // books.rows, -(-stop // books.rows))
+    w_NK = _look_up(_join(planes, columns), scale_NG[start:stop], zero_NG[down], books, dtype)
+    return w_NK[first - start : last - start]
 
 
 def _join(planes: list[tuple[int, Tensor]], columns: int) -> Tensor:

@@ -11,9 +11,10 @@ from typing import Final
 from moeq.checkpoint.read import Reader, read_headers
 from moeq.checkpoint.write import FileDigest, hash_file
 from moeq.errors import PackedError
-from moeq.format.blob import DATA_SUFFIX, TABLE_SUFFIX, Shapes, parse_table
+from moeq.format.blob import DATA_SUFFIX, SIDES_SUFFIX, SUFFIXES, TABLE_SUFFIX, TILES_SUFFIX, Shapes, parse_table
 from moeq.format.manifest import Manifest, read_manifest
 from moeq.format.spectral import parse_spectral_table
+from moeq.format.tiled import parse_tile_table
 from moeq.spec import TABLE_COLUMNS, TensorInfo
 
 _FIX: Final = "download the checkpoint again, or quantize the model again"
@@ -35,12 +36,18 @@ def validate_packed(directory: Path) -> Manifest:
         raise PackedError("the manifest does not list this file", file=directory / name, fix=_FIX)
     packed = tuple(_packed_tensors(manifest))
     spectral = {layer.path: layer.spectral_shape for layer in manifest.layers if layer.layout == "spectral"}
-    _check_names(headers, {path for path, _, _ in packed} | set(spectral))
+    tiled = {layer.path: layer for layer in manifest.layers if layer.layout == "tiled"}
+    _check_names(headers, {path for path, _, _ in packed} | set(spectral), set(tiled))
     with Reader(directory, headers) as reader:
         for path, shape in spectral.items():
             size = _expect(headers, path + DATA_SUFFIX, "U8", 1).shape[0]
             _expect(headers, path + TABLE_SUFFIX, "I64", 3)
             parse_spectral_table(reader.tensor(path + TABLE_SUFFIX), shape, size, tensor=path + TABLE_SUFFIX)
+        for path, each in tiled.items():
+            size = _expect(headers, path + SIDES_SUFFIX, "U8", 1).shape[0]
+            _expect(headers, path + TILES_SUFFIX, "I64", 2)
+            found = reader.tensor(path + TILES_SUFFIX)
+            parse_tile_table(found, each.num_experts, each.named_shapes, size, tensor=path + TILES_SUFFIX)
         for path, num_experts, shapes in packed:
             data = _expect(headers, path + DATA_SUFFIX, "U8", 1)
             table = _expect(headers, path + TABLE_SUFFIX, "I64", 3)
@@ -77,7 +84,7 @@ def verify_files(directory: Path, manifest: Manifest) -> None:
 def _packed_tensors(manifest: Manifest) -> Iterator[tuple[str, int, Shapes]]:
     """path, number of experts and shapes of everything packed in groups."""
     for layer in manifest.layers:
-        if layer.layout == "grouped":
+        if layer.layout in ("grouped", "tiled"):
             yield layer.path, layer.num_experts, layer.ordered_shapes
     for linear in manifest.dense:
         yield linear.path, 1, (linear.shape,)
@@ -94,11 +101,12 @@ def _check_size(path: Path, digest: FileDigest) -> None:
         raise PackedError(f"the file has {info.st_size} bytes, the manifest says {digest.bytes}", file=path, fix=_FIX)
 
 
-def _check_names(headers: Mapping[str, TensorInfo], paths: set[str]) -> None:
+def _check_names(headers: Mapping[str, TensorInfo], paths: set[str], tiled: set[str]) -> None:
     """Each packed tensor must belong to something in the manifest."""
     for name in sorted(headers):
-        for suffix in (DATA_SUFFIX, TABLE_SUFFIX):
-            if name.endswith(suffix) and name.removesuffix(suffix) not in paths:
+        for suffix in SUFFIXES:
+            owners = tiled if suffix in (SIDES_SUFFIX, TILES_SUFFIX) else paths
+            if name.endswith(suffix) and name.removesuffix(suffix) not in owners:
                 raise PackedError("the manifest does not know this packed tensor", tensor=name, fix=_FIX)
 
 

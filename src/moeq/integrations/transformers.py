@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moeq import codec
 from moeq.arch import hooks
 from moeq.errors import VersionError
-from moeq.format.blob import DATA_SUFFIX, TABLE_SUFFIX
+from moeq.format.blob import SUFFIXES
 from moeq.format.manifest import Manifest, PackedLayer, PackedLinear
 from moeq.runtime import attach
 
@@ -74,7 +74,7 @@ class MoeqQuantizer(HfQuantizer):
         attach.prepare(model, self._layers, self._dense)
         # The packed bytes are mapped by moeq, not read by transformers.
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-        ignored |= {re.escape(suffix) + "$" for suffix in (DATA_SUFFIX, TABLE_SUFFIX)}
+        ignored |= {re.escape(suffix) + "$" for suffix in SUFFIXES}
         model._keys_to_ignore_on_load_unexpected = ignored  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:

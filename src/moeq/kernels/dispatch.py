@@ -8,16 +8,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moeq.kernels import reference, spectral
+from moeq.kernels import reference, spectral, tiled
 from moeq.kernels.packed import PackedLayer, PackedMatrix
 from moeq.kernels.spectral import SpectralLayer
+from moeq.kernels.tiled import TiledLayer
 
 ExpertsKernel = Callable[[nn.Module, PackedLayer, Tensor, Tensor, Tensor], Tensor | None]
 SpectralKernel = Callable[[nn.Module, SpectralLayer, Tensor, Tensor, Tensor], Tensor | None]
+TiledKernel = Callable[[nn.Module, TiledLayer, Tensor, Tensor, Tensor], Tensor | None]
 LinearKernel = Callable[[Tensor, PackedMatrix], Tensor | None]
 
 EXPERTS: tuple[ExpertsKernel, ...] = (reference.experts,)
 SPECTRAL: tuple[SpectralKernel, ...] = (spectral.experts,)
+TILED: tuple[TiledKernel, ...] = (tiled.experts,)
 LINEAR: tuple[LinearKernel, ...] = (reference.linear,)
 
 
@@ -33,6 +36,13 @@ def spectral_experts(
 ) -> Tensor:
     """The first candidate's answer; arguments as in `moeq.kernels.spectral.experts`."""
     return _first(SPECTRAL, module, layer, hidden_states, top_k_index, top_k_weights)
+
+
+def tiled_experts(
+    module: nn.Module, layer: TiledLayer, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The first candidate's answer; arguments as in `moeq.kernels.tiled.experts`."""
+    return _first(TILED, module, layer, hidden_states, top_k_index, top_k_weights)
 
 
 def linear(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:

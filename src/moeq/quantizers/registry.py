@@ -11,6 +11,7 @@ from moeq.quantizers.gptq import Gptq
 from moeq.quantizers.gptq_mc import GptqMc
 from moeq.quantizers.hqq import Hqq
 from moeq.quantizers.rtn import MinMax, Rtn
+from moeq.quantizers.vector import Vector
 
 QUANTIZERS: Final[dict[str, Callable[..., Quantizer]]] = {
     "minmax": MinMax,
@@ -19,6 +20,7 @@ QUANTIZERS: Final[dict[str, Callable[..., Quantizer]]] = {
     "gptq": Gptq,
     "gptq-mc": GptqMc,
     "alternating": Alternating,
+    "vector": Vector,
 }
 
 

@@ -231,7 +231,7 @@ def _size(facts: CardFacts) -> str:
     return (
         markdown_table(("", "size", "bytes"), rows)
         + f"\n\nRouted experts: {facts.expert_parameters:,} weights at {expert_bits(facts):.4f} bits each, "
-        "with scales, zero points, tables and padding. All weights together are "
+        "scales, tables, padding and all else that is stored for them included. All weights together are "
         f"{facts.source_bytes / facts.stored_bytes:.2f} times smaller than the original."
     )
 

@@ -11,10 +11,21 @@ from moeq.checkpoint.header import read_header
 from moeq.checkpoint.mapped import map_file
 from moeq.errors import PackedError
 from moeq.format import manifest
-from moeq.format.blob import DATA_SUFFIX, TABLE_SUFFIX, Entries, Shapes, parse_table
+from moeq.format.blob import (
+    DATA_SUFFIX,
+    SIDES_SUFFIX,
+    TABLE_SUFFIX,
+    TILES_SUFFIX,
+    Entries,
+    Shapes,
+    parse_table,
+)
 from moeq.format.spectral import parse_spectral_table
+from moeq.format.tiled import TileEntry, parse_tile_table, read_sides
+from moeq.kernels.packed import PackedLayer
 from moeq.kernels.spectral import SpectralLayer, read_layer
-from moeq.runtime.modules import PackedExperts, PackedLinear, SpectralExperts
+from moeq.kernels.tiled import TiledLayer
+from moeq.runtime.modules import PackedExperts, PackedLinear, SpectralExperts, TiledExperts
 
 
 def prepare(model: nn.Module, layers: Iterable[manifest.PackedLayer], dense: Iterable[manifest.PackedLinear]) -> None:
@@ -25,16 +36,21 @@ def prepare(model: nn.Module, layers: Iterable[manifest.PackedLayer], dense: Ite
     """
     for layer in layers:
         experts = hooks.strip_weights(model, locate(model, layer.path))
-        handler = (
-            SpectralExperts(layer.spectral_shape) if layer.layout == "spectral" else PackedExperts(dict(layer.shapes))
-        )
-        hooks.attach_handler(experts, handler)
+        hooks.attach_handler(experts, _handler(layer))
     for linear in dense:
         module = find(model, linear.path)
         if not isinstance(module, nn.Linear):
             raise PackedError(f"{type(module).__name__} is packed as a linear layer", tensor=linear.path, fix=_FIX)
         parent, _, name = linear.path.rpartition(".")
         find(model, parent).add_module(name, PackedLinear(module))
+
+
+def _handler(layer: manifest.PackedLayer) -> PackedExperts | SpectralExperts | TiledExperts:
+    if layer.layout == "spectral":
+        return SpectralExperts(layer.spectral_shape)
+    if layer.layout == "tiled":
+        return TiledExperts(layer.named_shapes)
+    return PackedExperts(dict(layer.shapes))
 
 
 def bind(
@@ -57,6 +73,10 @@ def bind(
             packed.bind(data, bound)
             continue
         data, entries = _entries(tensors, layer.path, layer.ordered_shapes)
+        if isinstance(packed, TiledExperts):
+            sides, tiles = _tiles(tensors, layer)
+            packed.bind(data.to(device), entries, sides.to(device), tiles, layer.path)
+            continue
         assert isinstance(packed, PackedExperts)
         packed.bind(data.to(device), entries)
     for linear in dense:
@@ -90,16 +110,38 @@ def spectral_layer(
     return data, read_layer(data, entries, shape, layer.path)
 
 
+def tiled_layer(tensors: Mapping[str, Tensor], layer: manifest.PackedLayer) -> TiledLayer:
+    """A tiled layer on the CPU.
+
+    Raises:
+        PackedError: bytes are missing, or contradict each other.
+    """
+    data, entries = _entries(tensors, layer.path, layer.ordered_shapes)
+    side_data, tiles = _tiles(tensors, layer)
+    return TiledLayer(
+        residual=PackedLayer(data=data, entries=entries, shapes=layer.named_shapes),
+        sides=read_sides(side_data, tiles, layer.num_experts, layer.shapes, layer.path),
+    )
+
+
+def _tiles(tensors: Mapping[str, Tensor], layer: manifest.PackedLayer) -> tuple[Tensor, dict[str, TileEntry]]:
+    data, table = _pair(tensors, layer.path, (SIDES_SUFFIX, TILES_SUFFIX))
+    name = layer.path + TILES_SUFFIX
+    return data, parse_tile_table(table, layer.num_experts, layer.named_shapes, data.numel(), tensor=name)
+
+
 def _entries(tensors: Mapping[str, Tensor], path: str, shapes: Shapes) -> tuple[Tensor, Entries]:
     data, table = _pair(tensors, path)
     return data, parse_table(table, shapes, data.numel(), tensor=path + TABLE_SUFFIX)
 
 
-def _pair(tensors: Mapping[str, Tensor], path: str) -> tuple[Tensor, Tensor]:
-    for suffix in (DATA_SUFFIX, TABLE_SUFFIX):
+def _pair(
+    tensors: Mapping[str, Tensor], path: str, suffixes: tuple[str, str] = (DATA_SUFFIX, TABLE_SUFFIX)
+) -> tuple[Tensor, Tensor]:
+    for suffix in suffixes:
         if path + suffix not in tensors:
             raise PackedError("packed tensor missing", tensor=path + suffix, fix=_FIX)
-    return tensors[path + DATA_SUFFIX], tensors[path + TABLE_SUFFIX]
+    return tensors[path + suffixes[0]], tensors[path + suffixes[1]]
 
 
 def _device(model: nn.Module, path: str) -> torch.device:

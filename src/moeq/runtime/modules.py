@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from moeq.format.blob import Entries
 from moeq.format.packing import decode_matrix
 from moeq.format.spectral import SpectralShape
+from moeq.format.tiled import TileEntry, read_sides, views
 from moeq.kernels import dispatch
 from moeq.kernels.packed import PackedLayer, PackedMatrix
 from moeq.kernels.spectral import SpectralLayer
+from moeq.kernels.tiled import TiledLayer
 from moeq.spec import QuantSpec
 
 
@@ -91,6 +93,60 @@ class SpectralExperts(nn.Module):
         size = 0 if self.data is None else self.data.numel()
         ranks = {} if self._layer is None else {name: entry.rank for name, entry in self._layer.entries.items()}
         return f"experts={self.shape.num_experts}, inner={self.shape.inner}, ranks={ranks}, bytes={size}"
+
+
+class TiledExperts(nn.Module):
+    """As `PackedExperts`, for the layout "tiled"."""
+
+    data: Tensor | None
+    side_data: Tensor | None
+
+    def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
+        super().__init__()
+        self.shapes = shapes
+        self.entries: Entries = ()
+        self.tiles: dict[str, TileEntry] = {}
+        self._layer: TiledLayer | None = None
+        self.register_buffer("data", None, persistent=False)
+        self.register_buffer("side_data", None, persistent=False)
+
+    def bind(self, data: Tensor, entries: Entries, sides: Tensor, tiles: dict[str, TileEntry], path: str) -> None:
+        """Take the residuals' blob (uint8) with its table, and the sides' with theirs.
+
+        Raises:
+            PackedError: cells or permutations are none.
+        """
+        self.data, self.entries = data, entries
+        self.side_data, self.tiles = sides, tiles
+        self._layer = None
+        read_sides(sides, tiles, len(entries), self.shapes, path)
+
+    @property
+    def layer(self) -> TiledLayer:
+        """The packed weights, as views."""
+        assert self.data is not None, "used before loading"
+        assert self.side_data is not None
+        if self._layer is None or self._layer.residual.data is not self.data:  # moved since it was last used
+            residual = PackedLayer(data=self.data, entries=self.entries, shapes=self.shapes)
+            self._layer = TiledLayer(
+                residual=residual, sides=views(self.side_data, self.tiles, residual.num_experts, self.shapes)
+            )
+        return self._layer
+
+    def weights(self, expert: int, projection: str) -> Tensor:
+        """What the bytes of one residual decode to, (N, K) float32 on the CPU."""
+        matrix = self.layer.residual.matrix(expert, projection)
+        return decode_matrix(matrix.record, matrix.spec, matrix.shape).cpu()
+
+    def forward(self, experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(T, H), (T, k), (T, k) -> (T, H)."""
+        return dispatch.tiled_experts(experts, self.layer, hidden_states, top_k_index, top_k_weights)
+
+    def extra_repr(self) -> str:
+        """Shapes and size, for print(model)."""
+        size = sum(0 if part is None else part.numel() for part in (self.data, self.side_data))
+        grids = {name: f"{e.form.rows}x{e.form.columns} rank {e.form.rank}" for name, e in self.tiles.items()}
+        return f"experts={len(self.entries)}, shapes={self.shapes}, tiles={grids}, bytes={size}"
 
 
 class PackedLinear(nn.Module):

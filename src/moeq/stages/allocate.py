@@ -3,14 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from moeq.artifacts import CostTable, Inventory, Plan, expert_bytes
+from moeq.artifacts import CostTable, Inventory, Plan, expert_bytes, side_bytes
 from moeq.budget import Budget
 from moeq.components import spectral_table_bytes
 from moeq.costs.component_table import ComponentTable
 from moeq.errors import ArtifactError, BudgetError, InfeasibleError
 from moeq.recipe import Recipe
 from moeq.spec import BITS, EXPERT, QuantSpec, TensorInfo, Unit, stored_bytes, table_bytes
-from moeq.stages import components, joining, program, shards
+from moeq.stages import components, joining, program, shards, tiles
 
 SIZE_SLACK = 128
 """Recipe, manifest and config spell out the size and numbers that depend on it."""
@@ -117,10 +117,7 @@ def candidate_specs(recipe: Recipe, budget: float | None = None) -> tuple[QuantS
     """The specs a unit may get, by rising width; `budget` as in `Recipe.candidate_bits`."""
     if recipe.has_components:
         return components.specs_of(recipe)
-    return tuple(
-        QuantSpec(bits=bits, group_size=recipe.group_size, levels=recipe.level_set(bits))
-        for bits in recipe.candidate_bits(budget)
-    )
+    return tuple(recipe.spec(bits) for bits in recipe.candidate_bits(budget))
 
 
 def _draft(inventory: Inventory, recipe: Recipe) -> Plan:
@@ -130,7 +127,7 @@ def _draft(inventory: Inventory, recipe: Recipe) -> Plan:
         longest = -1.2345678901234567e-300
         spectral = components.draft(inventory, recipe, dense)
         return replace(spectral, costs_hash=HASH_LENGTH * "0", objective=longest, bound=longest)
-    palette = tuple(QuantSpec(bits=b, group_size=recipe.group_size, levels=recipe.level_set(b)) for b in BITS)
+    palette = tuple(recipe.spec(bits) for bits in BITS)
     specs = palette + tuple(sorted(set(dense.values()) - set(palette)))
     draft = Plan(
         model_hash=inventory.model_hash,
@@ -139,6 +136,7 @@ def _draft(inventory: Inventory, recipe: Recipe) -> Plan:
         experts=_uniform(inventory, len(BITS) - 1),
         dense={path: specs.index(spec) for path, spec in dense.items()},
         expert_bytes=0,
+        tiles=tiles.forms(inventory, recipe),
     )
     if recipe.cost is not None:
         # Whatever the solver will say, it does not take more bytes in the plan's file than this.
@@ -268,6 +266,7 @@ def _limit(
         else table_bytes(layer.num_experts, len(layer.projections))
         for layer in inventory.layers
     )
+    tables += sum(side_bytes(widest, inventory, index) for index in range(len(inventory.layers)))
     if budget.code_bits is not None:
         return int(budget.code_bits * inventory.expert_parameters)
     if budget.bits is not None:

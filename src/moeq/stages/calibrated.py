@@ -11,7 +11,15 @@ from transformers import PreTrainedModel
 from moeq.arch import hooks
 from moeq.arch.keymap import KeyMap, build_keymap, load_prefix, unload_prefix
 from moeq.arch.meta import build_meta_model
-from moeq.calibration.experts import ExpertsTask, grouped, quantize_experts, replay_experts
+from moeq.calibration.experts import (
+    ExpertsTask,
+    ReadMatrix,
+    Round,
+    grouped,
+    quantize_experts,
+    replay_experts,
+    survey,
+)
 from moeq.calibration.spill import SpillPool
 from moeq.calibration.stream import Capture, Streamer
 from moeq.checkpoint.mapped import map_file
@@ -27,6 +35,7 @@ from moeq.stages import finish
 from moeq.stages.packing import Job, Progress, write_layer
 from moeq.stages.shards import Shard
 from moeq.stages.spectral_packing import ComponentRounding
+from moeq.stages.tile_packing import TileRounding
 
 Done = Callable[[str, FileDigest], None]
 
@@ -128,9 +137,16 @@ def run(
         if shard.file in finished:
             y_TH, counts[layer] = _replay(job, shard, experts, capture)
         else:
-            pack = _round if job.plan.components is None else _round_components
-            y_TH, blob, counts[layer] = pack(job, layer, experts, capture, pool)
-            done(shard.file, write_layer(job, shard, blob))
+            sides = None
+            if job.plan.tiles:
+                shape = job.inventory.layers[layer]
+                rounding = TileRounding(job, layer, survey(shape, _reader(job, layer), experts, capture, job.device))
+                sides = rounding.sides()
+                y_TH, blob, counts[layer] = _round(job, layer, experts, capture, pool, rounding.round)
+            else:
+                pack = _round if job.plan.components is None else _round_components
+                y_TH, blob, counts[layer] = pack(job, layer, experts, capture, pool)
+            done(shard.file, write_layer(job, shard, blob, sides))
         return y_TH
 
     Streamer(
@@ -149,8 +165,12 @@ def run(
     return counts
 
 
+def _reader(job: Job, layer: int) -> ReadMatrix:
+    return lambda expert, name: job.matrix(Unit(layer=layer, expert=expert, projection=name))
+
+
 def _round(
-    job: Job, layer: int, experts: nn.Module, capture: Capture, pool: SpillPool
+    job: Job, layer: int, experts: nn.Module, capture: Capture, pool: SpillPool, rounding: Round | None = None
 ) -> tuple[Tensor, Tensor, list[int]]:
     shape = job.inventory.layers[layer]
     specs = job.plan.layer_specs(layer)
@@ -171,12 +191,9 @@ def _round(
         start = starts[expert, projection]
         blob[start : start + part.numel()] = part
 
-    def read(expert: int, name: str) -> Tensor:
-        return job.matrix(Unit(layer=layer, expert=expert, projection=name))
-
     task = ExpertsTask(
         layer=shape,
-        round=grouped(shape, specs, read, job.quantizer, job.device),
+        round=rounding or grouped(shape, specs, _reader(job, layer), job.quantizer, job.device),
         sink=sink,
         device=job.device,
     )
@@ -208,6 +225,10 @@ def _replay(job: Job, shard: Shard, experts: nn.Module, capture: Capture) -> tup
         tensors = map_file(job.partial / shard.file)
         dense = attach.spectral_layer(tensors, packed, torch.device("cpu"))[1].dense
         return replay_experts(layer, dense, experts, capture, job.device)
+    if job.plan.tiles:
+        packed = finish.packed_layers(job.inventory, job.plan)[shard.layer]
+        tiled = attach.tiled_layer(map_file(job.partial / shard.file), packed)
+        return replay_experts(layer, tiled.dense, experts, capture, job.device)
     shapes = [layer.shapes[name] for name in layer.projections]
     data = map_file(job.partial / shard.file)[layer.path + DATA_SUFFIX]
     table = build_table(job.plan.layer_specs(shard.layer), shapes)

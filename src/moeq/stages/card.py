@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from moeq.artifacts import PROJECTIONS, Inventory, Plan
+from moeq.artifacts import PROJECTIONS, Inventory, Plan, side_bytes
 from moeq.calibration.experts import MIN_TOKENS
 from moeq.calibration.tokens import TokenBatch
 from moeq.components import blob_bytes, kept_directions, spectral_table_bytes
@@ -47,13 +47,13 @@ def allocation_map(inventory: Inventory, plan: Plan) -> AllocationMap:
     """The plan as pictures show it; drafts and finished plans alike."""
     names = tuple(name for name in PROJECTIONS if any(name in layer.shapes for layer in inventory.layers))
     bits, stored = [], []
-    for layer, experts in zip(inventory.layers, plan.experts, strict=True):
+    for number, (layer, experts) in enumerate(zip(inventory.layers, plan.experts, strict=True)):
         # A layer has tens of thousands of matrices, but only a few shapes and specs.
         pairs = Counter(pair for expert in experts for pair in zip(layer.projections, expert, strict=True))
         size = table_bytes(layer.num_experts, len(layer.projections)) + sum(
             count * stored_bytes(plan.specs[index], layer.shapes[name]) for (name, index), count in pairs.items()
         )
-        stored.append(8 * size / layer.parameters)
+        stored.append(8 * (size + side_bytes(plan, inventory, number)) / layer.parameters)
         widths = [
             {name: plan.specs[index].bits for name, index in zip(layer.projections, e, strict=True)} for e in experts
         ]

@@ -11,7 +11,7 @@ from moeq.stages import quality
 
 HELD_OUT = 8
 """Windows of calibration text kept aside to measure quality on."""
-GAINED = ("rtn", "hqq", "gptq")
+GAINED = ("rtn", "hqq", "gptq", "vector")
 """Quantizers that can match the gain of what they rounded."""
 
 
@@ -19,7 +19,7 @@ def quantizer_options(recipe: Recipe) -> dict[str, Any]:
     """What `moeq.quantizers.registry.make_quantizer` is to be given for the recipe's quantizer."""
     name = str(recipe.quantizer)
     options: dict[str, Any] = {"gain": recipe.gain} if name in GAINED else {}
-    if name == "gptq":
+    if name in ("gptq", "vector"):
         options |= {"act_order": recipe.act_order, "damp": recipe.damp}
     return options
 

@@ -10,7 +10,7 @@ from moeq.artifacts import Inventory
 from moeq.checkpoint.identity import model_hash
 from moeq.checkpoint.read import read_headers, resolve
 from moeq.codec import read_json
-from moeq.format.blob import DATA_SUFFIX, TABLE_SUFFIX
+from moeq.format.blob import SUFFIXES
 from moeq.format.manifest import MANIFEST_NAME
 from moeq.format.validate import validate_packed
 from moeq.spec import TensorInfo
@@ -116,7 +116,7 @@ def _packed_report(directory: Path) -> InspectReport:
     dense_size = sum(_pair_bytes(headers, linear.path) for linear in manifest.dense)
     if dense:
         families["packed linears"] = summary.family(dense, dense_size)
-    rest = [info for name, info in headers.items() if not name.endswith((DATA_SUFFIX, TABLE_SUFFIX))]
+    rest = [info for name, info in headers.items() if not name.endswith(SUFFIXES)]
     other = sum(math.prod(info.shape) for info in rest)
     families["other"] = summary.family(other, sum(info.stop - info.start for info in rest))
     return InspectReport(
@@ -139,5 +139,5 @@ def _packed_report(directory: Path) -> InspectReport:
 
 
 def _pair_bytes(headers: Mapping[str, TensorInfo], path: str) -> int:
-    infos = (headers[path + suffix] for suffix in (DATA_SUFFIX, TABLE_SUFFIX))
+    infos = (headers[path + suffix] for suffix in SUFFIXES if path + suffix in headers)
     return sum(info.stop - info.start for info in infos)

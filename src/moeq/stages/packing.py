@@ -17,9 +17,11 @@ from moeq.costs.component_table import ComponentTable
 from moeq.format.blob import build_table
 from moeq.format.packing import decode_matrix, dequantize, pack_matrix
 from moeq.format.spectral import SpectralShape, build_spectral_table
+from moeq.format.tiled import build_tile_table
 from moeq.quantizers.base import QuantizedMatrix, Quantizer
 from moeq.spec import QuantSpec, Unit
 from moeq.stages.shards import Shard
+from moeq.tiling import TileOptions
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being counted, how many are done and how many there are."""
@@ -46,6 +48,8 @@ class Job:
         table: the costs that a plan of components came from, for their bases.
         gain: match the gain of components' scales.
         damp: damping of Hessians, in mean diagonals.
+        tiles: choices of the tiled layout.
+        seed: of everything random.
         noted: unit -> digest of its rounded weights, filled for a few units of each layer; what
             `verify` compares the reloaded model with.
     """
@@ -61,6 +65,8 @@ class Job:
     table: ComponentTable | None = None
     gain: bool = True
     damp: float = 0.1
+    tiles: TileOptions = field(default_factory=TileOptions)
+    seed: int = 0
     noted: dict[Unit, str] = field(default_factory=dict)
 
     def settle(self, unit: Unit, rounded: QuantizedMatrix) -> Tensor:
@@ -127,16 +133,21 @@ def expert_records(job: Job, layer: int) -> Iterator[memoryview]:
             torch.set_num_threads(threads)
 
 
-def write_layer(job: Job, shard: Shard, blob: Tensor | Iterator[memoryview]) -> FileDigest:
-    """Write the shard of one MoE layer: its experts' blob, its packed linears, then all tables."""
+def write_layer(job: Job, shard: Shard, blob: Tensor | Iterator[memoryview], sides: Tensor | None = None) -> FileDigest:
+    """Write the shard of one MoE layer: its experts' blob, their sides if there are any, its linears, all tables."""
     assert shard.layer is not None
     linears = [job.inventory.dense[position] for position in shard.dense]
+    layer = job.inventory.layers[shard.layer]
     tables = [layer_table(job.inventory, job.plan, shard.layer)]
+    if sides is not None:
+        tables.append(build_tile_table(job.plan.tiles[shard.layer], layer.num_experts, layer.shapes))
     declared = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard.tensors]
     names = iter(tensor.name for tensor in shard.tensors)
     writer = ShardWriter(job.partial / shard.file, declared)
     try:
         writer.write(next(names), blob)
+        if sides is not None:
+            writer.write(next(names), sides)
         for linear in linears:
             record, spec = job.dense_record(linear)
             writer.write(next(names), record)

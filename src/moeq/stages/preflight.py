@@ -11,8 +11,18 @@ from moeq.stages.setup import Setup
 
 READ_WRITE_BYTES_PER_SECOND = 0.5e9
 """A modest disk; only for the rough time estimate."""
-WEIGHTS_PER_SECOND = {"minmax": 600e6, "rtn": 400e6, "hqq": 250e6, "alternating": 20e6, "gptq": 4e6, "gptq-mc": 4e6}
+WEIGHTS_PER_SECOND = {
+    "minmax": 600e6,
+    "rtn": 400e6,
+    "hqq": 250e6,
+    "alternating": 20e6,
+    "gptq": 4e6,
+    "gptq-mc": 4e6,
+    "vector": 0.7e6,
+}
 """Rounded weights per second on two CPU cores; only for the rough time estimate."""
+CALIBRATED = ("gptq", "vector")
+"""Beginnings of the names of quantizers that see the inputs."""
 BASE_RAM = 600 * 2**20
 """The interpreter with torch and transformers."""
 
@@ -97,8 +107,10 @@ def run(model: str | Path, recipe: Recipe) -> PlanReport:
 def _ram(setup: Setup) -> int:
     inventory, recipe = setup.inventory, setup.recipe
     largest = max(rows * columns for layer in inventory.layers for rows, columns in layer.shapes.values())
-    if not str(recipe.quantizer).startswith("gptq"):
-        return BASE_RAM + 24 * largest
+    # Tiles need all experts of a projection at once, in float32, twice while they are fitted.
+    tiled = max(layer.num_experts for layer in inventory.layers) * 8 * largest if setup.plan.tiles else 0
+    if not str(recipe.quantizer).startswith(CALIBRATED):
+        return BASE_RAM + 24 * largest + tiled
     tokens = recipe.nsamples * recipe.seqlen
     hidden = inventory.layers[0].shapes["down"][0]
     widest = max(columns for layer in inventory.layers for _, columns in layer.shapes.values())
@@ -106,7 +118,7 @@ def _ram(setup: Setup) -> int:
         1, len({linear.block for linear in inventory.dense if linear.block})
     )
     # Inputs, answers and two streams of hidden states; one Hessian with its factors; one expert; one block.
-    return BASE_RAM + tokens * hidden * 14 + 5 * 4 * widest**2 + 24 * largest + block
+    return BASE_RAM + tokens * hidden * 14 + 5 * 4 * widest**2 + 24 * largest + block + tiled
 
 
 def _seconds(setup: Setup) -> float:
@@ -121,7 +133,7 @@ def _warnings(setup: Setup) -> tuple[str, ...]:
         found.append(f"the plan is decided when {setup.recipe.cost} costs are measured; sizes are those of the budget")
     bits = 8 * setup.plan.expert_bytes / setup.inventory.expert_parameters
     recipe = setup.recipe
-    if bits < 4 and setup.plan.components is None and not str(recipe.quantizer).startswith("gptq"):
+    if bits < 4 and setup.plan.components is None and not str(recipe.quantizer).startswith(CALIBRATED):
         found.append("below 4 bits a calibrated quantizer (--quantizer gptq --calibration FILE) keeps far more quality")
     widths = {columns for layer in setup.inventory.layers for _, columns in layer.shapes.values()}
     if recipe.group_size != WHOLE_ROW and any(columns % recipe.group_size for columns in widths):

@@ -38,6 +38,8 @@ from moeq.stages import (
 )
 from moeq.stages.packing import Job, Progress, expert_records, write_copied, write_layer
 from moeq.stages.setup import COSTS_NAME, Setup, decide, setup
+from moeq.stages.shards import Shard
+from moeq.stages.tile_packing import TileRounding
 from moeq.version import __version__
 
 ROUTERS = "routers"
@@ -260,6 +262,8 @@ def _pack(
             table=plan.table,
             gain=recipe.gain,
             damp=recipe.damp,
+            tiles=recipe.tiles(),
+            seed=recipe.seed,
         )
         journal, counts = _pack_shards(job, plan, journal, tokens, progress)
     return job, journal, counts
@@ -293,9 +297,17 @@ def _pack_shards(
     else:
         for shard in job.shards:
             if shard.layer is not None and shard.file not in state.finished:
-                pack = expert_records if job.plan.components is None else spectral_packing.component_records
-                done(shard.file, write_layer(job, shard, pack(job, shard.layer)))
+                done(shard.file, _pack_plainly(job, shard, shard.layer))
     return state, counts
+
+
+def _pack_plainly(job: Job, shard: Shard, layer: int) -> FileDigest:
+    """Write a layer whose experts are rounded without data."""
+    if job.plan.tiles:
+        rounding = TileRounding(job, layer)
+        return write_layer(job, shard, rounding.records(), rounding.sides())
+    pack = expert_records if job.plan.components is None else spectral_packing.component_records
+    return write_layer(job, shard, pack(job, layer))
 
 
 def _calibration(tokens: TokenBatch | None, counts: Mapping[int, list[int]]) -> dict[str, Any] | None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from moeq.artifacts import Inventory, Plan
 from moeq.checkpoint.write import header_bytes
 from moeq.components import SLAB_COLUMNS, SLAB_WIDTHS, blob_bytes, spectral_table_bytes
-from moeq.format.blob import DATA_SUFFIX, TABLE_SUFFIX
+from moeq.format.blob import DATA_SUFFIX, SIDES_SUFFIX, TABLE_SUFFIX, TILES_SUFFIX
 from moeq.spec import TABLE_COLUMNS, TensorInfo, stored_bytes, table_bytes
+from moeq.tiling import TILE_COLUMNS, sides_bytes, tile_table_bytes
 
 COPY_SHARD_BYTES = 4 * 10**9
 
@@ -103,6 +104,17 @@ def expert_tensors(inventory: Inventory, plan: Plan, index: int) -> tuple[OutTen
     return _pair(layer.path, size, (layer.num_experts, len(shapes)))
 
 
+def side_tensors(inventory: Inventory, plan: Plan, index: int) -> tuple[tuple[OutTensor, OutTensor], ...]:
+    """Sides of one MoE layer and their table; nothing in other layouts than "tiled"."""
+    if not plan.tiles:
+        return ()
+    layer, forms = inventory.layers[index], plan.tiles[index]
+    size = sides_bytes(forms, layer.num_experts, layer.shapes)
+    data = OutTensor(name=layer.path + SIDES_SUFFIX, dtype="U8", shape=(size,), size=size)
+    grid, size = (len(forms), len(TILE_COLUMNS)), tile_table_bytes(len(forms))
+    return ((data, OutTensor(name=layer.path + TILES_SUFFIX, dtype="I64", shape=grid, size=size)),)
+
+
 def dense_tensors(inventory: Inventory, plan: Plan, position: int) -> tuple[OutTensor, OutTensor]:
     """Record and table of one packed linear."""
     linear = inventory.dense[position]
@@ -129,7 +141,7 @@ def arrange(inventory: Inventory, plan: Plan, headers: Mapping[str, TensorInfo])
     groups: list[tuple[int | None, tuple[int, ...], list[OutTensor]]] = []
     for index in range(len(inventory.layers)):
         positions = tuple(homes.get(index, ()))
-        pairs = [expert_tensors(inventory, plan, index)]
+        pairs = [expert_tensors(inventory, plan, index), *side_tensors(inventory, plan, index)]
         pairs += [dense_tensors(inventory, plan, position) for position in positions]
         groups.append((index, positions, [data for data, _ in pairs] + [table for _, table in pairs]))
     groups += [(None, (), tensors) for tensors in _copied(headers, consumed(inventory, plan))]

@@ -164,6 +164,8 @@ def packed_matrices(directory: Path) -> Callable[[int], ReadMatrix]:
         shape = manifest.layers[index]
         if shape.layout == "spectral":
             return attach.spectral_layer(tensors, shape, torch.device("cpu"))[1].dense
+        if shape.layout == "tiled":
+            return attach.tiled_layer(tensors, shape).dense
         data, table = tensors[shape.path + DATA_SUFFIX], tensors[shape.path + TABLE_SUFFIX]
         entries = parse_table(table, shape.ordered_shapes, data.numel(), tensor=shape.path + TABLE_SUFFIX)
 

@@ -1,0 +1,42 @@
+"""Values of options as they come from a command line, a YAML file or Python."""
+
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+from moeq import codec
+from moeq.errors import ArtifactError, OptionError
+
+TEXTS_OF_NUMBERS = ("size", "dense_bits", "routing", "candidates", "progressive", "rank")
+"""Options that are texts and may be given as a whole number."""
+
+
+def named_values(text: str | None, option: str, example: str) -> dict[str, Any]:
+    """The names and values of "NAME=VALUE,..."; values are YAML scalars."""
+    found: dict[str, Any] = {}
+    for part in (text or "").split(","):
+        name, equals, value = part.partition("=")
+        if part.strip() and (not equals or not name.strip()):
+            raise OptionError(f"{part.strip()!r} is not NAME=VALUE", option=option, fix=f"write for example {example}")
+        if part.strip():
+            found[name.strip().replace("-", "_")] = yaml.safe_load(value.strip() or "null")
+    return found
+
+
+def typed(name: str, kind: Any, value: Any) -> Any:
+    """`value` as the type that the field has; numbers and paths pass for the texts they stand for."""
+    if isinstance(value, PurePath) or (name in TEXTS_OF_NUMBERS and type(value) is int):
+        value = str(value)
+    option = name.replace("_", "-")
+    try:
+        return codec.decode(kind, value, option)
+    except ArtifactError as error:
+        raise OptionError(error.message, option=option, fix="give a value of that type") from error
+
+
+def choose(option: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise OptionError unless `value` is one of `choices`."""
+    if value not in choices:
+        legal = ", ".join(str(choice) for choice in choices)
+        raise OptionError(f"{value!r} is not supported", option=option, fix=f"choose one of {legal}")
