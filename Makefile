@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench bench-cpu sanitize format clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py --output demo-output
@@ -21,6 +21,12 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/uniform.py
+
+bench-cpu: $(STAMP)
+	$(BIN)/python benchmarks/cpu.py --output benchmarks/cpu.md
+
+sanitize:
+	sh scripts/sanitize.sh
 
 format: $(STAMP)
 	$(BIN)/ruff format src tests scripts benchmarks

@@ -28,6 +28,15 @@ inline bool runs(Isa isa) {
 #endif
 }
 
+// Whether bytes can be multiplied and added to 32 bits in one instruction; not every machine with AVX-512 can.
+inline bool has_vnni() {
+#if MOEQ_X86
+  return runs(Isa::avx512) && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 inline Isa best_isa() {
   static const Isa best = runs(Isa::avx512) ? Isa::avx512 : runs(Isa::avx2) ? Isa::avx2 : Isa::base;
   return best;

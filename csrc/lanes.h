@@ -292,10 +292,25 @@ MOEQ_INLINE F half_to_float(I bits) {
   return float_of(bits_of(out) | sign);
 }
 
+// 2^power for powers of -127 to 0: an exponent times a polynomial over -1/2 .. 1/2 (minimax, error 2e-9). What would be
+// below 2^-126 is 0.
+MOEQ_INLINE F two_to(F power) {
+  const F shifted = power + all(1.5f * kRounder);  // negative numbers are rounded too
+  const F g = power - (shifted - all(1.5f * kRounder));
+  F two = all(0.00015345811f);
+  two = fma(two, g, all(0.00133999309f));
+  two = fma(two, g, all(0.00961848907f));
+  two = fma(two, g, all(0.0555032864f));
+  two = fma(two, g, all(0.240226462f));
+  two = fma(two, g, all(0.693147182f));
+  two = fma(two, g, all(1.0f));
+  // The low bits of `shifted` are the whole part; at -127 the exponent field is 0 and so is the product.
+  return two * float_of((bits_of(shifted) + all_int(127)) << 23);
+}
+
 // 2^(exponent log2(x) + offset) but at most 1, for x >= 0. Off by a few units in the last place.
 //
-// log2 is the exponent plus a polynomial over sqrt(1/2) .. sqrt(2) (minimax, error 5e-8), 2^x an exponent times a
-// polynomial over -1/2 .. 1/2 (2e-9); x = 0 counts as 2^-127. What would be below 2^-126 is 0.
+// log2 is the exponent plus a polynomial over sqrt(1/2) .. sqrt(2) (minimax, error 5e-8); x = 0 counts as 2^-127.
 MOEQ_INLINE F power_below_one(F x, F exponent, F offset) {
   const I from_root = bits_of(x) - all_int(0x3f3504f3);
   const F whole = to_float(from_root >> 23);
@@ -309,18 +324,7 @@ MOEQ_INLINE F power_below_one(F x, F exponent, F offset) {
   log = fma(log, f, all(-0.721357107f));
   log = fma(log, f, all(1.44269478f));
   log = fma(log, f, whole);
-  const F power = max(min(fma(log, exponent, offset), all(0.0f)), all(-127.0f));
-  const F shifted = power + all(1.5f * kRounder);  // negative numbers are rounded too
-  const F g = power - (shifted - all(1.5f * kRounder));
-  F two = all(0.00015345811f);
-  two = fma(two, g, all(0.00133999309f));
-  two = fma(two, g, all(0.00961848907f));
-  two = fma(two, g, all(0.0555032864f));
-  two = fma(two, g, all(0.240226462f));
-  two = fma(two, g, all(0.693147182f));
-  two = fma(two, g, all(1.0f));
-  // The low bits of `shifted` are the whole part; at -127 the exponent field is 0 and so is the product.
-  return two * float_of((bits_of(shifted) + all_int(127)) << 23);
+  return two_to(max(min(fma(log, exponent, offset), all(0.0f)), all(-127.0f)));
 }
 
 }  // namespace moeq::MOEQ_ISA

@@ -14,9 +14,11 @@
 #include <vector>
 
 #include "decoding.h"
+#include "experts.h"
 #include "isa.h"
 #include "packing.h"
 #include "rounding.h"
+#include "threads.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -39,6 +41,11 @@ moeq::Isa isa_of(const std::string& name) {
   require(name.empty() || name == "avx512" || name == "avx2" || name == "base", "no such instruction set");
   require(moeq::runs(isa), "this machine lacks the instruction set");
   return isa;
+}
+
+moeq::Run run_of(int threads, bool exact, const std::string& isa) {
+  require(threads >= 1 && threads <= 4096, "no such number of threads");
+  return {isa_of(isa), threads, exact};
 }
 
 std::vector<std::string> isas() {
@@ -124,7 +131,8 @@ void pack_plane(Bytes codes, int width, int shift, Bytes out, const std::string&
 }
 
 void decode_matrix(ReadOnlyBytes record, const std::vector<std::tuple<int, int64_t>>& planes, int64_t scales,
-                   int64_t zeros, int bits, int levels, int64_t group_size, Any w, const std::string& isa) {
+                   int64_t zeros, int bits, int levels, int64_t group_size, Any w, int threads,
+                   const std::string& isa) {
   require(w.ndim() == 2, "weights are a matrix");
   const int64_t rows = (int64_t)w.shape(0), columns = (int64_t)w.shape(1), size = (int64_t)record.size();
   require(levels >= 0 && levels <= 3 && bits >= 1 && bits <= 8 && group_size > 0, "no such matrix");
@@ -152,9 +160,62 @@ void decode_matrix(ReadOnlyBytes record, const std::vector<std::tuple<int, int64
   job.group_size = group_size;
   job.w = w.data();
   job.dtype = dtype_of(w);
-  const moeq::Isa chosen = isa_of(isa);
+  const moeq::Run run = run_of(threads, true, isa);
   const nb::gil_scoped_release unlocked;
-  MOEQ_PICK(chosen, decode_matrix)(job);
+  moeq::decode(job, run);
+}
+
+void linear(ReadOnlyBytes record, int64_t rows, int bits, int64_t group_size, int levels, Any x, Any y, bool exact,
+            int threads, const std::string& isa) {
+  require(x.ndim() == 2 && y.ndim() == 2 && x.shape(0) == y.shape(0), "x and y are matrices of as many rows");
+  require((int64_t)y.shape(1) == rows, "y has another shape");
+  moeq::LinearJob job{};
+  job.matrix = moeq::matrix_at(record.data(), (int64_t)record.size(), 0, bits, group_size, levels, rows,
+                               (int64_t)x.shape(1));
+  job.dtype = dtype_of(x);
+  require(dtype_of(y) == job.dtype, "x and y have different dtypes");
+  job.x = x.data();
+  job.y = y.data();
+  job.tokens = (int64_t)x.shape(0);
+  const moeq::Run run = run_of(threads, exact, isa);
+  const nb::gil_scoped_release unlocked;
+  moeq::linear(job, run);
+}
+
+using Integers = nb::ndarray<const int64_t, nb::c_contig, nb::device::cpu>;
+
+void experts(ReadOnlyBytes data, Integers table, int64_t inner, Any x, Integers index, Any weight, Any y, bool exact,
+             int threads, const std::string& isa) {
+  require(table.ndim() == 3 && table.shape(1) == 3 && table.shape(2) == 4, "the table is (experts, 3, 4)");
+  require(x.ndim() == 2 && y.ndim() == 2 && x.shape(0) == y.shape(0) && x.shape(1) == y.shape(1), "y is shaped like x");
+  require(index.ndim() == 2 && index.shape(0) == x.shape(0), "there is a row of experts for each token");
+  require(weight.ndim() == 2 && weight.shape(0) == index.shape(0) && weight.shape(1) == index.shape(1),
+          "there is a weight for each choice");
+  moeq::ExpertsJob job{};
+  job.data = data.data();
+  job.size = (int64_t)data.size();
+  job.table = table.data();
+  job.num_experts = (int64_t)table.shape(0);
+  job.hidden = (int64_t)x.shape(1);
+  job.inner = inner;
+  job.tokens = (int64_t)x.shape(0);
+  job.top_k = (int64_t)index.shape(1);
+  job.dtype = dtype_of(x);
+  require(dtype_of(y) == job.dtype, "x and y have different dtypes");
+  job.x = x.data();
+  job.y = y.data();
+  job.index = index.data();
+  job.weight = weight.data();
+  job.weight_dtype = dtype_of(weight);
+  const moeq::Run run = run_of(threads, exact, isa);
+  const nb::gil_scoped_release unlocked;
+  moeq::experts(job, run);
+}
+
+double read_bandwidth(ReadOnlyBytes data, int threads, const std::string& isa) {
+  const moeq::Run run = run_of(threads, false, isa);
+  const nb::gil_scoped_release unlocked;
+  return moeq::read_bandwidth(data.data(), data.size(), run);
 }
 
 }  // namespace
@@ -173,6 +234,16 @@ NB_MODULE(_native, module) {
              nb::kw_only(), "isa"_a = "",
              "Pack some bits of every code.");
   module.def("decode_matrix", &decode_matrix, nb::arg("record").noconvert(), "planes"_a, "scales"_a, "zeros"_a,
-             nb::kw_only(), "bits"_a, "levels"_a, "group_size"_a, nb::arg("w").noconvert(), "isa"_a = "",
+             nb::kw_only(), "bits"_a, "levels"_a, "group_size"_a, nb::arg("w").noconvert(), "threads"_a = 1, "isa"_a = "",
              "Decode a matrix record into weights; planes are (width, offset).");
+  module.def("linear", &linear, nb::arg("record").noconvert(), "rows"_a, "bits"_a, "group_size"_a, "levels"_a,
+             nb::arg("x").noconvert(), nb::arg("y").noconvert(), "exact"_a, "threads"_a, "isa"_a = "",
+             "y = x W^T for a matrix record, few rows of x.");
+  module.def("experts", &experts, nb::arg("data").noconvert(), nb::arg("table").noconvert(), "inner"_a,
+             nb::arg("x").noconvert(), nb::arg("index").noconvert(), nb::arg("weight").noconvert(),
+             nb::arg("y").noconvert(), "exact"_a, "threads"_a, "isa"_a = "",
+             "The routed experts of a layer, gated by SiLU, few tokens.");
+  module.def("read_bandwidth", &read_bandwidth, nb::arg("data").noconvert(), "threads"_a, "isa"_a = "",
+             "Bytes per second of reading a buffer once.");
+  module.def("borrows_threads", &moeq::borrows_threads, "Whether threads are those of the process's OpenMP runtime.");
 }

@@ -25,6 +25,7 @@ import transformers
 
 from moeq import cli
 from moeq.artifacts import EvalResult
+from moeq.stages.bench import BenchReport
 from moeq.stages.generate import GenerateReport
 from moeq.stages.inspect import InspectReport
 from moeq.stages.measured import MeasureReport
@@ -56,6 +57,7 @@ REPORTS = {
     "repair": RepairReport,
     "eval": EvalResult,
     "generate": GenerateReport,
+    "bench": BenchReport,
     "verify": VerifyReport,
     "Family": Family,
 }

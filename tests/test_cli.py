@@ -36,6 +36,7 @@ OPTIONS = {
     "quantize": f"model output --json --resume --save-recipe {RECIPE_OPTIONS}",
     "eval": "model --json --text --reference --pairs --seqlen --max-tokens --batch-size --device",
     "generate": "model prompt --json --max-new-tokens --temperature --seed --device",
+    "bench": "directory --json --prompt-tokens --new-tokens --threads --exact-activations",
     "verify": "directory --json",
 }
 """Every argument of every verb. Adding one is fine; to rename or remove one breaks scripts of users."""
@@ -249,6 +250,21 @@ def test_generate(packed_tiny: Path, capsys: pytest.CaptureFixture[str]) -> None
     sampled = [run(*words, "--temperature", "1.5", "--seed", seed, capsys=capsys)["continuation"] for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
     assert run(*words[:2], "", capsys=capsys, status=1)["error"] == "OptionError"
+
+
+def test_bench(packed_tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", packed_tiny, "--prompt-tokens", "9", "--new-tokens", "3", "--threads", "1"]
+    document = run(*words, capsys=capsys)
+    check_fields(document, "bench")
+    assert (document["threads"], document["prefill_tokens"], document["decode_tokens"]) == (1, 9, 3)
+    assert 0 < document["expert_bytes_per_token"] < document["bytes_per_token"]
+    assert sum(document["shares"].values()) == pytest.approx(1)
+    assert min(document["shares"].values()) > 0
+    for option in ("--prompt-tokens", "--new-tokens", "--threads"):
+        assert run(*words[:2], option, "0", capsys=capsys, status=1)["error"] == "OptionError"
+    assert "too long" not in run(*words[:2], "--prompt-tokens", 10**7, capsys=capsys, status=1)["message"]
+    assert cli.main([*map(str, words), "--exact-activations"]) == 0
+    assert "tokens/s" in capsys.readouterr().out
 
 
 def test_text_output(demo_dir: Path, packed_demo: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The command line: plan, inspect, measure, allocate, pareto, quantize, repair, eval, generate, verify.
+"""The command line: plan, inspect, measure, allocate, pareto, quantize, repair, eval, generate, bench, verify.
 
 stdout carries results (one JSON document with --json), stderr progress and errors. Exit status: 0 done,
 1 failed with a message, 2 wrong arguments, 130 interrupted.
@@ -20,6 +20,7 @@ from moeq.errors import MoeqError, OutputError
 from moeq.recipe import Recipe
 from moeq.recipe_file import load_recipe
 from moeq.report.curves import curve_svg
+from moeq.stages import bench as bench_stage
 from moeq.stages import card as card_stage
 from moeq.stages import generate as generate_stage
 from moeq.stages import inspect as inspect_stage
@@ -160,6 +161,18 @@ def _generate(args: argparse.Namespace) -> Any:
     )
 
 
+def _bench(args: argparse.Namespace) -> Any:
+    with _progress() as progress:
+        return bench_stage.run(
+            args.directory,
+            prompt_tokens=args.prompt_tokens,
+            new_tokens=args.new_tokens,
+            threads=args.threads,
+            exact_activations=args.exact_activations,
+            progress=progress,
+        )
+
+
 def _verify(args: argparse.Namespace) -> Any:
     return verify_stage.run(Path(args.directory), every=True)
 
@@ -174,6 +187,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Any], str]
     "repair": (_repair, cli_text.repair),
     "eval": (_eval, cli_text.evaluate),
     "generate": (_generate, cli_text.generate),
+    "bench": (_bench, cli_text.bench),
     "verify": (_verify, cli_text.verify),
 }
 

@@ -147,5 +147,14 @@ def _using_verbs(verb: Verb) -> None:
     generate.add_argument("--seed", type=int, default=0, help="seed of sampling (default 0)")
     generate.add_argument("--device", default="auto", help="auto (default), cpu or cuda[:n]")
 
+    bench = verb("bench", "measure tokens per second on the CPU, against what its memory allows")
+    bench.add_argument("directory", help="what quantize wrote")
+    bench.add_argument("--prompt-tokens", type=int, default=512, help="tokens of the prompt (default 512)")
+    bench.add_argument("--new-tokens", type=int, default=64, help="tokens to decode after it (default 64)")
+    bench.add_argument("--threads", type=int, help="threads (default: torch's)")
+    bench.add_argument(
+        "--exact-activations", action="store_true", help="do not round activations to 8 bits when decoding; slower"
+    )
+
     verify = verb("verify", "prove a packed checkpoint: structure, hashes, every matrix, a forward pass")
     verify.add_argument("directory", help="what quantize wrote")

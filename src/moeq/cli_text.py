@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from moeq.artifacts import EvalResult
 from moeq.report.tables import human_bytes, plain_table
+from moeq.stages.bench import BenchReport
 from moeq.stages.generate import GenerateReport
 from moeq.stages.inspect import InspectReport
 from moeq.stages.measured import MeasureReport
@@ -165,6 +166,25 @@ def evaluate(result: EvalResult) -> str:
 def generate(report: GenerateReport) -> str:
     """Text of `moeq generate`."""
     return report.prompt + report.continuation
+
+
+def bench(report: BenchReport) -> str:
+    """Text of `moeq bench`."""
+    lines = [
+        f"{report.threads} threads, kernels {report.kernels}, {report.dtype}; loaded in {report.load_seconds:.2f} s, "
+        f"at most {human_bytes(report.peak_rss)} of memory",
+        f"prefill    {report.prefill_tokens_per_second:.1f} tokens/s, {report.prefill_tokens} at once",
+        f"decode     {report.decode_tokens_per_second:.2f} tokens/s, {report.decode_tokens} one by one",
+        f"per token  {human_bytes(report.bytes_per_token)} of weights, {human_bytes(report.expert_bytes_per_token)} "
+        "of experts",
+        "time       " + ", ".join(f"{name} {share:.0%}" for name, share in report.shares.items()),
+    ]
+    if report.read_bandwidth is not None and report.roofline_share is not None:
+        lines.append(
+            f"memory     read at {human_bytes(round(report.read_bandwidth))}/s: at most "
+            f"{report.roofline_tokens_per_second:.2f} tokens/s, of which decode reaches {report.roofline_share:.0%}"
+        )
+    return "\n".join(lines)
 
 
 def verify(report: VerifyReport) -> str:

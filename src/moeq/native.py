@@ -1,8 +1,9 @@
 """The compiled kernels of `csrc/`, where they could be built; everything works without them, slower.
 
-Kernels run in the calling thread and let go of the interpreter lock, so callers spread work over threads. Results
-depend neither on the number of threads nor on the instruction set, which is chosen at run time; they may differ from
-those of the torch reference in the last bit of a sum, hence rarely in a code.
+Kernels that round and pack run in the calling thread and let go of the interpreter lock, so callers spread work over
+threads; their results do not depend on the instruction set, which is chosen at run time. They may differ from those of
+the torch reference in the last bit of a sum, hence rarely in a code. Kernels that multiply use as many threads as torch
+(`csrc/threads.h`). No result depends on the number of threads.
 
 Legend: N output rows, K input columns, G groups per row, B bytes per row.
 """
@@ -71,7 +72,8 @@ def isas() -> tuple[str, ...]:
 
 
 _unsaid: Final = [
-    "moeq was installed without its compiled kernels: rounding takes about ten times as long. "
+    "moeq was installed without its compiled kernels: rounding takes about ten times as long, and "
+    "packed models run slower. "
     "Install a C++ compiler (g++ or clang++) and reinstall moeq"
 ]
 
@@ -150,6 +152,7 @@ def decode_matrix(
     dtype: torch.dtype = torch.float32,
     *,
     rows: tuple[int, int] | None = None,
+    threads: int = 1,
     isa: str = "",
 ) -> Tensor:
     """The weights of a matrix record, (N, K).
@@ -160,6 +163,7 @@ def decode_matrix(
         shape: (N, K).
         dtype: one of `DTYPES`.
         rows: only rows from the first to before the second.
+        threads: how many do it.
         isa: one of `isas()` instead of the best.
     """
     where = sections(spec, shape)
@@ -175,6 +179,79 @@ def decode_matrix(
         levels=LEVELS.index(spec.levels),
         group_size=shape[1] if spec.group_size == WHOLE_ROW else spec.group_size,
         w=w_NK,
+        threads=threads,
         isa=isa,
     )
     return w_NK
+
+
+def linear(
+    record: Tensor, spec: QuantSpec, shape: tuple[int, int], x_SK: Tensor, *, exact: bool = False, isa: str = ""
+) -> Tensor:
+    """x W^T straight from the packed bytes, (S, N) in the dtype of x; for few rows of x.
+
+    It reads W once. Activations are rounded to 8 bits in runs of 128, each with its own scale; the sums are those of
+    integers. The result does not depend on the number of threads, which is torch's.
+
+    Args:
+        record: uint8, the whole record, on the CPU, contiguous, aligned to 2 bytes.
+        spec: how the matrix is stored.
+        shape: (N, K).
+        x_SK: of one of `DTYPES`, contiguous.
+        exact: keep activations in float32 instead; slower.
+        isa: one of `isas()` instead of the best.
+    """
+    y_SN = x_SK.new_empty(x_SK.shape[0], shape[0])
+    _module.linear(
+        record,
+        shape[0],
+        spec.bits,
+        spec.group_size,
+        LEVELS.index(spec.levels),
+        x_SK.detach(),
+        y_SN,
+        exact,
+        torch.get_num_threads(),
+        isa,
+    )
+    return y_SN
+
+
+def experts(
+    data: Tensor,
+    table: Tensor,
+    inner: int,
+    x_TH: Tensor,
+    index_Tk: Tensor,
+    weight_Tk: Tensor,
+    *,
+    exact: bool = False,
+    isa: str = "",
+) -> Tensor:
+    """The routed experts of a layer, gated by SiLU, in one call: (T, H) in the dtype of x; for few tokens.
+
+    Every chosen matrix is read once, whatever its width. Activations and threads as in `linear`.
+
+    Args:
+        data: uint8, the layer's blob, on the CPU, contiguous, aligned to 2 bytes.
+        table: what says where matrices lie, int64, (E, 3, 4), as on disk (docs/format.md).
+        inner: width of an expert.
+        x_TH: of one of `DTYPES`, contiguous.
+        index_Tk: experts of each token, int64; numbers that are too large are left out.
+        weight_Tk: their weights, of one of `DTYPES`.
+        exact: keep activations in float32 instead; slower.
+        isa: one of `isas()` instead of the best.
+
+    Raises:
+        ValueError: the table points outside the blob.
+    """
+    y_TH = torch.empty_like(x_TH)
+    _module.experts(
+        data, table, inner, x_TH.detach(), index_Tk, weight_Tk.detach(), y_TH, exact, torch.get_num_threads(), isa
+    )
+    return y_TH
+
+
+def read_bandwidth(data: Tensor, *, isa: str = "") -> float:
+    """Bytes per second at which torch's number of threads reads a buffer once; give one larger than all caches."""
+    return _module.read_bandwidth(data, torch.get_num_threads(), isa)

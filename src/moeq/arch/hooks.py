@@ -14,6 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 EXPERTS_IMPLEMENTATION = "moeq"
 HANDLER = "moeq"
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+_GATES_BY_SILU = "_moeq_gates_by_silu"
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -70,6 +71,28 @@ def activation(experts: nn.Module, expert: int, gate_SI: Tensor | None, up_SI: T
     if bias is not None:
         fused = fused + bias[expert]  # type: ignore[index]
     return experts.act_fn(fused) if gate_SI is None else experts._apply_gate(fused)  # type: ignore[operator]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def gates_by_silu(experts: nn.Module, width: int) -> bool:
+    """Whether an expert is down(silu(gate) * up), with no bias, limit or norm anywhere; asked once of each module.
+
+    Families write their gate as code, so it is tried on numbers: small, large and of both signs.
+    """
+    known = experts.__dict__.get(_GATES_BY_SILU)
+    if known is None:
+        known = answers_plainly(experts) and _gate_is_silu(experts, width)
+        experts.__dict__[_GATES_BY_SILU] = known
+    return known
+
+
+@torch.inference_mode()
+def _gate_is_silu(experts: nn.Module, width: int) -> bool:
+    sizes = torch.tensor([-300.0, -30.0, -8.0, -1.0, -0.01, 0.01, 1.0, 8.0, 30.0, 300.0])
+    gate_SI = sizes.repeat_interleave(len(sizes)).unsqueeze(-1).expand(-1, width)
+    up_SI = sizes.repeat(len(sizes)).unsqueeze(-1).expand(-1, width)
+    wanted = torch.nn.functional.silu(gate_SI) * up_SI
+    return torch.allclose(activation(experts, 0, gate_SI, up_SI).float(), wanted, rtol=1e-4, atol=1e-6)
 
 
 def finish(experts: nn.Module, expert: int, down_SH: Tensor) -> Tensor:

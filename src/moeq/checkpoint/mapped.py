@@ -34,8 +34,8 @@ def map_file(path: Path, *, floats: bool = False) -> dict[str, Tensor]:
         dtype = TORCH_DTYPES[info.dtype] if floats and info.dtype in FLOATS else DTYPES.get(info.dtype)
         if dtype is not None:
             view = whole[info.start : info.stop]
-            # Blobs are aligned by the writer; a small table need not be.
-            if info.start % dtype.itemsize:
+            # Blobs are aligned by the writer; a small table need not be. Kernels read 16-bit scales from bytes.
+            if info.start % max(dtype.itemsize, 2):
                 view = view.clone()
             tensors[name] = view.view(dtype).view(info.shape)
     return tensors

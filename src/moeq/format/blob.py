@@ -48,6 +48,11 @@ def build_table(specs: Sequence[Sequence[QuantSpec]], shapes: Shapes) -> Tensor:
             offset += stored_bytes(spec, shapes[index]) if index < len(shapes) else 0
         entries.append(tuple(row))
     validate_table(tuple(entries), shapes, offset)
+    return table_of(tuple(entries))
+
+
+def table_of(entries: Entries) -> Tensor:
+    """The table, int64, [E, P, 4], that says what `entries` says."""
     rows = [[[at, spec.bits, spec.group_size, LEVELS.index(spec.levels)] for at, spec in expert] for expert in entries]
     return torch.tensor(rows, dtype=torch.int64)
 

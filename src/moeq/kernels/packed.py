@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moeq.artifacts import PROJECTIONS
+from moeq.format.blob import Entries
 from moeq.spec import QuantSpec, stored_bytes
 
 
@@ -16,11 +17,13 @@ class PackedMatrix:
         record: its bytes, uint8, (stored_bytes(spec, shape),).
         spec: how to read them.
         shape: (N, K).
+        exact: whether kernels keep activations in floats: always, never, or (None) unless few tokens are computed.
     """
 
     record: Tensor
     spec: QuantSpec
     shape: tuple[int, int]
+    exact: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,11 +34,15 @@ class PackedLayer:
         data: the layer's blob, uint8.
         entries: expert -> projection (storage order) -> (offset in the blob, spec).
         shapes: projection -> (N, K).
+        table: `entries` as on disk, int64, (E, P, 4), on the CPU; None if only the reference reads all records.
+        exact: whether kernels keep activations in floats: always, never, or (None) unless few tokens are computed.
     """
 
     data: Tensor
-    entries: tuple[tuple[tuple[int, QuantSpec], ...], ...]
+    entries: Entries
     shapes: dict[str, tuple[int, int]]
+    table: Tensor | None = None
+    exact: bool | None = None
 
     @property
     def num_experts(self) -> int:
@@ -47,4 +54,5 @@ class PackedLayer:
         position = [name for name in PROJECTIONS if name in self.shapes].index(projection)
         offset, spec = self.entries[expert][position]
         shape = self.shapes[projection]
-        return PackedMatrix(record=self.data[offset : offset + stored_bytes(spec, shape)], spec=spec, shape=shape)
+        record = self.data[offset : offset + stored_bytes(spec, shape)]
+        return PackedMatrix(record=record, spec=spec, shape=shape, exact=self.exact)

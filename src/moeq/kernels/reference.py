@@ -16,6 +16,7 @@ from moeq.kernels.packed import PackedLayer, PackedMatrix
 
 Decode = Callable[[torch.dtype], Tensor]
 """The weights (N, K) in a dtype."""
+Linear = Callable[[Tensor, PackedMatrix], Tensor]
 
 
 class _DecodedMatmul(torch.autograd.Function):
@@ -43,7 +44,13 @@ def linear(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
 
 
 def experts(
-    module: nn.Module, layer: PackedLayer, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    module: nn.Module,
+    layer: PackedLayer,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    linear: Linear = linear,
 ) -> Tensor:
     """The routed experts of one layer.
 
@@ -53,6 +60,7 @@ def experts(
         hidden_states: (T, H).
         top_k_index: (T, k).
         top_k_weights: (T, k).
+        linear: computes x W^T for one matrix.
 
     Returns:
         (T, H) in the dtype of `hidden_states`.

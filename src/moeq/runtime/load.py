@@ -11,15 +11,25 @@ from moeq import codec
 from moeq.errors import DeviceError, MoeqError, PackedError
 from moeq.format.manifest import Manifest
 from moeq.format.validate import validate_packed
+from moeq.runtime.modules import PackedExperts, PackedLinear
 
 
-def load(directory: str | Path, *, device: str | torch.device = "auto", dtype: Any = "auto") -> PreTrainedModel:
+def load(
+    directory: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: Any = "auto",
+    exact_activations: bool | None = None,
+) -> PreTrainedModel:
     """A packed checkpoint as a model; experts stay packed and decode one matrix at a time.
 
     Args:
         directory: what `moeq quantize` wrote.
         device: "auto" (CUDA when there is one), "cpu" or "cuda[:n]".
         dtype: compute dtype of everything that is not packed; "auto" takes the checkpoint's.
+        exact_activations: True keeps activations in floats, which is slower; False rounds them to 8 bits wherever few
+            tokens meet a matrix, also in large batches; None rounds them only in calls of few tokens, so that prompts
+            and evaluations are computed with floats and decoding is fast. Kernels on GPUs never round.
 
     Raises:
         PackedError: not a packed checkpoint, or one whose parts contradict each other.
@@ -39,6 +49,9 @@ def load(directory: str | Path, *, device: str | torch.device = "auto", dtype: A
             file=path / "config.json",
             fix="download the checkpoint again, or quantize the model again",
         ) from error
+    for module in model.modules():
+        if isinstance(module, (PackedExperts, PackedLinear)):
+            module.exact = exact_activations
     return model.to(place).eval()
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moeq.format import blob
 from moeq.format.blob import Entries
 from moeq.format.packing import decode_matrix
 from moeq.format.spectral import SpectralShape
@@ -28,18 +29,24 @@ class PackedExperts(nn.Module):
         super().__init__()
         self.shapes = shapes
         self.entries: Entries = ()
+        self.exact: bool | None = None
+        self._table: Tensor | None = None
         self.register_buffer("data", None, persistent=False)
 
     def bind(self, data: Tensor, entries: Entries) -> None:
         """Take the layer's blob (uint8) and what its table says."""
         self.data = data
         self.entries = entries
+        plain = all(spec.codebooks is None for expert in entries for _, spec in expert)
+        self._table = blob.table_of(entries) if plain else None
 
     @property
     def layer(self) -> PackedLayer:
         """The packed weights, as views."""
         assert self.data is not None, "used before loading"
-        return PackedLayer(data=self.data, entries=self.entries, shapes=self.shapes)
+        return PackedLayer(
+            data=self.data, entries=self.entries, shapes=self.shapes, table=self._table, exact=self.exact
+        )
 
     def weights(self, expert: int, projection: str) -> Tensor:
         """What the bytes of one matrix decode to, (N, K) float32 on the CPU."""
@@ -160,6 +167,7 @@ class PackedLinear(nn.Module):
         self.out_features = linear.out_features
         self.bias = linear.bias
         self.spec: QuantSpec | None = None
+        self.exact: bool | None = None
         self.register_buffer("data", None, persistent=False)
 
     def bind(self, data: Tensor, spec: QuantSpec) -> None:
@@ -172,7 +180,8 @@ class PackedLinear(nn.Module):
         """The packed weights, as views."""
         assert self.data is not None, "used before loading"
         assert self.spec is not None
-        return PackedMatrix(record=self.data, spec=self.spec, shape=(self.out_features, self.in_features))
+        shape = self.out_features, self.in_features
+        return PackedMatrix(record=self.data, spec=self.spec, shape=shape, exact=self.exact)
 
     @property
     def weight(self) -> Tensor:

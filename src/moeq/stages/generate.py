@@ -44,7 +44,7 @@ def run(
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.numel() == 0:
         raise OptionError("the prompt has no tokens", option="prompt", fix="give some text")
-    loaded = quality.load_any(directory, device)
+    loaded = quality.load_any(directory, device, exact_activations=None)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with torch.random.fork_rng(enabled=temperature > 0), torch.inference_mode():
         torch.manual_seed(seed)

@@ -19,10 +19,19 @@ from moeq.format.manifest import MANIFEST_NAME
 from moeq.runtime import load
 
 
-def load_any(directory: Path, device: str | torch.device = "auto", dtype: object = "auto") -> PreTrainedModel:
-    """A model to measure: packed by moeq, or any causal model that transformers loads."""
+def load_any(
+    directory: Path,
+    device: str | torch.device = "auto",
+    dtype: object = "auto",
+    *,
+    exact_activations: bool | None = True,
+) -> PreTrainedModel:
+    """A model to measure: packed by moeq, or any causal model that transformers loads.
+
+    What is measured is the weights: activations are not rounded unless asked for, however short a window is.
+    """
     if (directory / MANIFEST_NAME).is_file():
-        return load.load(directory, device=device, dtype=dtype)
+        return load.load(directory, device=device, dtype=dtype, exact_activations=exact_activations)
     place = load.pick_device(device)
     try:
         model = load.from_pretrained(directory, dtype)

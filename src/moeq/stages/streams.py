@@ -130,7 +130,7 @@ def _open_packed(
     directory: Path, inventory: Inventory, device: torch.device, dtype: torch.dtype | None
 ) -> Iterator[tuple[PreTrainedModel, BlockLoader]]:
     _check_packed(validate_packed(directory), inventory, directory)
-    model = load.load(directory, device=device, dtype="auto" if dtype is None else dtype)
+    model = load.load(directory, device=device, dtype="auto" if dtype is None else dtype, exact_activations=True)
     wanted = compute_dtype(model.dtype, device)
     if wanted != model.dtype:
         model = model.to(wanted)

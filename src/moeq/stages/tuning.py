@@ -140,7 +140,7 @@ def retune(
 
 
 def _load(directory: Path, device: torch.device) -> PreTrainedModel:
-    model = load.load(directory, device=device)
+    model = load.load(directory, device=device, exact_activations=True)
     dtype = compute_dtype(model.dtype, device)
     return model if dtype == model.dtype else model.to(dtype)
 

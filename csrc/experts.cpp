@@ -1,0 +1,375 @@
+// See experts.h. All threads run the same function: they take pieces of work from shared counters, the large ones of a
+// phase first come first served, so that a thread that is slow or late costs little. Every row is computed as it would
+// be alone, and sums over experts go in the order of experts: results do not depend on the number of threads.
+#include "experts.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <vector>
+
+#include "threads.h"
+
+namespace moeq {
+namespace {
+
+struct Kernels {
+  Quantize* quantize;
+  Matvec* matvec;
+  SiluGate* silu_gate;
+  ToFloat* to_float;
+  FromFloat* from_float;
+  AddScaled* add_scaled;
+  ReadAll* read_all;
+};
+
+Kernels kernels_of(Isa isa) {
+  // Those of AVX-512 are compiled for VNNI.
+  if (isa == Isa::avx512 && !has_vnni()) isa = Isa::avx2;
+  return {MOEQ_PICK(isa, quantize),         MOEQ_PICK(isa, matvec),     MOEQ_PICK(isa, silu_gate),
+          MOEQ_PICK(isa, to_float_array),   MOEQ_PICK(isa, from_float_array), MOEQ_PICK(isa, add_scaled),
+          MOEQ_PICK(isa, read_all)};
+}
+
+constexpr int64_t kTileRows = 16;  // pieces are multiples of it
+constexpr int64_t kGatePieces = 16, kDownPieces = 8;  // pieces of work for each thread: balance against long runs
+
+// Rows of a piece if there are to be `pieces` of them.
+int64_t piece_rows(int64_t rows, int64_t pieces) {
+  const int64_t each = (rows + std::max<int64_t>(pieces, 1) - 1) / std::max<int64_t>(pieces, 1);
+  return std::max<int64_t>((each + kTileRows - 1) / kTileRows * kTileRows, kTileRows);
+}
+int64_t num_pieces(int64_t rows, int64_t each) { return (rows + each - 1) / each; }
+
+// Memory that is aligned as vectors want it.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : memory_(::operator new(std::max<size_t>(bytes, 64), std::align_val_t{64})) {}
+  ~Scratch() { ::operator delete(memory_, std::align_val_t{64}); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* get() const { return (char*)memory_; }
+  float* floats() const { return (float*)memory_; }
+
+ private:
+  void* memory_;
+};
+
+// Vectors of one length, laid out for the kernels.
+class Vectors {
+ public:
+  Vectors(int64_t count, int64_t columns)
+      : columns_(columns), each_((activation_bytes(columns) + 63) / 64 * 64), memory_((size_t)count * each_), all_((size_t)count) {
+    for (int64_t i = 0; i < count; i++) all_[(size_t)i] = place(memory_.get() + (size_t)i * each_, columns);
+  }
+  const Activations& operator[](int64_t i) const { return all_[(size_t)i]; }
+  float* x(int64_t i) const { return (float*)all_[(size_t)i].x; }
+  int64_t columns() const { return columns_; }
+
+ private:
+  int64_t columns_;
+  size_t each_;
+  Scratch memory_;
+  std::vector<Activations> all_;
+};
+
+// out[i][row] for a tile of rows after the other, so that its codes are in the cache for all vectors but the first.
+void product(const Kernels& kernels, bool exact, const Matrix& matrix, int64_t first, int64_t last,
+             const Activations* const* x, float* const* out, int64_t count) {
+  const int64_t tile = count > kMaxTokens ? kTileRows : last - first;
+  for (int64_t row = first; row < last; row += tile)
+    for (int64_t i = 0; i < count; i += kMaxTokens) {
+      MatvecJob job{&matrix, row, std::min(row + tile, last), {}, (int)std::min<int64_t>(count - i, kMaxTokens), {}, exact};
+      for (int t = 0; t < job.num_x; t++) {
+        job.x[t] = x[i + t];
+        job.out[t] = out[i + t];
+      }
+      kernels.matvec(job);
+    }
+}
+
+// A counter of its own cache line.
+struct alignas(64) Counter {
+  std::atomic<int64_t> value{0};
+  int64_t take() { return value.fetch_add(1, std::memory_order_relaxed); }
+  void done() { value.fetch_add(1, std::memory_order_release); }
+  void wait_for(int64_t count) const {
+    wait_until([&] { return value.load(std::memory_order_acquire) >= count; });
+  }
+};
+
+template <class Task>
+void on_threads(int threads, Task& task) {
+  run_on(threads, [](void* context) { (*(Task*)context)(); }, &task);
+}
+
+size_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+// Takes a vector in its dtype and prepares it for the kernels.
+void load(const Kernels& kernels, const Run& run, const void* from, Dtype dtype, const Vectors& to, int64_t i) {
+  kernels.to_float((const char*)from + (size_t)(i * to.columns()) * size_of(dtype), dtype, to.x(i), to.columns());
+  kernels.quantize(to[i], to.columns());
+  (void)run;
+}
+
+int64_t aligned(int64_t size) { return (size + 63) / 64 * 64; }
+
+int64_t plane_bytes(int64_t rows, int64_t columns, int width) {
+  return rows * (columns / kBlock * (kBlock / 8 * width) + (columns % kBlock + 7) / 8 * width);
+}
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+struct LinearTask {
+  const LinearJob& job;
+  const Run& run;
+  Kernels kernels;
+  Vectors x;
+  Scratch y;
+  std::vector<const Activations*> in;
+  std::vector<float*> out;
+  int64_t each;
+  Counter loading, loaded, multiplying;
+
+  LinearTask(const LinearJob& job, const Run& run)
+      : job(job),
+        run(run),
+        kernels(kernels_of(run.isa)),
+        x(job.tokens, job.matrix.columns),
+        y(job.dtype == Dtype::float32 ? 0 : (size_t)(job.tokens * job.matrix.rows) * sizeof(float)),
+        each(piece_rows(job.matrix.rows, run.threads * kGatePieces)) {
+    float* to = job.dtype == Dtype::float32 ? (float*)job.y : y.floats();
+    for (int64_t t = 0; t < job.tokens; t++) {
+      in.push_back(&x[t]);
+      out.push_back(to + t * job.matrix.rows);
+    }
+  }
+
+  void operator()() {
+    for (int64_t t; (t = loading.take()) < job.tokens; loaded.done()) load(kernels, run, job.x, job.dtype, x, t);
+    loaded.wait_for(job.tokens);
+    const int64_t rows = job.matrix.rows;
+    for (int64_t piece; (piece = multiplying.take()) < num_pieces(rows, each);) {
+      const int64_t first = piece * each, last = std::min(first + each, rows);
+      product(kernels, run.exact, job.matrix, first, last, in.data(), out.data(), job.tokens);
+      if (job.dtype == Dtype::float32) continue;
+      for (int64_t t = 0; t < job.tokens; t++)
+        kernels.from_float(out[(size_t)t] + first, job.dtype, (char*)job.y + (size_t)(t * rows + first) * 2, last - first);
+    }
+  }
+};
+
+// One expert that somebody chose.
+struct Chosen {
+  Matrix gate, up, down;
+  int64_t first, count;  // of its choices, in ExpertsTask
+};
+
+// A token's choice of an expert.
+struct Choice {
+  int64_t token;
+  float weight;
+};
+
+struct ExpertsTask {
+  const ExpertsJob& job;
+  const Run& run;
+  Kernels kernels;
+  std::vector<Chosen> chosen;
+  std::vector<Choice> choices;  // by expert, then by token
+  Vectors x;                    // by token
+  std::unique_ptr<Vectors> inner;  // by choice
+  std::unique_ptr<Scratch> up, down, sum;
+  std::vector<const Activations*> in, between;
+  std::vector<float*> gate_out, up_out, down_out;
+  std::unique_ptr<Counter[]> left;  // pieces of each expert that are done
+  int64_t gate_rows, down_rows;
+  Counter loading, loaded, gating, gated, adding;
+
+  ExpertsTask(const ExpertsJob& job, const Run& run)
+      : job(job), run(run), kernels(kernels_of(run.isa)), x(job.tokens, job.hidden) {
+    choose();
+    const size_t count = choices.size();
+    inner = std::make_unique<Vectors>((int64_t)count, job.inner);
+    up = std::make_unique<Scratch>(count * (size_t)job.inner * sizeof(float));
+    down = std::make_unique<Scratch>(count * (size_t)job.hidden * sizeof(float));
+    sum = std::make_unique<Scratch>((size_t)(job.tokens * job.hidden) * sizeof(float));
+    for (size_t i = 0; i < count; i++) {
+      in.push_back(&x[choices[i].token]);
+      between.push_back(&(*inner)[(int64_t)i]);
+      gate_out.push_back(inner->x((int64_t)i));
+      up_out.push_back(up->floats() + i * (size_t)job.inner);
+      down_out.push_back(down->floats() + i * (size_t)job.hidden);
+    }
+    left = std::make_unique<Counter[]>(chosen.size());
+    const int64_t experts = std::max<int64_t>((int64_t)chosen.size(), 1);
+    gate_rows = piece_rows(job.inner, (run.threads * kGatePieces + experts - 1) / experts);
+    down_rows = piece_rows(job.hidden, run.threads * kDownPieces);
+  }
+
+  void choose() {
+    std::vector<int64_t> counts((size_t)job.num_experts, 0);
+    const int64_t total = job.tokens * job.top_k;
+    for (int64_t i = 0; i < total; i++) {
+      require(job.index[i] >= 0, "an expert's number is negative");
+      if (job.index[i] < job.num_experts) counts[(size_t)job.index[i]]++;
+    }
+    std::vector<int64_t> next((size_t)job.num_experts, 0);
+    int64_t first = 0;
+    for (int64_t expert = 0; expert < job.num_experts; expert++) {
+      const int64_t count = counts[(size_t)expert];
+      next[(size_t)expert] = first;
+      if (!count) continue;
+      const int64_t* rows = job.table + expert * 12;
+      const auto matrix = [&](int at, int64_t n, int64_t k) {
+        const int64_t* row = rows + 4 * at;
+        return matrix_at(job.data, job.size, row[0], (int)row[1], row[2], (int)row[3], n, k);
+      };
+      chosen.push_back({matrix(0, job.inner, job.hidden), matrix(1, job.inner, job.hidden),
+                        matrix(2, job.hidden, job.inner), first, count});
+      first += count;
+    }
+    std::vector<float> weights((size_t)total);
+    kernels.to_float(job.weight, job.weight_dtype, weights.data(), total);
+    choices.resize((size_t)first);
+    for (int64_t i = 0; i < total; i++)
+      if (job.index[i] < job.num_experts)
+        choices[(size_t)next[(size_t)job.index[i]]++] = {i / job.top_k, weights[(size_t)i]};
+  }
+
+  void gate(int64_t piece) {
+    const int64_t pieces = num_pieces(job.inner, gate_rows), at = piece / pieces;
+    const int64_t first = piece % pieces * gate_rows, last = std::min(first + gate_rows, job.inner);
+    const Chosen& expert = chosen[(size_t)at];
+    const size_t start = (size_t)expert.first;
+    product(kernels, run.exact, expert.gate, first, last, &in[start], &gate_out[start], expert.count);
+    product(kernels, run.exact, expert.up, first, last, &in[start], &up_out[start], expert.count);
+    for (size_t i = start; i < start + (size_t)expert.count; i++)
+      kernels.silu_gate(gate_out[i] + first, up_out[i] + first, last - first);
+    // Whoever ends an expert's last piece prepares the input of its down projection.
+    if (left[(size_t)at].value.fetch_add(1, std::memory_order_acq_rel) + 1 < pieces) return;
+    for (size_t i = start; i < start + (size_t)expert.count; i++) kernels.quantize(*between[i], job.inner);
+    gated.done();
+  }
+
+  void add(int64_t piece) {
+    const int64_t first = piece * down_rows, last = std::min(first + down_rows, job.hidden);
+    for (int64_t t = 0; t < job.tokens; t++) std::fill_n(sum->floats() + t * job.hidden + first, last - first, 0.0f);
+    for (const Chosen& expert : chosen) {
+      const size_t start = (size_t)expert.first;
+      product(kernels, run.exact, expert.down, first, last, &between[start], &down_out[start], expert.count);
+      for (size_t i = start; i < start + (size_t)expert.count; i++)
+        kernels.add_scaled(down_out[i] + first, choices[i].weight, sum->floats() + choices[i].token * job.hidden + first,
+                           last - first);
+    }
+    for (int64_t t = 0; t < job.tokens; t++) {
+      const int64_t at = t * job.hidden + first;
+      kernels.from_float(sum->floats() + at, job.dtype, (char*)job.y + (size_t)at * size_of(job.dtype), last - first);
+    }
+  }
+
+  void operator()() {
+    for (int64_t t; (t = loading.take()) < job.tokens; loaded.done()) load(kernels, run, job.x, job.dtype, x, t);
+    loaded.wait_for(job.tokens);
+    const int64_t pieces = (int64_t)chosen.size() * num_pieces(job.inner, gate_rows);
+    for (int64_t piece; (piece = gating.take()) < pieces;) gate(piece);
+    gated.wait_for((int64_t)chosen.size());
+    for (int64_t piece; (piece = adding.take()) < num_pieces(job.hidden, down_rows);) add(piece);
+  }
+};
+
+struct DecodeTask {
+  const DecodeJob& job;
+  DecodeMatrix* decode;
+  int64_t each;
+  Counter decoding;
+
+  void operator()() {
+    const int64_t groups = (job.columns + job.group_size - 1) / job.group_size;
+    for (int64_t first; (first = decoding.take() * each) < job.rows;) {
+      DecodeJob part = job;
+      part.rows = std::min(each, job.rows - first);
+      for (int plane = 0; plane < job.num_planes; plane++)
+        part.planes[plane].data += plane_bytes(first, job.columns, job.planes[plane].width);
+      part.scale += first * groups;
+      part.zero = (const char*)job.zero + first * groups * (job.levels == Levels::asym ? 1 : 2);
+      part.w = (char*)job.w + (size_t)(first * job.columns) * size_of(job.dtype);
+      decode(part);
+    }
+  }
+};
+
+struct ReadTask {
+  const char* data;
+  size_t bytes, each;
+  ReadAll* read_all;
+  Counter reading;
+  std::atomic<uint64_t> all{0};
+
+  void operator()() {
+    for (int64_t piece; (size_t)(piece = reading.take()) * each < bytes;) {
+      const size_t first = (size_t)piece * each;
+      all.fetch_xor(read_all(data + first, std::min(each, bytes - first)), std::memory_order_relaxed);
+    }
+  }
+};
+
+}  // namespace
+
+Matrix matrix_at(const uint8_t* data, int64_t size, int64_t offset, int bits, int64_t group_size, int levels,
+                 int64_t rows, int64_t columns) {
+  require(bits >= 1 && bits <= 8 && bits != 7 && levels >= 0 && levels <= 3, "no such matrix");
+  require(group_size == -1 || group_size == 32 || group_size == 64 || group_size == 128, "no such group size");
+  require(rows > 0 && columns > 0 && rows < (1LL << 31) && columns < (1LL << 31), "no such shape");
+  require(offset >= 0 && offset <= size && (uintptr_t)(data + offset) % 2 == 0, "the record lies outside the blob");
+  Matrix out{};
+  out.bits = bits;
+  // One group may be wider than a row; the kernels go by the columns.
+  out.group_size = group_size == -1 ? columns : group_size;
+  out.levels = (Levels)levels;
+  out.rows = rows;
+  out.columns = columns;
+  const int widths[2] = {bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits, bits == 3 || bits == 5 ? 1 : bits == 6 ? 2 : 0};
+  int64_t at = offset;
+  for (int plane = 0; plane < 2; plane++) {
+    out.planes[plane] = data + at;
+    out.widths[plane] = widths[plane];
+    if (widths[plane]) at += aligned(plane_bytes(rows, columns, widths[plane]));
+  }
+  const int64_t groups = rows * ((columns + out.group_size - 1) / out.group_size);
+  out.scale = (const uint16_t*)(data + at);
+  at += aligned(2 * groups);
+  out.zero = data + at;
+  at += aligned(groups * (levels == 0 ? 1 : levels == 1 ? 2 : 0));
+  require(at <= size, "the record lies outside the blob");
+  return out;
+}
+
+void linear(const LinearJob& job, const Run& run) {
+  LinearTask task(job, run);
+  on_threads(run.threads, task);
+}
+
+void experts(const ExpertsJob& job, const Run& run) {
+  ExpertsTask task(job, run);
+  on_threads(run.threads, task);
+}
+
+void decode(const DecodeJob& job, const Run& run) {
+  DecodeTask task{job, MOEQ_PICK(run.isa, decode_matrix), piece_rows(job.rows, run.threads * kDownPieces), {}};
+  on_threads(run.threads, task);
+}
+
+double read_bandwidth(const void* data, size_t bytes, const Run& run) {
+  ReadTask task{(const char*)data, bytes, (size_t)1 << 22, kernels_of(run.isa).read_all, {}, {}};
+  const auto started = std::chrono::steady_clock::now();
+  on_threads(run.threads, task);
+  return (double)bytes / std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+}
+
+}  // namespace moeq

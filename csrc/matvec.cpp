@@ -1,0 +1,448 @@
+// See matvec.h. The integer kernels go along a row once: scales first, then the codes, whose products are added up in
+// lanes of floats and summed at the end of the row.
+#include "matvec.h"
+
+#include "dots.h"
+#include "lanes.h"
+#include "planes.h"
+
+namespace moeq::MOEQ_ISA {
+namespace {
+
+constexpr int64_t kTileRows = 16;  // rows that stay in the cache between two groups of vectors
+constexpr int64_t kAhead = 3072;   // bytes that codes are fetched ahead
+constexpr int kStreams = 2;        // places of a matrix that are read at once; 1 and 4 were slower
+
+inline int grain_of(int64_t group_size) { return group_size == 32 ? 2 : group_size == 64 ? 1 : 0; }
+inline bool is_grouped(int64_t group_size) { return group_size == 32 || group_size == 64 || group_size == 128; }
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+struct Zeros {
+  explicit Zeros(const Matrix& m)
+      : shared(m.levels == Levels::sym ? (float)(1 << (m.bits - 1)) : (float)((1 << m.bits) - 1) / 2),
+        step((float)(((1 << m.bits) - 1) / 255.0)) {}
+
+  float at(const Matrix& m, int64_t group) const {
+    if (m.levels == Levels::asym) return (float)((const uint8_t*)m.zero)[group] * step;
+    if (m.levels == Levels::asym16) return half_to_float(((const uint16_t*)m.zero)[group]);
+    return shared;
+  }
+
+  float shared;  // of all groups
+  float step;    // of zeros in bytes
+};
+
+// The codes of block `block` of a row.
+inline int unpack_row(const Matrix& m, int64_t row, int64_t block, uint8_t* codes) {
+  const int here = (int)min_of(m.columns - block * kBlock, kBlock);
+  for (int plane = 0; plane < 2 && m.widths[plane]; plane++) {
+    const int width = m.widths[plane];
+    const uint8_t* in = m.planes[plane] + row * row_bytes(m.columns, width) + block * (kBlock / 8 * width);
+    unpack_plane(in, width, here, plane == 0, codes);
+  }
+  return here;
+}
+
+// One block in plain integers: the end of a row, and every block where there are no kernels.
+inline void plain_block(const Matrix& m, const Zeros& zeros, int64_t row, int64_t block, const MatvecJob& job,
+                        float* sums) {
+  alignas(64) uint8_t codes[kBlock] = {};
+  const int here = unpack_row(m, row, block, codes);
+  const bool whole = !is_grouped(m.group_size);
+  const int size = whole ? kBlock : (int)m.group_size;
+  const int grain = grain_of(m.group_size);
+  const int64_t groups = whole ? 1 : (m.columns + size - 1) / size;
+  for (int start = 0; start < here; start += size) {
+    const int64_t part = (block * kBlock + start) / size;
+    const int64_t at = row * groups + (whole ? 0 : part);
+    const float scale = half_to_float(m.scale[at]), zero = zeros.at(m, at);
+    for (int t = 0; t < job.num_x; t++) {
+      const int8_t* q = job.x[t]->q + block * kBlock + start;
+      int32_t dot = 0;
+      for (int j = 0; j < size; j++) dot += (int32_t)codes[start + j] * q[j];
+      sums[t] += scale * job.x[t]->scale[grain][part] * ((float)dot - zero * job.x[t]->sum[grain][part]);
+    }
+  }
+}
+
+#if MOEQ_DOTS
+
+inline float sum_lanes(__m256 v) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+// Eight scales or zeros, of which `there` may be read; what is not there is 0.
+MOEQ_INLINE __m256 eight_halves(const uint16_t* from, int64_t there) {
+  if (there >= 8) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+  alignas(16) uint16_t some[8] = {};
+  std::memcpy(some, from, (size_t)there * 2);
+  return _mm256_cvtph_ps(_mm_load_si128((const __m128i*)some));
+}
+MOEQ_INLINE __m256 eight_bytes(const uint8_t* from, int64_t there) {
+  uint64_t some = 0;
+  std::memcpy(&some, from, there >= 8 ? 8 : (size_t)there);
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)some)));
+}
+MOEQ_INLINE __m256 first_lanes(__m256 v, int64_t count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), lane)));
+}
+
+template <int kBits>
+constexpr float offset_of() {
+  return kBits == 8 ? 128.0f : 0.0f;
+}
+
+// Scales of `count` runs of a row from `start` on, times those of the vectors, into scale, `stride` apart for
+// each vector; the part of the zeros is
+// taken off the sums.
+template <int kBits, int kParts, int kTokens>
+MOEQ_INLINE void prepare(const Matrix& m, const Zeros& zeros, int64_t row, int64_t start, int64_t count,
+                         const MatvecJob& job, float* scale, int64_t stride, __m256* sums) {
+  constexpr int grain = kParts == 4 ? 2 : kParts == 2 ? 1 : 0;
+  const bool whole = !is_grouped(m.group_size);
+  const int64_t groups = whole ? 1 : (m.columns + m.group_size - 1) / m.group_size;
+  const int64_t at = row * groups + (whole ? 0 : start);
+  __m256 w = _mm256_setzero_ps(), z = _mm256_set1_ps(zeros.shared - offset_of<kBits>());
+  if (whole) {
+    w = _mm256_set1_ps(half_to_float(m.scale[at]));
+    z = _mm256_set1_ps(zeros.at(m, at) - offset_of<kBits>());
+  }
+  for (int64_t g = 0; g < count; g += 8) {
+    if (!whole) {
+      // At the end of a row the next one is read along; only at the end of the matrix there is none.
+      const int64_t there = groups * m.rows - at - g;
+      w = eight_halves(m.scale + at + g, there);
+      if (m.levels == Levels::asym)
+        z = _mm256_fmsub_ps(eight_bytes((const uint8_t*)m.zero + at + g, there), _mm256_set1_ps(zeros.step),
+                            _mm256_set1_ps(offset_of<kBits>()));
+      else if (m.levels == Levels::asym16)
+        z = _mm256_sub_ps(eight_halves((const uint16_t*)m.zero + at + g, there), _mm256_set1_ps(offset_of<kBits>()));
+    }
+    if (count - g < 8) w = first_lanes(w, count - g);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; t++) {
+      const __m256 both = _mm256_mul_ps(w, _mm256_loadu_ps(job.x[t]->scale[grain] + start + g));
+      _mm256_store_ps(scale + t * stride + g, _mm256_mul_ps(both, _mm256_set1_ps(1 / Dots<kBits>::kUnit)));
+      const __m256 sum = _mm256_loadu_ps(job.x[t]->sum[grain] + start + g);
+      sums[t] = _mm256_fnmadd_ps(_mm256_mul_ps(both, z), sum, sums[t]);
+    }
+  }
+}
+
+// Asks for what a plane of some width needs `kAhead` bytes later, each line of 64 bytes once.
+template <int kWidth>
+MOEQ_INLINE void fetch(const uint8_t* at, int64_t block) {
+  if (kWidth >= 4 || (kWidth == 2 && block % 2 == 0) || (kWidth == 1 && block % 4 == 0))
+    __builtin_prefetch(at + kAhead);
+  if (kWidth == 8) __builtin_prefetch(at + kAhead + 64);
+}
+
+// What the inner loop holds in registers: sums of one row times kTokens vectors, or of two rows times one. Named, not
+// an array: compilers keep those in memory.
+struct Sums {
+  __m256 a, b, c, d;
+};
+
+// `num_rows` rows from starts[0] on, or as many from each of kPlaces starts: memory is read faster in several places at
+// once. Scales and zeros of all rows come first: done row by row they would hold up the codes.
+template <int kBits, int kParts, int kTokens, int kPlaces>
+void rows(const MatvecJob& job, const int64_t* starts, int64_t num_rows) {
+  static_assert(kTokens == 1 || kPlaces == 1, "one or the other");
+  const Matrix& m = *job.matrix;
+  const Zeros zeros(m);
+  constexpr int kSlots = kTokens * kPlaces;
+  constexpr int width1 = kBits == 3 ? 2 : kBits == 5 || kBits == 6 ? 4 : kBits, width2 = kBits - width1;
+  constexpr int kRuns = 128 / kTokens;  // scales of a row that are made at a time
+  constexpr int64_t kSegment = kRuns / kParts;
+  const int64_t full = m.columns / kBlock;
+  const int64_t bytes1 = row_bytes(m.columns, width1), bytes2 = width2 ? row_bytes(m.columns, width2) : 0;
+  alignas(64) float scale[kTileRows / kPlaces][kSlots][kRuns];
+  __m256 sums[kTileRows / kPlaces][kSlots];
+  for (int64_t r = 0; r < num_rows; r++)
+    for (int slot = 0; slot < kSlots; slot++) sums[r][slot] = _mm256_setzero_ps();
+  for (int64_t segment = 0; segment < full; segment += kSegment) {
+    const int64_t count = min_of(full - segment, kSegment);
+    for (int stream = 0; stream < kPlaces; stream++)
+      for (int64_t r = 0; r < num_rows; r++)
+        prepare<kBits, kParts, kTokens>(m, zeros, starts[stream] + r, segment * kParts, count * kParts, job,
+                                        scale[r][stream], kRuns, &sums[r][stream]);
+    const auto codes = [&](const uint8_t* plane, int64_t bytes, int width, int stream) {
+      return plane + starts[stream < kPlaces ? stream : 0] * bytes + segment * (16 * width);
+    };
+    const auto activations = [&](int t) { return job.x[t < kTokens ? t : 0]->q + segment * kBlock; };
+    const int8_t *q0 = activations(0), *q1 = activations(1), *q2 = activations(2), *q3 = activations(3);
+    for (int64_t r = 0; r < num_rows; r++) {
+      const uint8_t* plane2 = width2 ? m.planes[1] : m.planes[0];
+      const uint8_t* first0 = codes(m.planes[0] + r * bytes1, bytes1, width1, 0);
+      const uint8_t* first1 = codes(m.planes[0] + r * bytes1, bytes1, width1, 1);
+      const uint8_t* second0 = codes(plane2 + r * bytes2, bytes2, width2, 0);
+      const uint8_t* second1 = codes(plane2 + r * bytes2, bytes2, width2, 1);
+      const float* scales = &scale[r][0][0];
+      Sums sum{sums[r][0], sums[r][1 % kSlots], sums[r][2 % kSlots], sums[r][3 % kSlots]};
+      for (int64_t block = 0; block < count; block++) {
+        const int64_t at = block * kBlock, at1 = block * (16 * width1), at2 = block * (16 * width2);
+        const float* here = scales + block * kParts;
+        Dots<kBits> dots;
+        dots.load(first0 + at1, second0 + at2);
+        sum.a = dots.template add<kParts>(q0 + at, here, sum.a);
+        if (kSlots > 1) {
+          if (kPlaces > 1) dots.load(first1 + at1, second1 + at2);
+          sum.b = dots.template add<kParts>(q1 + at, here + kRuns, sum.b);
+        }
+        if (kSlots > 2) {
+          sum.c = dots.template add<kParts>(q2 + at, here + 2 * kRuns, sum.c);
+          sum.d = dots.template add<kParts>(q3 + at, here + 3 * kRuns, sum.d);
+        }
+        fetch<width1>(first0 + at1, block);
+        fetch<width2>(second0 + at2, block);
+        if (kPlaces > 1) {
+          fetch<width1>(first1 + at1, block);
+          fetch<width2>(second1 + at2, block);
+        }
+      }
+      sums[r][0] = sum.a;
+      if (kSlots > 1) sums[r][1 % kSlots] = sum.b;
+      if (kSlots > 2) {
+        sums[r][2 % kSlots] = sum.c;
+        sums[r][3 % kSlots] = sum.d;
+      }
+    }
+  }
+  for (int stream = 0; stream < kPlaces; stream++)
+    for (int64_t r = 0; r < num_rows; r++) {
+      float tails[kMaxTokens] = {};
+      const int64_t row = starts[stream] + r;
+      if (full * kBlock != m.columns) plain_block(m, zeros, row, full, job, tails);
+      for (int t = 0; t < kTokens; t++) job.out[t][row] = sum_lanes(sums[r][stream + t]) + tails[t];
+    }
+}
+
+template <int kBits, int kParts, int kTokens>
+void rows_in_streams(const MatvecJob& job) {
+  int64_t row = job.first;
+  if (kTokens == 1) {
+    constexpr int64_t each = kTileRows / kStreams;
+    const int64_t part = (job.last - row) / kStreams;
+    for (int64_t r = 0; r < part; r += each) {
+      int64_t starts[kStreams];
+      for (int stream = 0; stream < kStreams; stream++) starts[stream] = row + stream * part + r;
+      rows<kBits, kParts, 1, kStreams>(job, starts, min_of(each, part - r));
+    }
+    row += part * kStreams;
+  }
+  for (; row < job.last; row += kTileRows)
+    rows<kBits, kParts, kTokens, 1>(job, &row, min_of(kTileRows, job.last - row));
+}
+
+template <int kBits, int kTokens>
+void rows_by_group(const MatvecJob& job) {
+  const int grain = grain_of(job.matrix->group_size);
+  if (grain == 2) return rows_in_streams<kBits, 4, kTokens>(job);
+  if (grain == 1) return rows_in_streams<kBits, 2, kTokens>(job);
+  return rows_in_streams<kBits, 1, kTokens>(job);
+}
+
+template <int kTokens>
+void rows_by_bits(const MatvecJob& job) {
+  switch (job.matrix->bits) {
+    case 1:
+      return rows_by_group<1, kTokens>(job);
+    case 2:
+      return rows_by_group<2, kTokens>(job);
+    case 3:
+      return rows_by_group<3, kTokens>(job);
+    case 4:
+      return rows_by_group<4, kTokens>(job);
+    case 5:
+      return rows_by_group<5, kTokens>(job);
+    case 6:
+      return rows_by_group<6, kTokens>(job);
+    default:
+      return rows_by_group<8, kTokens>(job);
+  }
+}
+
+void integer_rows(const MatvecJob& all) {
+  if (all.num_x == 1) return rows_by_bits<1>(all);
+  for (int64_t tile = all.first; tile < all.last; tile += kTileRows) {
+    for (int t = 0; t < all.num_x;) {
+      const int here = all.num_x - t >= 4 ? 4 : all.num_x - t >= 2 ? 2 : 1;
+      MatvecJob job{all.matrix, tile, min_of(tile + kTileRows, all.last), {}, here, {}, false};
+      for (int i = 0; i < here; i++) {
+        job.x[i] = all.x[t + i];
+        job.out[i] = all.out[t + i];
+      }
+      if (here == 4)
+        rows_by_bits<4>(job);
+      else if (here == 2)
+        rows_by_bits<2>(job);
+      else
+        rows_by_bits<1>(job);
+      t += here;
+    }
+  }
+}
+
+#else
+
+void integer_rows(const MatvecJob& job) {
+  const Matrix& m = *job.matrix;
+  const Zeros zeros(m);
+  for (int64_t row = job.first; row < job.last; row++) {
+    float sums[kMaxTokens] = {};
+    for (int64_t block = 0; block < num_blocks(m.columns); block++) plain_block(m, zeros, row, block, job, sums);
+    for (int t = 0; t < job.num_x; t++) job.out[t][row] = sums[t];
+  }
+}
+
+#endif
+
+MOEQ_INLINE F load(const float* from) {
+  F out;
+  std::memcpy(&out, from, sizeof out);
+  return out;
+}
+
+inline float sum_lanes(F v) {
+  alignas(64) float lanes[kLanes];
+  store(lanes, v);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+  return lanes[0];
+}
+
+// Weights as docs/format.md says, times floats.
+void exact_rows(const MatvecJob& job) {
+  const Matrix& m = *job.matrix;
+  const Zeros zeros(m);
+  const int64_t groups = (m.columns + m.group_size - 1) / m.group_size;
+  for (int64_t row = job.first; row < job.last; row++) {
+    F sums[kMaxTokens];
+    for (int t = 0; t < job.num_x; t++) sums[t] = all(0.0f);
+    for (int64_t block = 0; block < num_blocks(m.columns); block++) {
+      alignas(64) uint8_t codes[kBlock] = {};
+      alignas(64) float w[kBlock] = {};
+      const int64_t column = block * kBlock;
+      const int here = unpack_row(m, row, block, codes);
+      for (int start = 0; start < here;) {
+        const int64_t group = (column + start) / m.group_size;
+        const int stop = (int)min_of(here, (group + 1) * m.group_size - column);
+        const int64_t at = row * groups + group;
+        const float scale = half_to_float(m.scale[at]), zero = zeros.at(m, at);
+        for (int j = start; j < stop; j++) w[j] = ((float)codes[j] - zero) * scale;
+        start = stop;
+      }
+      for (int t = 0; t < job.num_x; t++)
+        for (int j = 0; j < kBlock; j += kLanes)
+          sums[t] = fma(load(w + j), load(job.x[t]->x + column + j), sums[t]);
+    }
+    for (int t = 0; t < job.num_x; t++) job.out[t][row] = sum_lanes(sums[t]);
+  }
+}
+
+}  // namespace
+
+void quantize(const Activations& out, int64_t columns) {
+  float* x = (float*)out.x;
+  int8_t* q = (int8_t*)out.q;
+  const int64_t blocks = num_blocks(columns);
+  for (int64_t column = columns; column < blocks * kBlock; column++) x[column] = 0.0f;
+  for (int grain = 0; grain < kGrains; grain++)
+    for (int64_t run = blocks << grain; run % 8; run++)
+      ((float*)out.scale[grain])[run] = ((float*)out.sum[grain])[run] = 0.0f;
+  for (int64_t block = 0; block < blocks; block++) {
+    const float* from = x + block * kBlock;
+    int8_t* to = q + block * kBlock;
+    uint32_t largest = 0;  // floats without signs are ordered as their bits are
+    for (int j = 0; j < kBlock; j++) {
+      const uint32_t size = bits_from_float(from[j]) & 0x7fffffffu;
+      largest = size > largest ? size : largest;
+    }
+    const bool finite = largest < 0x7f800000u;
+    const float top = float_from_bits(largest);
+    const bool some = finite && top > 1e-30f;
+    const float scale = some ? top / 127.0f : finite ? 0.0f : float_from_bits(0x7fc00000u);
+    const float inverse = some ? 127.0f / top : 0.0f;
+    constexpr float rounder = 1.5f * kRounder;
+    for (int j = 0; j < kBlock; j++) {
+      const float scaled = finite ? from[j] * inverse : 0.0f;
+      to[j] = (int8_t)(bits_from_float(scaled + rounder) - bits_from_float(rounder));
+    }
+    float sums[4];
+    for (int part = 0; part < 4; part++) {
+      int32_t sum = 0;
+      for (int j = 0; j < 32; j++) sum += to[32 * part + j];
+      sums[part] = (float)sum;
+    }
+    for (int grain = 0; grain < kGrains; grain++) {
+      const int parts = 1 << grain;
+      for (int part = 0; part < parts; part++) {
+        float sum = 0.0f;
+        for (int j = part * (4 / parts); j < (part + 1) * (4 / parts); j++) sum += sums[j];
+        ((float*)out.scale[grain])[block * parts + part] = scale;
+        ((float*)out.sum[grain])[block * parts + part] = sum;
+      }
+    }
+  }
+}
+
+void matvec(const MatvecJob& job) {
+  if (job.exact)
+    exact_rows(job);
+  else
+    integer_rows(job);
+}
+
+void silu_gate(float* inner, const float* up, int64_t count) {
+  for (int64_t j = 0; j < count; j += kLanes) {
+    alignas(64) float gate_here[kLanes] = {}, up_here[kLanes] = {};
+    const size_t size = (size_t)min_of(count - j, kLanes) * sizeof(float);
+    std::memcpy(gate_here, inner + j, size);
+    std::memcpy(up_here, up + j, size);
+    const F gate = load(gate_here);
+    const F decay = two_to(max(abs(gate) * all(-1.44269504f), all(-127.0f)));  // e^-|gate|
+    const F sigmoid = select(less(gate, all(0.0f)), decay, all(1.0f)) / (all(1.0f) + decay);
+    store(gate_here, gate * sigmoid * load(up_here));
+    std::memcpy(inner + j, gate_here, size);
+  }
+}
+
+void to_float_array(const void* from, Dtype dtype, float* to, int64_t count) {
+  const uint16_t* halves = (const uint16_t*)from;
+  if (dtype == Dtype::float32)
+    std::memcpy(to, from, (size_t)count * sizeof(float));
+  else if (dtype == Dtype::bfloat16)
+    for (int64_t j = 0; j < count; j++) to[j] = float_from_bits((uint32_t)halves[j] << 16);
+  else
+    for (int64_t j = 0; j < count; j++) to[j] = half_to_float(halves[j]);
+}
+
+void from_float_array(const float* from, Dtype dtype, void* to, int64_t count) { store_as(from, count, dtype, to, 0); }
+
+void add_scaled(const float* from, float weight, float* to, int64_t count) {
+  for (int64_t j = 0; j < count; j++) to[j] += weight * from[j];
+}
+
+uint64_t read_all(const void* from, size_t bytes) {
+  // The fastest of the loops tried: four runs, some lines of each at a time, left to the hardware to fetch ahead.
+  typedef uint64_t Words __attribute__((vector_size(32), aligned(1), may_alias));
+  constexpr size_t kStep = 256;
+  const char* at = (const char*)from;
+  const size_t quarter = bytes / 4 / kStep * kStep;
+  Words a = {}, b = {}, c = {}, d = {};
+  for (size_t j = 0; j < quarter; j += kStep)
+    for (size_t run = 0; run < 4; run++) {
+      const Words* here = (const Words*)(at + run * quarter + j);
+      a ^= here[0] ^ here[4];
+      b ^= here[1] ^ here[5];
+      c ^= here[2] ^ here[6];
+      d ^= here[3] ^ here[7];
+    }
+  a ^= b ^ c ^ d;
+  return a[0] ^ a[1] ^ a[2] ^ a[3];
+}
+
+}  // namespace moeq::MOEQ_ISA

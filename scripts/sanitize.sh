@@ -1,0 +1,30 @@
+#!/bin/sh
+# Builds tests/native/check_kernels.cpp with sanitizers and runs it: make sanitize.
+set -eu
+cd "$(dirname "$0")/.."
+out=build/sanitize
+mkdir -p "$out"
+cxx="${CXX:-g++}"
+common="-std=gnu++17 -O1 -g -ffp-contract=off -fno-math-errno -Wno-psabi -Icsrc -DMOEQ_OWN_THREADS -fno-omit-frame-pointer"
+sets="base"
+[ "$(uname -m)" = x86_64 ] && sets="base avx2 avx512"
+for kind in address,undefined thread; do
+  objects=""
+  for isa in $sets; do
+    case $isa in
+      base) flags="" ;;
+      avx2) flags="-mavx2 -mfma -mf16c" ;;
+      avx512) flags="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c" ;;
+    esac
+    for kernel in matvec decoding; do
+      object="$out/$kernel-$isa.o"
+      # shellcheck disable=SC2086
+      $cxx $common $flags -fsanitize=$kind -fno-sanitize=alignment -DMOEQ_ISA=$isa -c csrc/$kernel.cpp -o "$object"
+      objects="$objects $object"
+    done
+  done
+  # shellcheck disable=SC2086
+  $cxx $common -fsanitize=$kind -fno-sanitize=alignment tests/native/check_kernels.cpp csrc/experts.cpp \
+    csrc/threads.cpp $objects -o "$out/check-$kind" -pthread -ldl
+  echo "$kind: $("$out/check-$kind" "${1:-200}")"
+done

@@ -1,0 +1,253 @@
+"""Measures how fast a packed checkpoint runs on this machine's CPU, against the speed at which its memory is read.
+
+A token that is decoded must read every weight that takes part in it once: bytes per token over bytes per second is the
+time that no program can go below (the roofline). Both are measured here, in one run, with the same threads.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from moeq import native
+from moeq.checkpoint.read import resolve
+from moeq.components import basis_bytes
+from moeq.errors import OptionError
+from moeq.runtime import load
+from moeq.runtime.modules import PackedExperts, PackedLinear, SpectralExperts
+from moeq.spec import stored_bytes
+
+Progress = Callable[[str, int, int], None]
+
+BUFFER_BYTES: Final = 256 << 20
+"""What the bandwidth is measured on: more than last-level caches hold."""
+PROFILED_TOKENS: Final = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchReport:
+    """What was measured; see docs/json.md."""
+
+    model: str
+    threads: int
+    dtype: str
+    kernels: str
+    load_seconds: float
+    prefill_tokens: int
+    prefill_tokens_per_second: float
+    decode_tokens: int
+    decode_tokens_per_second: float
+    bytes_per_token: int
+    expert_bytes_per_token: int
+    read_bandwidth: float | None
+    roofline_tokens_per_second: float | None
+    roofline_share: float | None
+    shares: dict[str, float]
+    peak_rss: int
+
+
+def run(
+    model: str | Path,
+    *,
+    prompt_tokens: int = 512,
+    new_tokens: int = 64,
+    threads: int | None = None,
+    exact_activations: bool = False,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Run random tokens through a packed checkpoint, on the CPU.
+
+    Args:
+        model: what `moeq quantize` wrote.
+        prompt_tokens: tokens of the prompt, which are processed at once.
+        new_tokens: tokens decoded after it, one by one.
+        threads: of torch and of the kernels; None leaves torch's number.
+        exact_activations: do not round activations when decoding (`moeq.load`).
+        progress: called with what is done, how much of it, and how much there is.
+
+    Raises:
+        OptionError: a count below 1, or a prompt that is too long for the model.
+        PackedError: not a packed checkpoint, or a damaged one.
+    """
+    for option, value in (("prompt-tokens", prompt_tokens), ("new-tokens", new_tokens), ("threads", threads)):
+        if value is not None and value < 1:
+            raise OptionError(f"{value} is too small", option=option, fix="give at least 1")
+    directory = resolve(model)
+    started = time.perf_counter()
+    loaded = load.load(directory, device="cpu", exact_activations=exact_activations or None)
+    load_seconds = time.perf_counter() - started
+    longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and prompt_tokens + new_tokens + PROFILED_TOKENS > longest:
+        raise OptionError(
+            f"prompt, {new_tokens} new tokens and {PROFILED_TOKENS} to profile exceed the model's {longest}",
+            option="prompt-tokens",
+            fix="give fewer",
+        )
+    with _threads(threads), torch.inference_mode():
+        return _measure(loaded, str(directory), load_seconds, prompt_tokens, new_tokens, progress or _silent)
+
+
+def _measure(
+    model: Any, name: str, load_seconds: float, prompt_tokens: int, new_tokens: int, progress: Progress
+) -> BenchReport:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    prompt = torch.randint(0, vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    buffer = torch.ones(BUFFER_BYTES, dtype=torch.uint8) if native.available() else None
+    bandwidths = []
+    first: dict[str, Any] = {}
+    prefill = []
+    for round_ in range(2):  # the first one reads pages from disk
+        started = time.perf_counter()
+        first = model(input_ids=prompt, use_cache=True)
+        prefill.append(time.perf_counter() - started)
+        progress("prefill", round_ + 1, 2)
+    cache, token = first["past_key_values"], first["logits"][:, -1:].argmax(-1)
+    steps: list[float] = []
+    expert_bytes: list[int] = []
+    for step in range(new_tokens):
+        if buffer is not None and step % max(1, new_tokens // 8) == 0:  # bandwidth changes while others compute
+            bandwidths.append(native.read_bandwidth(buffer))
+        started = time.perf_counter()
+        token = model(input_ids=token, past_key_values=cache, use_cache=True)["logits"][:, -1:].argmax(-1)
+        steps.append(time.perf_counter() - started)
+        progress("decode", step + 1, new_tokens)
+    with _timed(model) as seconds, _counted(model, expert_bytes):
+        started = time.perf_counter()
+        for _ in range(PROFILED_TOKENS):
+            token = model(input_ids=token, past_key_values=cache, use_cache=True)["logits"][:, -1:].argmax(-1)
+        total = time.perf_counter() - started
+    per_token = sum(expert_bytes) // PROFILED_TOKENS
+    all_bytes = per_token + _other_bytes(model)
+    speed = 1 / statistics.median(steps)
+    bandwidth = statistics.median(bandwidths) if bandwidths else None
+    roofline = bandwidth / all_bytes if bandwidth is not None else None
+    shares = {part: value / total for part, value in seconds.items()}
+    return BenchReport(
+        model=name,
+        threads=torch.get_num_threads(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        kernels=native.isas()[0] if native.available() else "torch",
+        load_seconds=load_seconds,
+        prefill_tokens=prompt_tokens,
+        prefill_tokens_per_second=prompt_tokens / min(prefill),
+        decode_tokens=new_tokens,
+        decode_tokens_per_second=speed,
+        bytes_per_token=all_bytes,
+        expert_bytes_per_token=per_token,
+        read_bandwidth=bandwidth,
+        roofline_tokens_per_second=roofline,
+        roofline_share=None if roofline is None else speed / roofline,
+        shares={**shares, "rest": 1 - sum(shares.values())},
+        peak_rss=_peak_rss(),
+    )
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _hooked(hooks: list[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _timed(model: nn.Module) -> Iterator[dict[str, float]]:
+    """Seconds that experts and other linears take, while the context lasts."""
+    seconds = {"experts": 0.0, "linears": 0.0}
+    starts: list[float] = []
+
+    def before(*_: Any) -> None:
+        starts.append(time.perf_counter())
+
+    def after(part: str, *_: Any) -> None:
+        seconds[part] += time.perf_counter() - starts.pop()
+
+    hooks = []
+    for module in model.modules():
+        part = "experts" if _is_experts(module) else "linears" if _is_linear(module) else None
+        if part is not None:
+            hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(partial(after, part))]
+    with _hooked(hooks):
+        yield seconds
+
+
+@contextmanager
+def _counted(model: nn.Module, sizes: list[int]) -> Iterator[None]:
+    """Collects the bytes of the experts that are chosen, while the context lasts."""
+
+    def count(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        chosen = torch.unique(arguments[2]).tolist()
+        sizes.append(_chosen_bytes(module, [expert for expert in chosen if expert < _num_experts(module)]))
+
+    with _hooked([module.register_forward_pre_hook(count) for module in model.modules() if _is_experts(module)]):
+        yield
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return isinstance(module, PackedExperts | SpectralExperts)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, PackedLinear | nn.Linear)
+
+
+def _num_experts(module: nn.Module) -> int:
+    assert isinstance(module, PackedExperts | SpectralExperts)
+    return module.layer.num_experts
+
+
+def _chosen_bytes(module: nn.Module, experts: list[int]) -> int:
+    if isinstance(module, PackedExperts):
+        shapes = [shape for name, shape in module.shapes.items() if name != "gate"]
+        shapes = [module.shapes["gate"], *shapes] if "gate" in module.shapes else shapes
+        rows = (module.entries[expert] for expert in experts)
+        return sum(stored_bytes(spec, shape) for row in rows for (_, spec), shape in zip(row, shapes, strict=True))
+    assert isinstance(module, SpectralExperts)
+    layer = module.layer
+    entries = layer.entries.values()
+    bases = {entry.basis: basis_bytes(entry.basis_bits, entry.rank, layer.shape.hidden) for entry in entries}
+    slabs = layer.data.numel() - sum(bases.values())
+    return sum(bases.values()) + slabs * len(experts) // layer.num_experts
+
+
+def _other_bytes(model: Any) -> int:
+    """Everything but experts and embeddings: read once for each token."""
+    tables = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    output = model.get_output_embeddings()
+    tied = 0
+    if isinstance(output, nn.Linear) and id(output.weight) in tables:  # one table for both: the output reads all of it
+        tied = output.weight.numel() * output.weight.itemsize
+    plain = sum(p.numel() * p.itemsize for p in model.parameters() if id(p) not in tables)
+    packed = sum(module.matrix.record.numel() for module in model.modules() if isinstance(module, PackedLinear))
+    return plain + packed + tied
+
+
+def _peak_rss() -> int:
+    """Most bytes of memory that this process ever held, mapped files included; 0 where the system does not say."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("VmHWM")), 0)
+
+
+def _silent(_what: str, _done: int, _total: int) -> None:
+    pass

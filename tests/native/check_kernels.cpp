@@ -1,0 +1,169 @@
+// The kernels that multiply, without Python: for address, undefined-behaviour and thread sanitizers (make sanitize).
+// Every record lies in memory of exactly its size. Sums are compared with those of decoded weights, in double; results
+// of several threads and of one must be the same bits. Exits with 1 and a message at the first difference.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#include "experts.h"
+#include "threads.h"
+
+namespace {
+
+std::mt19937 random_bits(1);
+
+int pick(int from, int to) { return std::uniform_int_distribution<int>(from, to)(random_bits); }
+
+int64_t aligned(int64_t size) { return (size + 63) / 64 * 64; }
+
+struct Spec {
+  int bits;
+  int64_t group_size;
+  int levels;
+};
+
+Spec any_spec() {
+  const int bits[] = {1, 2, 3, 4, 5, 6, 8};
+  const int groups[] = {32, 64, 128, -1};
+  return {bits[pick(0, 6)], groups[pick(0, 3)], pick(0, 3)};
+}
+
+// A record of random codes, scales from 0.25 to 0.5 and small zeros.
+std::vector<uint8_t> record_of(const Spec& spec, int64_t rows, int64_t columns) {
+  const int first = spec.bits == 3 ? 2 : spec.bits > 4 && spec.bits < 8 ? 4 : spec.bits;
+  std::vector<uint8_t> out;
+  for (const int width : {first, spec.bits - first})
+    if (width) {
+      const int64_t row = columns / 128 * 16 * width + (columns % 128 + 7) / 8 * width;
+      for (int64_t i = 0; i < aligned(rows * row); i++) out.push_back((uint8_t)pick(0, 255));
+    }
+  const int64_t groups = rows * (spec.group_size < 0 ? 1 : (columns + spec.group_size - 1) / spec.group_size);
+  for (int64_t i = 0; i < aligned(2 * groups); i++) out.push_back(i % 2 ? 0x34 : (uint8_t)pick(0, 255));
+  const int zero_bytes = spec.levels == 0 ? 1 : spec.levels == 1 ? 2 : 0;
+  for (int64_t i = 0; i < aligned(zero_bytes * groups); i++)
+    out.push_back(zero_bytes == 1 ? (uint8_t)pick(0, 255) : i % 2 ? 0x3c : (uint8_t)pick(0, 255));
+  out.shrink_to_fit();
+  return out;
+}
+
+std::vector<float> decoded(const moeq::Matrix& m, const moeq::Run& run) {
+  std::vector<float> w((size_t)(m.rows * m.columns));
+  moeq::DecodeJob job{};
+  for (int plane = 0; plane < 2; plane++)
+    if (m.widths[plane]) job.planes[job.num_planes++] = {m.planes[plane], m.widths[plane]};
+  job.scale = m.scale;
+  job.zero = m.zero;
+  job.levels = m.levels;
+  job.bits = m.bits;
+  job.rows = m.rows;
+  job.columns = m.columns;
+  job.group_size = m.group_size;
+  job.w = w.data();
+  job.dtype = moeq::Dtype::float32;
+  moeq::decode(job, run);
+  return w;
+}
+
+void fail(const char* what, const Spec& spec, int64_t rows, int64_t columns, double error) {
+  std::printf("%s: %d bits, groups of %d, levels %d, %d x %d: error %g\n", what, spec.bits, (int)spec.group_size,
+              spec.levels, (int)rows, (int)columns, error);
+  std::exit(1);
+}
+
+void check_linear(moeq::Isa isa) {
+  const Spec spec = any_spec();
+  const int64_t rows = pick(1, 70), columns = pick(0, 3) ? pick(1, 600) : 128 * pick(1, 9), tokens = pick(1, 9);
+  const std::vector<uint8_t> record = record_of(spec, rows, columns);
+  moeq::LinearJob job{};
+  job.matrix = moeq::matrix_at(record.data(), (int64_t)record.size(), 0, spec.bits, spec.group_size, spec.levels, rows,
+                               columns);
+  std::vector<float> x((size_t)(tokens * columns)), one((size_t)(tokens * rows)), more(one.size());
+  for (float& value : x) value = std::normal_distribution<float>()(random_bits);
+  job.x = x.data();
+  job.dtype = moeq::Dtype::float32;
+  job.tokens = tokens;
+  const std::vector<float> w = decoded(job.matrix, {isa, 3, true});
+  for (const bool exact : {true, false}) {
+    job.y = one.data();
+    moeq::linear(job, {isa, 1, exact});
+    job.y = more.data();
+    moeq::linear(job, {isa, 3, exact});
+    if (one != more) fail("threads", spec, rows, columns, 0);
+    for (int64_t t = 0; t < tokens; t++)
+      for (int64_t row = 0; row < rows; row++) {
+        double sum = 0, size = 0;
+        for (int64_t j = 0; j < columns; j++) {
+          const double term = (double)w[(size_t)(row * columns + j)] * x[(size_t)(t * columns + j)];
+          sum += term;
+          size += term * term;
+        }
+        const double room = std::sqrt(size) + 0.5 * (1 << spec.bits);
+        const double error = std::fabs(sum - one[(size_t)(t * rows + row)]) / room;
+        if (!(error < (exact ? 1e-5 : 0.1))) fail(exact ? "exact" : "rounded", spec, rows, columns, error);
+      }
+  }
+}
+
+void check_experts(moeq::Isa isa) {
+  const int64_t hidden = pick(1, 300), inner = pick(1, 200), num = pick(1, 6), tokens = pick(1, 9), top_k = pick(1, 4);
+  std::vector<uint8_t> data;
+  std::vector<int64_t> table, index;
+  for (int64_t expert = 0; expert < num; expert++)
+    for (int at = 0; at < 3; at++) {
+      const Spec spec = any_spec();
+      const std::vector<uint8_t> record = record_of(spec, at == 2 ? hidden : inner, at == 2 ? inner : hidden);
+      for (const int64_t value : {(int64_t)data.size(), (int64_t)spec.bits, spec.group_size, (int64_t)spec.levels})
+        table.push_back(value);
+      data.insert(data.end(), record.begin(), record.end());
+    }
+  data.shrink_to_fit();
+  std::vector<float> x((size_t)(tokens * hidden)), weight((size_t)(tokens * top_k)), one(x.size()), more(x.size());
+  for (float& value : x) value = std::normal_distribution<float>()(random_bits);
+  for (float& value : weight) value = 0.5f;
+  for (int64_t i = 0; i < tokens * top_k; i++) index.push_back(pick(0, (int)num));  // num: nobody
+  moeq::ExpertsJob job{};
+  job.data = data.data();
+  job.size = (int64_t)data.size();
+  job.table = table.data();
+  job.num_experts = num;
+  job.hidden = hidden;
+  job.inner = inner;
+  job.tokens = tokens;
+  job.top_k = top_k;
+  job.x = x.data();
+  job.index = index.data();
+  job.weight = weight.data();
+  job.y = one.data();
+  moeq::experts(job, {isa, 1, false});
+  job.y = more.data();
+  moeq::experts(job, {isa, 4, false});
+  if (one != more) fail("experts", {0, 0, 0}, hidden, inner, 0);
+  job.size--;
+  try {
+    for (int64_t& number : index) number = num - 1;  // the last record ends behind the data now
+    job.index = index.data();
+    moeq::experts(job, {isa, 2, false});
+  } catch (const std::invalid_argument&) {
+    return;
+  }
+  fail("a record beyond the end was read", {0, 0, 0}, hidden, inner, 0);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int rounds = count > 1 ? std::atoi(arguments[1]) : 200;
+  if (moeq::borrows_threads()) return std::printf("built with the threads of OpenMP\n"), 1;
+  for (const moeq::Isa isa : {moeq::Isa::base, moeq::Isa::avx2, moeq::Isa::avx512}) {
+    if (!moeq::runs(isa)) continue;
+    for (int round = 0; round < rounds; round++) {
+      check_linear(isa);
+      check_experts(isa);
+    }
+  }
+  std::printf("ok\n");
+  return 0;
+}
