@@ -95,39 +95,65 @@ constexpr float offset_of() {
   return kBits == 8 ? 128.0f : 0.0f;
 }
 
-// Scales of `count` runs of a row from `start` on, times those of the vectors, into scale, `stride` apart for
-// each vector; the part of the zeros is
-// taken off the sums.
-template <int kBits, int kParts, int kTokens>
-MOEQ_INLINE void prepare(const Matrix& m, const Zeros& zeros, int64_t row, int64_t start, int64_t count,
-                         const MatvecJob& job, float* scale, int64_t stride, __m256* sums) {
+// For `num_rows` rows from `row` on: scales of `count` runs from `start` on, times those of the vectors, into scale[r];
+// the part of the zeros is taken off the sums. kZeros says what zeros there are; everything that rows share is read
+// once, as compilers cannot know that `scale` does not overlap it.
+template <int kBits, int kParts, int kTokens, Levels kZeros>
+void prepare(const Matrix& m, const Zeros& zeros, int64_t row, int64_t num_rows, int64_t start,
+                         int64_t count, const MatvecJob& job, float* scale, int64_t scale_step, int64_t token_step,
+                         __m256* sums, int64_t sums_step) {
   constexpr int grain = kParts == 4 ? 2 : kParts == 2 ? 1 : 0;
-  const bool whole = !is_grouped(m.group_size);
-  const int64_t groups = whole ? 1 : (m.columns + m.group_size - 1) / m.group_size;
-  const int64_t at = row * groups + (whole ? 0 : start);
-  __m256 w = _mm256_setzero_ps(), z = _mm256_set1_ps(zeros.shared - offset_of<kBits>());
-  if (whole) {
-    w = _mm256_set1_ps(half_to_float(m.scale[at]));
-    z = _mm256_set1_ps(zeros.at(m, at) - offset_of<kBits>());
-  }
-  for (int64_t g = 0; g < count; g += 8) {
-    if (!whole) {
-      // At the end of a row the next one is read along; only at the end of the matrix there is none.
-      const int64_t there = groups * m.rows - at - g;
-      w = eight_halves(m.scale + at + g, there);
-      if (m.levels == Levels::asym)
-        z = _mm256_fmsub_ps(eight_bytes((const uint8_t*)m.zero + at + g, there), _mm256_set1_ps(zeros.step),
-                            _mm256_set1_ps(offset_of<kBits>()));
-      else if (m.levels == Levels::asym16)
-        z = _mm256_sub_ps(eight_halves((const uint16_t*)m.zero + at + g, there), _mm256_set1_ps(offset_of<kBits>()));
-    }
-    if (count - g < 8) w = first_lanes(w, count - g);
+  const int64_t groups = (m.columns + m.group_size - 1) / m.group_size, all = groups * m.rows;
+  const uint16_t* const w_scale = m.scale;
+  const void* const w_zero = m.zero;
+  const float *x_scale[kTokens], *x_sum[kTokens];
 #pragma GCC unroll 4
-    for (int t = 0; t < kTokens; t++) {
-      const __m256 both = _mm256_mul_ps(w, _mm256_loadu_ps(job.x[t]->scale[grain] + start + g));
-      _mm256_store_ps(scale + t * stride + g, _mm256_mul_ps(both, _mm256_set1_ps(1 / Dots<kBits>::kUnit)));
-      const __m256 sum = _mm256_loadu_ps(job.x[t]->sum[grain] + start + g);
-      sums[t] = _mm256_fnmadd_ps(_mm256_mul_ps(both, z), sum, sums[t]);
+  for (int t = 0; t < kTokens; t++) {
+    x_scale[t] = job.x[t]->scale[grain] + start;
+    x_sum[t] = job.x[t]->sum[grain] + start;
+  }
+  const __m256 offset = _mm256_set1_ps(offset_of<kBits>()), step = _mm256_set1_ps(zeros.step);
+  const __m256 unit = _mm256_set1_ps(1 / Dots<kBits>::kUnit);
+  const __m256 shared = _mm256_set1_ps(zeros.shared - offset_of<kBits>());
+  for (int64_t r = 0; r < num_rows; r++) {
+    const int64_t at = (row + r) * groups + start;
+    for (int64_t g = 0; g < count; g += 8) {
+      // At the end of a row the next one is read along; only at the end of the matrix there is none.
+      const int64_t there = all - at - g;
+      __m256 w = eight_halves(w_scale + at + g, there), z = shared;
+      if (kZeros == Levels::asym)
+        z = _mm256_fmsub_ps(eight_bytes((const uint8_t*)w_zero + at + g, there), step, offset);
+      else if (kZeros == Levels::asym16)
+        z = _mm256_sub_ps(eight_halves((const uint16_t*)w_zero + at + g, there), offset);
+      if (count - g < 8) w = first_lanes(w, count - g);
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; t++) {
+        const __m256 both = _mm256_mul_ps(w, _mm256_loadu_ps(x_scale[t] + g));
+        _mm256_store_ps(scale + r * scale_step + t * token_step + g, _mm256_mul_ps(both, unit));
+        __m256* sum = sums + r * sums_step + t;
+        *sum = _mm256_fnmadd_ps(_mm256_mul_ps(both, z), _mm256_loadu_ps(x_sum[t] + g), *sum);
+      }
+    }
+  }
+}
+
+// The same for whole rows: one scale and zero for all runs.
+template <int kBits, int kTokens>
+void prepare_whole(const Matrix& m, const Zeros& zeros, int64_t row, int64_t num_rows, int64_t start, int64_t count,
+                   const MatvecJob& job, float* scale, int64_t scale_step, int64_t token_step, __m256* sums,
+                   int64_t sums_step) {
+  for (int64_t r = 0; r < num_rows; r++) {
+    const __m256 all = _mm256_set1_ps(half_to_float(m.scale[row + r]));
+    const __m256 z = _mm256_set1_ps(zeros.at(m, row + r) - offset_of<kBits>());
+    for (int64_t g = 0; g < count; g += 8) {
+      const __m256 w = first_lanes(all, min_of(count - g, 8));
+      for (int t = 0; t < kTokens; t++) {
+        const __m256 both = _mm256_mul_ps(w, _mm256_loadu_ps(job.x[t]->scale[0] + start + g));
+        _mm256_store_ps(scale + r * scale_step + t * token_step + g,
+                        _mm256_mul_ps(both, _mm256_set1_ps(1 / Dots<kBits>::kUnit)));
+        __m256* sum = sums + r * sums_step + t;
+        *sum = _mm256_fnmadd_ps(_mm256_mul_ps(both, z), _mm256_loadu_ps(job.x[t]->sum[0] + start + g), *sum);
+      }
     }
   }
 }
@@ -165,10 +191,20 @@ void rows(const MatvecJob& job, const int64_t* starts, int64_t num_rows) {
     for (int slot = 0; slot < kSlots; slot++) sums[r][slot] = _mm256_setzero_ps();
   for (int64_t segment = 0; segment < full; segment += kSegment) {
     const int64_t count = min_of(full - segment, kSegment);
-    for (int stream = 0; stream < kPlaces; stream++)
-      for (int64_t r = 0; r < num_rows; r++)
-        prepare<kBits, kParts, kTokens>(m, zeros, starts[stream] + r, segment * kParts, count * kParts, job,
-                                        scale[r][stream], kRuns, &sums[r][stream]);
+    for (int place = 0; place < kPlaces; place++) {
+      const auto call = [&](auto* make) {
+        make(m, zeros, starts[place], num_rows, segment * kParts, count * kParts, job, scale[0][place], kSlots * kRuns,
+             kRuns, &sums[0][place], kSlots);
+      };
+      if (!is_grouped(m.group_size))
+        call(&prepare_whole<kBits, kTokens>);
+      else if (m.levels == Levels::asym)
+        call(&prepare<kBits, kParts, kTokens, Levels::asym>);
+      else if (m.levels == Levels::asym16)
+        call(&prepare<kBits, kParts, kTokens, Levels::asym16>);
+      else
+        call(&prepare<kBits, kParts, kTokens, Levels::half>);
+    }
     const auto codes = [&](const uint8_t* plane, int64_t bytes, int width, int stream) {
       return plane + starts[stream < kPlaces ? stream : 0] * bytes + segment * (16 * width);
     };
@@ -211,12 +247,15 @@ void rows(const MatvecJob& job, const int64_t* starts, int64_t num_rows) {
       }
     }
   }
-  for (int stream = 0; stream < kPlaces; stream++)
+  const bool has_tail = full * kBlock != m.columns;
+  for (int place = 0; place < kPlaces; place++)
     for (int64_t r = 0; r < num_rows; r++) {
+      const int64_t row = starts[place] + r;
+      for (int t = 0; t < kTokens; t++) job.out[t][row] = sum_lanes(sums[r][place + t]);
+      if (!has_tail) continue;
       float tails[kMaxTokens] = {};
-      const int64_t row = starts[stream] + r;
-      if (full * kBlock != m.columns) plain_block(m, zeros, row, full, job, tails);
-      for (int t = 0; t < kTokens; t++) job.out[t][row] = sum_lanes(sums[r][stream + t]) + tails[t];
+      plain_block(m, zeros, row, full, job, tails);
+      for (int t = 0; t < kTokens; t++) job.out[t][row] += tails[t];
     }
 }
 
