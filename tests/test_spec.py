@@ -11,6 +11,7 @@ from moeq.spec import (
     GROUP_SIZES,
     LEVELS,
     PLANES,
+    SCALAR_LEVELS,
     SCALE_BYTES,
     WHOLE_ROW,
     ZERO_BYTES,
@@ -23,7 +24,10 @@ from moeq.spec import (
 )
 
 SPECS = st.builds(
-    QuantSpec, bits=st.sampled_from(BITS), group_size=st.sampled_from(GROUP_SIZES), levels=st.sampled_from(LEVELS)
+    QuantSpec,
+    bits=st.sampled_from(BITS),
+    group_size=st.sampled_from(GROUP_SIZES),
+    levels=st.sampled_from(SCALAR_LEVELS),
 )
 SHAPES = st.tuples(st.integers(1, 400), st.integers(1, 1000))
 
@@ -111,5 +115,5 @@ def test_specs_and_units_are_values() -> None:
 
 
 def test_ids_on_disk_never_change() -> None:
-    assert LEVELS == ("asym", "asym16", "sym", "half")
+    assert LEVELS == ("asym", "asym16", "sym", "half", "vector")
     assert table_bytes(16, 3) == 16 * 3 * 4 * 8

@@ -49,12 +49,12 @@ def attach_handler(experts: nn.Module, handler: nn.Module) -> None:
     experts.config._experts_implementation = EXPERTS_IMPLEMENTATION  # type: ignore[union-attr]
 
 
-def activation(experts: nn.Module, expert: int, gate_SI: Tensor | None, up_SI: Tensor) -> Tensor:
+def activation(experts: nn.Module, expert: int | Tensor, gate_SI: Tensor | None, up_SI: Tensor) -> Tensor:
     """The input of the down projection, (S, I): the family's own gating of the first products.
 
     Args:
         experts: the family's experts module (biases and activation are its own).
-        expert: which expert.
+        expert: which expert, or the expert of each row, (S,).
         gate_SI: x W_gate^T, or None for experts without a gate.
         up_SI: x W_up^T.
     """
@@ -95,7 +95,7 @@ def _gate_is_silu(experts: nn.Module, width: int) -> bool:
     return torch.allclose(activation(experts, 0, gate_SI, up_SI).float(), wanted, rtol=1e-4, atol=1e-6)
 
 
-def finish(experts: nn.Module, expert: int, down_SH: Tensor) -> Tensor:
+def finish(experts: nn.Module, expert: int | Tensor, down_SH: Tensor) -> Tensor:
     """What the family does to one expert's output before it is weighted: bias, then optional norm."""
     if experts.has_bias:
         down_SH = down_SH + experts.down_proj_bias[expert]  # type: ignore[index]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moeq.kernels import cpu, reference, spectral, tiled
+from moeq.kernels import cpu, gpu, reference, spectral, tiled
 from moeq.kernels.packed import PackedLayer, PackedMatrix
 from moeq.kernels.spectral import SpectralLayer
 from moeq.kernels.tiled import TiledLayer
@@ -18,10 +18,10 @@ SpectralKernel = Callable[[nn.Module, SpectralLayer, Tensor, Tensor, Tensor], Te
 TiledKernel = Callable[[nn.Module, TiledLayer, Tensor, Tensor, Tensor], Tensor | None]
 LinearKernel = Callable[[Tensor, PackedMatrix], Tensor | None]
 
-EXPERTS: tuple[ExpertsKernel, ...] = (cpu.experts, reference.experts)
+EXPERTS: tuple[ExpertsKernel, ...] = (gpu.experts, cpu.experts, reference.experts)
 SPECTRAL: tuple[SpectralKernel, ...] = (spectral.experts,)
 TILED: tuple[TiledKernel, ...] = (tiled.experts,)
-LINEAR: tuple[LinearKernel, ...] = (cpu.linear, reference.linear)
+LINEAR: tuple[LinearKernel, ...] = (gpu.linear, cpu.linear, reference.linear)
 
 
 def experts(

@@ -1,12 +1,66 @@
 """What kernels work on: views of packed bytes with the specs to read them."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
 
+import torch
 from torch import Tensor
 
 from moeq.artifacts import PROJECTIONS
 from moeq.format.blob import Entries
-from moeq.spec import QuantSpec, stored_bytes
+from moeq.spec import BLOCK, LEVELS, WHOLE_ROW, QuantSpec, num_groups, sections, stored_bytes
+
+KERNEL_COLUMNS: Final = ("high", "low", "scales", "zeros", "bits", "group_size", "levels", "groups")
+"""What a kernel on a device wants to know of a record: first bytes in the blob of its planes (twice the same where
+there is one), scales and zeros; inputs that share a scale (K for the whole row); groups per row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class KernelFacts:
+    """What kernels on a device want to know of a layer, made once, when its bytes are bound.
+
+    Attributes:
+        table: one line for each record, int64, (E, P, len(KERNEL_COLUMNS)), on the device of the bytes.
+        widths: for each projection, a bit 1 << b for each width b that its records have.
+        spans: for each projection, inputs that share a scale in all of its records, at most 128.
+    """
+
+    table: Tensor
+    widths: tuple[int, ...]
+    spans: tuple[int, ...]
+
+
+def kernel_facts(entries: Sequence[Sequence[tuple[int, QuantSpec]]], shapes: Sequence[tuple[int, int]]) -> KernelFacts:
+    """The facts of a layer, on the CPU.
+
+    Args:
+        entries: expert -> projection -> (offset in the blob, spec).
+        shapes: projection -> (N, K).
+    """
+    table = torch.tensor(
+        [[_line(*entry, shape) for entry, shape in zip(expert, shapes, strict=True)] for expert in entries],
+        dtype=torch.int64,
+    ).view(len(entries), len(shapes), len(KERNEL_COLUMNS))
+    specs = [{expert[position][1] for expert in entries} for position in range(len(shapes))]
+    return KernelFacts(
+        table=table,
+        widths=tuple(sum({1 << spec.bits for spec in each}) for each in specs),
+        spans=tuple(min(BLOCK if spec.group_size == WHOLE_ROW else spec.group_size for spec in each) for each in specs),
+    )
+
+
+def placed(facts: KernelFacts | None, table: Tensor | None) -> KernelFacts | None:
+    """The facts with the copy of their table that moved to another device together with the bytes."""
+    return None if facts is None or table is None else replace(facts, table=table)
+
+
+def _line(offset: int, spec: QuantSpec, shape: tuple[int, int]) -> list[int]:
+    where = sections(spec, shape)
+    group_size = shape[1] if spec.group_size == WHOLE_ROW else spec.group_size
+    starts = where.planes[0][1], where.planes[-1][1], where.scales[0], where.zeros[0]
+    facts = spec.bits, group_size, LEVELS.index(spec.levels), num_groups(shape[1], spec.group_size)
+    return [offset + start for start in starts] + list(facts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -18,12 +72,14 @@ class PackedMatrix:
         spec: how to read them.
         shape: (N, K).
         exact: whether kernels keep activations in floats: always, never, or (None) unless few tokens are computed.
+        facts: for kernels on a device, as of a layer with one expert and one projection; None if nobody made them.
     """
 
     record: Tensor
     spec: QuantSpec
     shape: tuple[int, int]
     exact: bool | None = None
+    facts: KernelFacts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,6 +92,7 @@ class PackedLayer:
         shapes: projection -> (N, K).
         table: `entries` as on disk, int64, (E, P, 4), on the CPU; None if only the reference reads all records.
         exact: whether kernels keep activations in floats: always, never, or (None) unless few tokens are computed.
+        facts: for kernels on a device; None if nobody made them.
     """
 
     data: Tensor
@@ -43,6 +100,7 @@ class PackedLayer:
     shapes: dict[str, tuple[int, int]]
     table: Tensor | None = None
     exact: bool | None = None
+    facts: KernelFacts | None = None
 
     @property
     def num_experts(self) -> int:

@@ -1,0 +1,263 @@
+"""The Triton kernels on a GPU: correctness, time, share of the copy bandwidth, against bfloat16 grouped_mm.
+
+    python benchmarks/gpu.py                      # checks, times and writes benchmarks/gpu.md
+    python benchmarks/gpu.py --tune tiles.json    # looks for better tiles first and writes them down
+    python benchmarks/gpu.py --smoke              # tiny shapes, no times: does this script still run?
+
+Layers have random codes in groups of 128. One CUDA graph runs several copies of a layer after one another, so that the
+weights come from memory and not from the second-level cache; times are medians of replays, divided by the copies.
+Without a GPU the page says "not yet measured" and nothing else.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from gpu_model import decode_rows
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from moeq.kernels import gpu, reference, tuning
+from moeq.kernels.packed import PackedLayer, kernel_facts, placed
+from moeq.report.tables import markdown_table
+from moeq.spec import QuantSpec, sections
+
+SHAPES = {
+    "Qwen3-30B-A3B": (2048, 768, 128, 8),
+    "OLMoE": (2048, 1024, 64, 8),
+    "Mixtral": (4096, 14336, 8, 2),
+    "DeepSeek-V2-Lite": (2048, 1408, 64, 6),
+}
+"""hidden, inner, experts, experts per token."""
+SMOKE = {"smoke": (128, 128, 2, 2)}
+PLANS = {"2": (2,), "3": (3,), "4": (4,), "mixed 2, 3, 4": (2, 3, 4)}
+"""Widths, dealt to the matrices in turn: the mixed plan has the bytes of 3 bits."""
+TOKENS = (1, 4, 16, 64, 512, 4096)
+CACHE_BYTES = 1 << 28
+"""Several times the second-level cache."""
+NOTE = "not yet measured"
+PAGE = Path(__file__).with_name("gpu.md")
+INTRO = """# GPU kernels
+
+Made by `python benchmarks/gpu.py`, which needs a CUDA device. {where}
+
+Times are of a whole layer of experts, with sorting and weighting, in microseconds. GB/s count the packed bytes of the
+experts that were chosen; "of copy" compares them with what a copy moves, read and written bytes together.
+
+Targets: "of copy" at least 60 % for Mixtral's shape with 1 to 8 tokens; faster than bfloat16 `grouped_mm` below 64
+tokens; the mixed plan at least 90 % as fast as 3 bits, which has as many bytes; at 4096 tokens at least 70 % of the
+speed of `grouped_mm`.
+"""
+COLUMNS = ("shape", "bits", "tokens", "packed us", "bf16 us", "speed-up", "GB/s", "of copy", "error")
+
+
+def random_layer(shape: tuple[int, int, int, int], widths: tuple[int, ...], device: torch.device) -> PackedLayer:
+    hidden, inner, num_experts, _ = shape
+    shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    entries, offset = [], 0
+    for expert in range(num_experts):
+        row = []
+        for position, each in enumerate(shapes.values()):
+            width = widths[(expert + position) % len(widths)]
+            spec = QuantSpec(bits=width, levels="half" if width <= 2 else "asym")
+            row.append((offset, spec))
+            offset += sections(spec, each).total
+        entries.append(tuple(row))
+    data = torch.randint(0, 256, (offset,), dtype=torch.uint8, device=device)
+    for row in entries:
+        for (start, spec), each in zip(row, shapes.values(), strict=True):
+            at, size = sections(spec, each).scales
+            scales = data[start + at : start + at + size].view(torch.float16)
+            scales.uniform_(0.5, 1.0).mul_(2 * each[1] ** -0.5 / 2**spec.bits)
+    facts = kernel_facts(entries, list(shapes.values()))
+    return PackedLayer(data=data, entries=tuple(entries), shapes=shapes, facts=placed(facts, facts.table.to(device)))
+
+
+def module_of(shape: tuple[int, int, int, int]) -> MixtralExperts:
+    hidden, inner, num_experts, top_k = shape
+    with torch.device("meta"):
+        config = AutoConfig.for_model(
+            "mixtral", hidden_size=hidden, intermediate_size=inner,
+            num_local_experts=num_experts, num_experts_per_tok=top_k,
+        )  # fmt: skip
+        return MixtralExperts(config)
+
+
+def dense_call(shape: tuple[int, int, int, int], arguments: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Tensor]:
+    """One layer in bfloat16 by grouped_mm."""
+    hidden, inner, num_experts, top_k = shape
+    x_TH, index_Tk, weights_Tk = arguments
+    fused = torch.randn(num_experts, 2 * inner, hidden, device=x_TH.device, dtype=x_TH.dtype) * hidden**-0.5
+    down = torch.randn(num_experts, hidden, inner, device=x_TH.device, dtype=x_TH.dtype) * inner**-0.5
+    grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+
+    def call() -> Tensor:
+        flat = index_Tk.reshape(-1)
+        order = torch.argsort(flat, stable=True)
+        ends = torch.searchsorted(flat[order], torch.arange(num_experts, device=flat.device), right=True).int()
+        gate, up = grouped_mm(x_TH[order // top_k], fused.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        out = grouped_mm(torch.nn.functional.silu(gate) * up, down.transpose(1, 2), offs=ends)
+        out = out * weights_Tk.reshape(-1)[order].unsqueeze(-1).to(out.dtype)
+        return torch.zeros_like(x_TH).index_add_(0, order // top_k, out)
+
+    return call
+
+
+def microseconds(calls: list[Callable[[], object]], replays: int = 30) -> float:
+    """The median time of one of `calls`, run one after another in one CUDA graph."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(1000 * start.elapsed_time(stop))
+    return statistics.median(times[3:]) / len(calls)
+
+
+def copy_gigabytes(device: torch.device) -> float:
+    """GB/s of a copy, read and written bytes together."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / 1000 / microseconds([lambda: target.copy_(source)])
+
+
+def choices(shape: tuple[int, int, int, int], tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, _, num_experts, top_k = shape
+    x_TH = torch.randn(tokens, hidden, device=device).bfloat16()
+    index_Tk = torch.rand(tokens, num_experts, device=device).topk(top_k).indices
+    return x_TH, index_Tk, torch.rand(tokens, top_k, device=device).softmax(-1)
+
+
+def chosen_bytes(layer: PackedLayer, index_Tk: Tensor) -> int:
+    experts = set(index_Tk.reshape(-1).tolist())
+    return sum(
+        sections(spec, shape).total
+        for expert in experts
+        for (_, spec), shape in zip(layer.entries[expert], layer.shapes.values(), strict=True)
+    )
+
+
+def error_of(layer: PackedLayer, module: MixtralExperts, arguments: tuple[Tensor, Tensor, Tensor]) -> float:
+    """Relative error against the torch reference in float32, over at most 16 tokens."""
+    x_TH, index_Tk, weights_Tk = (argument[:16] for argument in arguments)
+    answer = gpu.run_experts(module, layer, x_TH, index_Tk, weights_Tk).float()
+    wanted = reference.experts(module, layer, x_TH.float(), index_Tk, weights_Tk)
+    error = ((answer - wanted).norm() / wanted.norm()).item()
+    if not error < 2e-2:
+        raise SystemExit(f"wrong: relative error {error:.2g}")
+    return error
+
+
+def tune_layer(shape: tuple[int, int, int, int], tokens: int, call: Callable[[], object]) -> dict[str, tuning.Tile]:
+    hidden, inner, num_experts, top_k = shape
+
+    def seconds() -> float:
+        try:
+            return microseconds([call], replays=13) / 1e6
+        except Exception as error:  # a tile that needs more shared memory or registers than there are
+            print(f"  left out: {type(error).__name__}", file=sys.stderr)
+            return float("inf")
+
+    products = ("gated", (inner, hidden), tokens * top_k, num_experts), (
+        "plain", (hidden, inner), tokens * top_k, num_experts,
+    )  # fmt: skip
+    return {tuning.key(*product): tuning.tune(*product, seconds) for product in products}
+
+
+def measure(tune: Path | None, device: torch.device) -> tuple[list[tuple[object, ...]], float]:
+    copy = copy_gigabytes(device)
+    rows: list[tuple[object, ...]] = []
+    tiles: dict[str, tuning.Tile] = {}
+    for name, shape in SHAPES.items():
+        module = module_of(shape)
+        dense_times: dict[int, float] = {}
+        for plan, widths in PLANS.items():
+            first = random_layer(shape, widths, device)
+            for tokens in TOKENS:
+                arguments = choices(shape, tokens, device)
+                used = chosen_bytes(first, arguments[1])
+                copies = max(1, min(16, CACHE_BYTES // used))
+                layers = [first, *(random_layer(shape, widths, device) for _ in range(copies - 1))]
+
+                def call(layer: PackedLayer, arguments: tuple[Tensor, Tensor, Tensor] = arguments) -> Tensor:
+                    return gpu.run_experts(module, layer, *arguments)  # noqa: B023
+
+                if tune is not None and plan == "3":
+                    tiles |= tune_layer(shape, tokens, lambda: call(first))  # noqa: B023
+                    tuning.save(tune, tiles)
+                error = error_of(first, module, arguments)
+                packed = microseconds([lambda layer=layer: call(layer) for layer in layers])
+                if tokens not in dense_times:
+                    dense_copies = 1 if shape[1] > 4096 else 4
+                    dense_times[tokens] = microseconds([dense_call(shape, arguments) for _ in range(dense_copies)])
+                speed = used / packed / 1000
+                rows.append((
+                    name, plan, tokens, f"{packed:.1f}", f"{dense_times[tokens]:.1f}",
+                    f"{dense_times[tokens] / packed:.2f}", f"{speed:.0f}", f"{speed / copy:.0%}", f"{error:.1e}",
+                ))  # fmt: skip
+                print(*rows[-1], flush=True)
+                del layers
+    return rows, copy
+
+
+def smoke() -> None:
+    """Everything that needs no clock, on tiny shapes."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for shape in SMOKE.values():
+        for widths in PLANS.values():
+            layer, arguments = random_layer(shape, widths, device), choices(shape, 2, device)
+            print(
+                widths, f"error {error_of(layer, module_of(shape), arguments):.1e}", chosen_bytes(layer, arguments[1])
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=PAGE)
+    parser.add_argument("--tune", type=Path, metavar="FILE", help="time candidates for tiles and write the best")
+    parser.add_argument("--tiles", type=Path, metavar="FILE", help="use the tiles of an earlier --tune")
+    parser.add_argument("--smoke", action="store_true", help="only run the checks, on tiny shapes")
+    options = parser.parse_args()
+    if options.smoke:
+        smoke()
+        return
+    if options.tiles:
+        tuning.use(options.tiles)
+    if not torch.cuda.is_available():
+        rows = [(name, plan, tokens, *[NOTE] * 6) for name in SHAPES for plan in PLANS for tokens in TOKENS]
+        model = [(name, NOTE, NOTE) for name in ("bfloat16, grouped_mm", "3 bits, Triton")]
+        where = "No GPU was at hand: every time below is still to be measured."
+    else:
+        device = torch.device("cuda")
+        rows, copy = measure(options.tune, device)
+        model = decode_rows(lambda shape: random_layer(shape, (3,), device), device)
+        import triton
+
+        where = (
+            f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; "
+            f"a copy moves {copy:.0f} GB/s."
+        )
+    text = INTRO.format(where=where)
+    text += "\n## Layers\n\n" + markdown_table(COLUMNS, rows)
+    text += "\n\n## A model of OLMoE's shape, one token at a time, one CUDA graph\n\n"
+    text += markdown_table(("experts", "ms per token", "experts' bytes"), model) + "\n"
+    options.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

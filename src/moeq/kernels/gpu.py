@@ -1,0 +1,141 @@
+"""The Triton kernels as candidates of dispatch, and as custom operators that `torch.compile` keeps whole.
+
+Nothing here imports triton; the first call with CUDA tensors does (`_launch`). Without triton, on other devices, for
+other dtypes, and where a gradient is wanted, the candidates refuse.
+
+Legend: T tokens, k experts per token, S = T * k choices, H hidden, I expert width, R rows, N outputs, K inputs.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from moeq.arch import hooks
+from moeq.kernels.packed import KernelFacts, PackedLayer, PackedMatrix
+
+AVAILABLE: Final = find_spec("triton") is not None
+"""Whether there is a triton to import."""
+AMPERE: Final = (8, 0)
+"""The first GPUs whose tensor cores take bfloat16."""
+DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def experts(
+    module: nn.Module, layer: PackedLayer, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor | None:
+    """`moeq.kernels.reference.experts` on a GPU, or None if the call is not for Triton."""
+    if not wanted(hidden_states, top_k_weights) or layer.facts is None or layer.data.device != hidden_states.device:
+        return None
+    return run_experts(module, layer, hidden_states, top_k_index, top_k_weights)
+
+
+def linear(x_SK: Tensor, matrix: PackedMatrix) -> Tensor | None:
+    """`moeq.kernels.reference.linear` on a GPU, or None if the call is not for Triton."""
+    if not wanted(x_SK) or matrix.facts is None or matrix.record.device != x_SK.device:
+        return None
+    return run_linear(x_SK, matrix)
+
+
+def wanted(x: Tensor, *others: Tensor) -> bool:
+    """Whether Triton can compute with x, and nobody asks for a gradient."""
+    if not (AVAILABLE and x.is_cuda and x.dtype in DTYPES and torch.cuda.get_device_capability(x.device) >= AMPERE):
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or any(other.requires_grad for other in others)))
+
+
+def run_experts(
+    module: nn.Module, layer: PackedLayer, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """As `experts`, without asking whether the tensors are on a GPU."""
+    facts = layer.facts
+    assert facts is not None
+    x_TH, index_Tk = hidden_states.contiguous(), top_k_index.contiguous()
+    table, widths, spans = facts.table, list(facts.widths), list(facts.spans)
+    if "gate" in layer.shapes and hooks.gates_by_silu(module, layer.shapes["up"][0]):
+        inner = layer.shapes["up"][0]
+        return experts_op(x_TH, index_Tk, top_k_weights.contiguous(), layer.data, table, widths, spans, inner)
+
+    def product(x_RK: Tensor, name: str) -> Tensor:
+        position = list(layer.shapes).index(name)
+        return product_op(
+            x_RK.contiguous(), index_Tk, layer.data, table, widths, spans, position, layer.shapes[name][0]
+        )
+
+    chosen_S = index_Tk.reshape(-1)
+    expert_S = chosen_S.clamp(max=layer.num_experts - 1)
+    gate_SI = product(x_TH, "gate") if "gate" in layer.shapes else None
+    inner_SI = hooks.activation(module, expert_S, gate_SI, product(x_TH, "up"))
+    out_SH = hooks.finish(module, expert_S, product(inner_SI, "down"))
+    weighted_SH = out_SH * top_k_weights.reshape(-1, 1)
+    here_S1 = (chosen_S < layer.num_experts).unsqueeze(-1)
+    answer_TkH = torch.where(here_S1, weighted_SH, 0).view(*index_Tk.shape, -1)
+    return answer_TkH.sum(dim=1).to(hidden_states.dtype)
+
+
+def run_linear(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
+    """As `linear`, without asking whether the tensors are on a GPU."""
+    facts = matrix.facts
+    assert facts is not None
+    return linear_op(
+        x_SK.contiguous(), matrix.record, facts.table, list(facts.widths), list(facts.spans), matrix.shape[0]
+    )
+
+
+def _launch() -> ModuleType:
+    return import_module("moeq.kernels.triton_launch")  # needs triton, an optional dependency
+
+
+def _facts(table: Tensor, widths: list[int], spans: list[int]) -> KernelFacts:
+    return KernelFacts(table=table, widths=tuple(widths), spans=tuple(spans))
+
+
+@torch.library.custom_op("moeq::triton_experts", mutates_args=())
+def experts_op(
+    x_TH: Tensor, index_Tk: Tensor, weights_Tk: Tensor, data: Tensor, table: Tensor,
+    widths: list[int], spans: list[int], inner: int,
+) -> Tensor:  # fmt: skip
+    """Routed experts with silu(gate) * up, (T, H): `triton_launch.experts`."""
+    with torch.cuda.device_of(x_TH):  # triton launches on the current device
+        return _launch().experts(x_TH, index_Tk, weights_Tk, data, _facts(table, widths, spans), inner)
+
+
+@experts_op.register_fake
+def _(
+    x_TH: Tensor, index_Tk: Tensor, weights_Tk: Tensor, data: Tensor, table: Tensor,
+    widths: list[int], spans: list[int], inner: int,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(x_TH)
+
+
+@torch.library.custom_op("moeq::triton_product", mutates_args=())
+def product_op(
+    x_RK: Tensor, index_Tk: Tensor, data: Tensor, table: Tensor,
+    widths: list[int], spans: list[int], position: int, outputs: int,
+) -> Tensor:  # fmt: skip
+    """One projection of the chosen experts, (S, N): `triton_launch.product`."""
+    with torch.cuda.device_of(x_RK):
+        return _launch().product(x_RK, index_Tk, data, _facts(table, widths, spans), position, outputs)
+
+
+@product_op.register_fake
+def _(
+    x_RK: Tensor, index_Tk: Tensor, data: Tensor, table: Tensor,
+    widths: list[int], spans: list[int], position: int, outputs: int,
+) -> Tensor:  # fmt: skip
+    return x_RK.new_empty(index_Tk.numel(), outputs)
+
+
+@torch.library.custom_op("moeq::triton_linear", mutates_args=())
+def linear_op(x_RK: Tensor, data: Tensor, table: Tensor, widths: list[int], spans: list[int], outputs: int) -> Tensor:
+    """x W^T, (R, N): `triton_launch.linear`."""
+    with torch.cuda.device_of(x_RK):
+        return _launch().linear(x_RK, data, _facts(table, widths, spans), outputs)
+
+
+@linear_op.register_fake
+def _(x_RK: Tensor, data: Tensor, table: Tensor, widths: list[int], spans: list[int], outputs: int) -> Tensor:
+    return x_RK.new_empty(len(x_RK), outputs)

@@ -1,0 +1,205 @@
+"""Launches the Triton kernels; needs triton, so only `moeq.kernels.gpu` imports it, when a call asks for it.
+
+Grids follow from shapes alone; programs without work end at once.
+
+Legend: T tokens, k experts per token, S = T * k choices, E experts, H hidden, I expert width, N outputs, K inputs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeq.kernels import triton_kernels as kernels
+from moeq.kernels.packed import KernelFacts
+from moeq.kernels.tuning import Tile, decoded_tile, experts_at_once, packed_tile, power_of_two
+from moeq.spec import BLOCK
+
+_CHUNK = 1024
+_SOME = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """Choices sorted by expert, and the sums of the inputs that belong to the same launch.
+
+    Attributes:
+        order: positions of the choices, expert after expert, int32, (S,); undefined behind the last expert's.
+        starts, counts: of each expert in `order`, int32, (E,).
+        sums: sums of runs of inputs, float32, (rows of x, runs).
+    """
+
+    order: Tensor
+    starts: Tensor
+    counts: Tensor
+    sums: Tensor
+
+
+def prepare(x_RK: Tensor, index_S: Tensor, num_experts: int, unit: int) -> Routing:
+    """Sort the choices by expert, and sum runs of `unit` inputs; without experts, only sum."""
+    rows, columns = x_RK.shape
+    choices = index_S.numel()
+    order, starts, counts = (x_RK.new_empty(size, dtype=torch.int32) for size in (choices, num_experts, num_experts))
+    sums = x_RK.new_empty((rows, columns // unit), dtype=torch.float32)
+    programs = num_experts + (rows if columns >= unit else 0)
+    if programs:
+        kernels.prepare[(programs,)](
+            index_S, order, starts, counts, x_RK, sums, choices, num_experts, K=columns, UNIT=unit, CHUNK=_CHUNK,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    return Routing(order=order, starts=starts, counts=counts, sums=sums)
+
+
+def multiply(
+    x_RK: Tensor, routing: Routing, data: Tensor, facts: KernelFacts, tile: Tile, *,
+    rows: int, outputs: int, position: int, gated: bool, unit: int, out_unit: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Rows of x times packed matrices: `kernels.multiply_rows`.
+
+    Args:
+        x_RK: rows of x, contiguous.
+        routing: from `prepare`, for `x_RK`; its sums are of `unit` inputs.
+        data: the blob.
+        facts: of the layer.
+        tile: how to cut the product.
+        rows: rows of the result; a multiple of the rows of x.
+        outputs: N.
+        position: of the projection, the gate's if `gated`.
+        gated: multiply with two projections and gate.
+        unit: inputs that share a sum.
+        out_unit: also return sums of this many outputs; 0 for none.
+
+    Returns:
+        (splits, rows, N) float32, or (rows, N) in the dtype of x for one split; and the sums.
+    """
+    columns = x_RK.shape[1]
+    num_experts = routing.counts.numel()
+    shape = (rows, outputs) if tile.splits == 1 else (tile.splits, rows, outputs)
+    out = x_RK.new_empty(shape, dtype=x_RK.dtype if tile.splits == 1 else torch.float32)
+    sums = x_RK.new_empty((rows, outputs // out_unit if out_unit else 0), dtype=torch.float32)
+    tiles = min(rows, rows // tile.rows + num_experts) if num_experts else -(-rows // tile.rows)
+    if tiles:
+        kernels.multiply_rows[(tiles, -(-outputs // tile.outputs), tile.splits)](
+            x_RK, routing.sums, data, facts.table, routing.order, routing.starts, routing.counts, out, sums, rows,
+            E=max(1, num_experts), EXPERTS=power_of_two(num_experts) if num_experts else 0,
+            PER_ROW=max(1, rows // max(1, len(x_RK))), PROJECTIONS=facts.table.shape[1], POSITION=position,
+            GATED=gated, N=outputs, K=columns,
+            WIDTHS=facts.widths[position] | (facts.widths[position + 1] if gated else 0),
+            SPAN=min(facts.spans[position : position + 1 + gated]), UNIT=unit, OUT_UNIT=out_unit,
+            SPLITS=tile.splits, BLOCK_M=tile.rows, BLOCK_N=tile.outputs,
+            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out, sums
+
+
+def experts(x_TH: Tensor, index_Tk: Tensor, weights_Tk: Tensor, data: Tensor, facts: KernelFacts, inner: int) -> Tensor:
+    """The routed experts of a layer with silu(gate) * up, (T, H).
+
+    Args:
+        x_TH: inputs.
+        index_Tk, weights_Tk: the choices; those of experts that do not exist add nothing.
+        data: the blob.
+        facts: of the layer: gate, up, down.
+        inner: I.
+    """
+    hidden, rows = x_TH.shape[1], index_Tk.numel()
+    num_experts = facts.table.shape[0]
+    per_expert = -(-rows // num_experts)
+    unit, down_span = min(facts.spans[:2]), facts.spans[2]
+    routing = prepare(x_TH, index_Tk, num_experts, unit)
+    chunk = experts_at_once(per_expert, 2 * inner * hidden * x_TH.element_size())
+    if chunk:
+        parts = _decoded_experts(x_TH, routing, data, facts, inner, rows, chunk)
+        return combine(parts, index_Tk, weights_Tk, x_TH, num_experts)
+    tile = packed_tile("gated", (inner, hidden), rows, num_experts)
+    out_unit = min(tile.outputs, down_span)
+    inner_SI, sums = multiply(
+        x_TH, routing, data, facts, tile,
+        rows=rows, outputs=inner, position=0, gated=True, unit=unit, out_unit=out_unit,
+    )  # fmt: skip
+    down = Routing(order=routing.order, starts=routing.starts, counts=routing.counts, sums=sums)
+    parts, _ = multiply(
+        inner_SI, down, data, facts, packed_tile("plain", (hidden, inner), rows, num_experts),
+        rows=rows, outputs=hidden, position=2, gated=False, unit=out_unit,
+    )  # fmt: skip
+    return combine(parts, index_Tk, weights_Tk, x_TH, num_experts)
+
+
+def _decoded_experts(
+    x_TH: Tensor, routing: Routing, data: Tensor, facts: KernelFacts, inner: int, rows: int, chunk: int
+) -> Tensor:
+    """Answers of the experts to their choices, (S, H): `chunk` experts at a time are decoded into a scratch buffer."""
+    hidden = x_TH.shape[1]
+    num_experts = facts.table.shape[0]
+    chunk = min(chunk, num_experts)
+    inner_SI = x_TH.new_empty(rows, inner)
+    parts_SH = x_TH.new_empty(rows, hidden)
+    scratch = x_TH.new_empty(chunk * 2 * inner * hidden)
+    for first in range(0, num_experts, chunk):
+        count = min(chunk, num_experts - first)
+        for x_RK, out, position, matrices in ((x_TH, inner_SI, 0, 2), (inner_SI, parts_SH, 2, 1)):
+            outputs, columns = out.shape[1], x_RK.shape[1]
+            kernels.decode[(-(-outputs // _SOME), -(-columns // BLOCK), count * matrices)](
+                data, facts.table, routing.counts, scratch, first,
+                PROJECTIONS=facts.table.shape[1], POSITION=position, MATRICES=matrices,
+                N=outputs, K=columns, BLOCK_N=_SOME, enable_fp_fusion=True,
+            )  # fmt: skip
+            tile = decoded_tile(gated=matrices == 2)
+            kernels.multiply_decoded[(rows // tile.rows + count, -(-outputs // tile.outputs))](
+                x_RK, scratch, routing.order, routing.starts, routing.counts, out, first,
+                COUNT=count, EXPERTS=power_of_two(count), PER_ROW=rows // len(x_RK), GATED=matrices == 2,
+                N=outputs, K=columns, BLOCK_M=tile.rows, BLOCK_N=tile.outputs, BLOCK_K=64,
+                num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+            )  # fmt: skip
+    return parts_SH
+
+
+def combine(parts: Tensor, index_Tk: Tensor, weights_Tk: Tensor, like_TH: Tensor, num_experts: int) -> Tensor:
+    """Weight the answers, (S, H) or (splits, S, H), and add them up per token, (T, H) in the dtype of `like_TH`."""
+    num_tokens, top_k = index_Tk.shape
+    hidden = parts.shape[-1]
+    out_TH = like_TH.new_empty(num_tokens, hidden)
+    if num_tokens:
+        size = min(1024, power_of_two(hidden))
+        kernels.combine[(num_tokens, -(-hidden // size))](
+            parts, index_Tk, weights_Tk, out_TH, num_tokens * top_k, num_experts,
+            TOP_K=top_k, SPLITS=1 if parts.dim() == 2 else len(parts), N=hidden, BLOCK_N=size,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    return out_TH
+
+
+def product(x_RK: Tensor, index_Tk: Tensor, data: Tensor, facts: KernelFacts, position: int, outputs: int) -> Tensor:
+    """Each choice's row of x times its expert's matrix of one projection, (S, N), for families with gates of their own.
+
+    Args:
+        x_RK: (T, K), or (S, K) with a row for each choice.
+        index_Tk: the choices; rows of those of experts that do not exist are zero.
+        data: the blob.
+        facts: of the layer.
+        position: of the projection.
+        outputs: N.
+    """
+    num_experts = facts.table.shape[0]
+    rows = index_Tk.numel()
+    unit = facts.spans[position]
+    routing = prepare(x_RK, index_Tk, num_experts, unit)
+    tile = packed_tile("plain", (outputs, x_RK.shape[1]), rows, num_experts)
+    out, _ = multiply(
+        x_RK, routing, data, facts, tile, rows=rows, outputs=outputs, position=position, gated=False, unit=unit
+    )
+    here_S1 = (index_Tk.reshape(-1) < num_experts).unsqueeze(-1)
+    summed = out.sum(0) if tile.splits > 1 else out
+    return torch.where(here_S1, summed, 0).to(x_RK.dtype)
+
+
+def linear(x_RK: Tensor, data: Tensor, facts: KernelFacts, outputs: int) -> Tensor:
+    """x W^T, (R, N), for one packed W (N, K)."""
+    unit = facts.spans[0]
+    nobody = x_RK.new_empty(0, dtype=torch.int64)
+    routing = prepare(x_RK, nobody, 0, unit)
+    tile = packed_tile("linear", (outputs, x_RK.shape[1]), len(x_RK), 1)
+    out, _ = multiply(
+        x_RK, routing, data, facts, tile, rows=len(x_RK), outputs=outputs, position=0, gated=False, unit=unit
+    )
+    return out if tile.splits == 1 else out.sum(0).to(x_RK.dtype)

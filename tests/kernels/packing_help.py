@@ -1,0 +1,62 @@
+"""Packed layers and experts modules for the tests of kernels."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from moeq.format.packing import pack_matrix
+from moeq.kernels.packed import PackedLayer, PackedMatrix, kernel_facts, placed
+from moeq.quantizers.rtn import Rtn
+from moeq.spec import QuantSpec
+
+SpecOf = Callable[[int, int], QuantSpec]
+"""(expert, position of the projection) -> how its matrix is stored."""
+
+
+def packed(weights: Tensor, spec: QuantSpec) -> Tensor:
+    rounded = Rtn().quantize(weights, spec, None)
+    return pack_matrix(rounded.codes_NK, rounded.scale_NG, rounded.zero_NG, spec)
+
+
+def packed_matrix(shape: tuple[int, int], spec: QuantSpec, device: torch.device) -> PackedMatrix:
+    """A random matrix."""
+    record = packed(torch.randn(shape), spec).to(device)
+    facts = kernel_facts([[(0, spec)]], [shape])
+    return PackedMatrix(record=record, spec=spec, shape=shape, facts=placed(facts, facts.table.to(device)))
+
+
+def packed_layer(
+    num_experts: int, hidden: int, inner: int, spec_of: SpecOf, device: torch.device, *, gated: bool = True
+) -> PackedLayer:
+    """A layer of random experts, with its facts."""
+    shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    if not gated:
+        del shapes["gate"]
+    records, entries, offset = [], [], 0
+    for expert in range(num_experts):
+        row = []
+        for position, shape in enumerate(shapes.values()):
+            spec = spec_of(expert, position)
+            records.append(packed(torch.randn(shape) * shape[1] ** -0.5, spec))
+            row.append((offset, spec))
+            offset += records[-1].numel()
+        entries.append(tuple(row))
+    facts = kernel_facts(entries, list(shapes.values()))
+    data = torch.cat(records).to(device)
+    return PackedLayer(data=data, entries=tuple(entries), shapes=shapes, facts=placed(facts, facts.table.to(device)))
+
+
+def mixtral(hidden: int, inner: int, num_experts: int) -> nn.Module:
+    """A module with plain gating; its own weights are not looked at."""
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=hidden, intermediate_size=inner, num_local_experts=num_experts, num_experts_per_tok=2
+    )
+    return MixtralExperts(config)
+
+
+def relative_error(answer: Tensor, wanted: Tensor) -> float:
+    """|answer - wanted| / |wanted|, over all numbers."""
+    return ((answer.float() - wanted.float()).norm() / wanted.float().norm()).item()
