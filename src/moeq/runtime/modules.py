@@ -188,8 +188,9 @@ class PackedLinear(nn.Module):
         """Take the matrix record (uint8) and its spec."""
         self.data = data
         self.spec = spec
-        self._facts = kernel_facts([[(0, spec)]], [(self.out_features, self.in_features)])
-        self.table = self._facts.table.to(data.device)
+        shapes = [(self.out_features, self.in_features)]
+        self._facts = kernel_facts([[(0, spec)]], shapes) if spec.codebooks is None else None
+        self.table = None if self._facts is None else self._facts.table.to(data.device)
 
     @property
     def matrix(self) -> PackedMatrix:
