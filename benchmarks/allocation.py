@@ -186,6 +186,18 @@ def pairs(args: argparse.Namespace) -> list[Any]:
     return found[:: max(1, len(found) // args.pairs)]
 
 
+def open_texts(args: argparse.Namespace) -> dict[str, Any]:
+    """Windows of every held-out text; the calibration text and the original's answers are made where they lack."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    tokenizer = quality.load_tokenizer(args.model)
+    rows = {
+        name: windows(tokenizer, read_text(args.data / path), SEQLEN, max_tokens=args.max_tokens)
+        for name, path in TEXTS.items()
+    }
+    prepare(args, rows)
+    return rows
+
+
 def prepare(args: argparse.Namespace, rows: dict[str, Any]) -> None:
     clean = args.work / "calibration.txt"
     if not clean.exists():
@@ -199,12 +211,7 @@ def prepare(args: argparse.Namespace, rows: dict[str, Any]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     part, parts = map(int, args.part.split("/"))
-    tokenizer = quality.load_tokenizer(args.model)
-    rows = {
-        name: windows(tokenizer, read_text(args.data / path), SEQLEN, max_tokens=args.max_tokens)
-        for name, path in TEXTS.items()
-    }
-    prepare(args, rows)
+    rows = open_texts(args)
     log = args.work / f"results-{part}.jsonl"
     done = {key_of(result) for result in results(args)}
     for index, job in enumerate(jobs()):

@@ -9,7 +9,6 @@ Texts, tokens and measures are those of benchmarks/allocation.py. Results go to 
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -20,14 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from allocation import KNOWN, mean_kl, prepare
+from allocation import KNOWN, mean_kl, open_texts
 from scipy.stats import spearmanr
 from torch import nn
 from transformers.utils import logging
 from uniform import BATCH, SEQLEN, TEXTS
 
 import moeq
-from moeq.calibration.tokens import read_text, windows
 from moeq.checkpoint.write import write_file_atomic
 from moeq.codec import canonical
 from moeq.components import basis_bytes
@@ -303,30 +301,32 @@ def write(args: argparse.Namespace) -> None:
     args.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "surrogate", "write"))
+def arguments(
+    name: str, text: str | None, verbs: tuple[str, ...], budgets: tuple[float, ...]
+) -> argparse.ArgumentParser:
+    """The command line that benchmarks of one method share."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=verbs)
     parser.add_argument("--model", type=Path, default=Path("../shared/models/ref-qwen3moe-22m"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--work", type=Path, default=Path("build/bitsmoe"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/bitsmoe.md"))
+    parser.add_argument("--work", type=Path, default=Path("build") / name)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks") / f"{name}.md")
     parser.add_argument("--nsamples", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=4096)
-    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    parser.add_argument("--budgets", type=float, nargs="+", default=budgets)
     parser.add_argument("--device", default="cpu")
+    return parser
+
+
+def main() -> int:
+    parser = arguments("bitsmoe", __doc__, ("run", "surrogate", "write"), BUDGETS)
     args = parser.parse_args()
     logging.disable_progress_bar()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.what == "write":
         write(args)
         return 0
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    tokenizer = quality.load_tokenizer(args.model)
-    rows = {
-        name: windows(tokenizer, read_text(args.data / path), SEQLEN, max_tokens=args.max_tokens)
-        for name, path in TEXTS.items()
-    }
-    prepare(args, rows)
+    rows = open_texts(args)
     (run if args.what == "run" else surrogate)(args, rows)
     return 0
 

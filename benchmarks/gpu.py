@@ -23,7 +23,7 @@ from transformers import AutoConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moeq.kernels import gpu, reference, tuning
-from moeq.kernels.packed import PackedLayer, kernel_facts, placed
+from moeq.kernels.packed import PackedLayer, kernel_facts
 from moeq.report.tables import markdown_table
 from moeq.spec import QuantSpec, sections
 
@@ -74,8 +74,8 @@ def random_layer(shape: tuple[int, int, int, int], widths: tuple[int, ...], devi
             at, size = sections(spec, each).scales
             scales = data[start + at : start + at + size].view(torch.float16)
             scales.uniform_(0.5, 1.0).mul_(2 * each[1] ** -0.5 / 2**spec.bits)
-    facts = kernel_facts(entries, list(shapes.values()))
-    return PackedLayer(data=data, entries=tuple(entries), shapes=shapes, facts=placed(facts, facts.table.to(device)))
+    facts = kernel_facts(entries, list(shapes.values()), torch.device(device))
+    return PackedLayer(data=data, entries=tuple(entries), shapes=shapes, facts=facts)
 
 
 def module_of(shape: tuple[int, int, int, int]) -> MixtralExperts:

@@ -9,7 +9,6 @@ Texts, tokens and measures are those of benchmarks/allocation.py. Results go to 
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -18,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from allocation import KNOWN, mean_kl, prepare, spread
-from bitsmoe import append, common, evaluate, read
+from allocation import KNOWN, mean_kl, open_texts, spread
+from bitsmoe import append, arguments, common, evaluate, read
 from transformers.utils import logging
 from uniform import SEQLEN, TEXTS
 
 import moeq
-from moeq.calibration.tokens import read_text, windows
 from moeq.checkpoint.read import Reader
 from moeq.report.tables import markdown_table
 from moeq.runtime.modules import TiledExperts
@@ -255,19 +253,10 @@ def write(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "latency", "write"))
-    parser.add_argument("--model", type=Path, default=Path("../shared/models/ref-qwen3moe-22m"))
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--work", type=Path, default=Path("build/tileq"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/tileq.md"))
-    parser.add_argument("--nsamples", type=int, default=64)
-    parser.add_argument("--max-tokens", type=int, default=4096)
-    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    parser = arguments("tileq", __doc__, ("run", "latency", "write"), BUDGETS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--only", nargs="+", help="names of rows")
     parser.add_argument("--part", default="0/1", help="I/N: every N-th row from the I-th on")
-    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     logging.disable_progress_bar()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -277,13 +266,7 @@ def main() -> int:
     if args.what == "latency":
         latency(args)
         return 0
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    tokenizer = quality.load_tokenizer(args.model)
-    rows = {
-        name: windows(tokenizer, read_text(args.data / path), SEQLEN, max_tokens=args.max_tokens)
-        for name, path in TEXTS.items()
-    }
-    prepare(args, rows)
+    rows = open_texts(args)
     run(args, rows)
     return 0
 

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moeq.format.packing import pack_matrix
-from moeq.kernels.packed import PackedLayer, PackedMatrix, kernel_facts, placed
+from moeq.kernels.packed import PackedLayer, PackedMatrix, kernel_facts
 from moeq.quantizers.rtn import Rtn
 from moeq.spec import QuantSpec
 
@@ -24,8 +24,7 @@ def packed(weights: Tensor, spec: QuantSpec) -> Tensor:
 def packed_matrix(shape: tuple[int, int], spec: QuantSpec, device: torch.device) -> PackedMatrix:
     """A random matrix."""
     record = packed(torch.randn(shape), spec).to(device)
-    facts = kernel_facts([[(0, spec)]], [shape])
-    return PackedMatrix(record=record, spec=spec, shape=shape, facts=placed(facts, facts.table.to(device)))
+    return PackedMatrix(record=record, spec=spec, shape=shape, facts=kernel_facts([[(0, spec)]], [shape], device))
 
 
 def packed_layer(
@@ -44,9 +43,9 @@ def packed_layer(
             row.append((offset, spec))
             offset += records[-1].numel()
         entries.append(tuple(row))
-    facts = kernel_facts(entries, list(shapes.values()))
+    facts = kernel_facts(entries, list(shapes.values()), device)
     data = torch.cat(records).to(device)
-    return PackedLayer(data=data, entries=tuple(entries), shapes=shapes, facts=placed(facts, facts.table.to(device)))
+    return PackedLayer(data=data, entries=tuple(entries), shapes=shapes, facts=facts)
 
 
 def mixtral(hidden: int, inner: int, num_experts: int) -> nn.Module:

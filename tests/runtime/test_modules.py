@@ -98,8 +98,17 @@ def test_the_same_expert_twice_counts_twice() -> None:
 def test_nothing_dense_is_kept() -> None:
     packed, _ = packed_mixtral()
     assert not list(packed.parameters())
-    assert {buffer.dtype for buffer in packed.buffers()} == {torch.uint8, torch.int64}  # the bytes, and where they lie
+    assert {buffer.dtype for buffer in packed.buffers()} == {torch.uint8}
     assert packed.state_dict() == {}
+
+
+def test_facts_for_kernels_follow_the_bytes() -> None:
+    handler = packed_mixtral()[0].get_submodule("moeq")
+    assert handler.layer.facts is None  # on a CPU nobody asks for them
+    facts = handler.to("meta").layer.facts
+    assert facts.table.device.type == "meta"
+    assert facts.table.shape[:2] == (len(handler.entries), 3)
+    assert handler.layer.facts is facts
 
 
 @pytest.mark.parametrize("bias", [True, False])

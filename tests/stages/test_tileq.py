@@ -15,7 +15,7 @@ from moeq.errors import BudgetError, OptionError, PackedError
 from moeq.format.manifest import read_manifest
 from moeq.kernels.tiled import TiledLayer
 from moeq.runtime.modules import TiledExperts
-from moeq.stages import inspect, quality, setup
+from moeq.stages import bench, inspect, quality, setup
 from moeq.stages.packing import write_layer
 
 DATALESS = {
@@ -257,3 +257,11 @@ def test_costs_can_be_measured_on_it_and_its_routers_tuned(
     moeq.quantize(tiny_dir, out, **{**CALIBRATED, **text, "router": "kl"})
     assert moeq.verify(out).logits_finite
     assert {layer.layout for layer in read_manifest(out).layers} == {"tiled"}
+
+
+def test_bench_counts_residuals_and_sides(packed: Path) -> None:
+    report = bench.run(packed, prompt_tokens=4, new_tokens=1, threads=1)
+    with Reader(packed) as reader:
+        sides = sum(i.stop - i.start for name, i in reader.headers.items() if name.endswith(".moeq_sides"))
+    assert 0 < sides < report.expert_bytes_per_token < side_and_matrix_bytes(packed) / 4
+    assert report.shares["experts"] > 0

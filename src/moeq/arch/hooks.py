@@ -7,6 +7,8 @@ Every family's stacked experts module calls the function that its config names
 Legend: T tokens, k experts per token, S tokens routed to one expert, H hidden, I expert width.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -107,6 +109,15 @@ def finish(experts: nn.Module, expert: int | Tensor, down_SH: Tensor) -> Tensor:
 def answers_plainly(experts: nn.Module) -> bool:
     """Whether an expert's answer is its down projection and nothing else, so that `finish` changes nothing."""
     return not (experts.has_bias or experts.has_post_expert_norm)
+
+
+def spans(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """The experts that have choices, and where those lie in the order of `by_expert`."""
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(start, start + count)
+            start += count
 
 
 def by_expert(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:

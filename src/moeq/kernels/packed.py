@@ -1,7 +1,7 @@
 """What kernels work on: views of packed bytes with the specs to read them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -18,7 +18,7 @@ there is one), scales and zeros; inputs that share a scale (K for the whole row)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class KernelFacts:
-    """What kernels on a device want to know of a layer, made once, when its bytes are bound.
+    """What kernels on a device want to know of a layer.
 
     Attributes:
         table: one line for each record, int64, (E, P, len(KERNEL_COLUMNS)), on the device of the bytes.
@@ -31,16 +31,20 @@ class KernelFacts:
     spans: tuple[int, ...]
 
 
-def kernel_facts(entries: Sequence[Sequence[tuple[int, QuantSpec]]], shapes: Sequence[tuple[int, int]]) -> KernelFacts:
-    """The facts of a layer, on the CPU.
+def kernel_facts(
+    entries: Sequence[Sequence[tuple[int, QuantSpec]]], shapes: Sequence[tuple[int, int]], device: torch.device
+) -> KernelFacts:
+    """The facts of a layer.
 
     Args:
-        entries: expert -> projection -> (offset in the blob, spec).
-        shapes: projection -> (N, K).
+        entries: expert -> projection (storage order) -> (offset in the blob, spec).
+        shapes: projection, in the same order -> (N, K).
+        device: where the blob is.
     """
     table = torch.tensor(
         [[_line(*entry, shape) for entry, shape in zip(expert, shapes, strict=True)] for expert in entries],
         dtype=torch.int64,
+        device=device,
     ).view(len(entries), len(shapes), len(KERNEL_COLUMNS))
     specs = [{expert[position][1] for expert in entries} for position in range(len(shapes))]
     return KernelFacts(
@@ -50,9 +54,23 @@ def kernel_facts(entries: Sequence[Sequence[tuple[int, QuantSpec]]], shapes: Seq
     )
 
 
-def placed(facts: KernelFacts | None, table: Tensor | None) -> KernelFacts | None:
-    """The facts with the copy of their table that moved to another device together with the bytes."""
-    return None if facts is None or table is None else replace(facts, table=table)
+def current_facts(
+    known: KernelFacts | None, data: Tensor, entries: Entries, shapes: Sequence[tuple[int, int]]
+) -> KernelFacts | None:
+    """The facts of bytes where they are now, made again only after a move.
+
+    None on a CPU, whose kernels read the table on disk, and where there are codebooks, which have no kernels yet.
+    """
+    if data.device.type == "cpu":
+        return None
+    if known is not None and known.table.device == data.device:
+        return known
+    return None if has_codebooks(entries) else kernel_facts(entries, shapes, data.device)
+
+
+def has_codebooks(entries: Entries) -> bool:
+    """Whether some records are of the level set "vector"."""
+    return any(spec.codebooks is not None for expert in entries for _, spec in expert)
 
 
 def _line(offset: int, spec: QuantSpec, shape: tuple[int, int]) -> list[int]:

@@ -68,12 +68,8 @@ def experts(
     order, counts = hooks.by_expert(top_k_index, layer.num_experts)
     tokens = order // top_k_index.shape[-1]
     parts = []
-    start = 0
-    for expert, count in enumerate(counts):
-        if not count:
-            continue
-        x_SH = hidden_states[tokens[start : start + count]]
-        start += count
+    for expert, span in hooks.spans(counts):
+        x_SH = hidden_states[tokens[span]]
         gate_SI = linear(x_SH, layer.matrix(expert, "gate")) if "gate" in layer.shapes else None
         up_SI = linear(x_SH, layer.matrix(expert, "up"))
         inner_SI = hooks.activation(module, expert, gate_SI, up_SI)

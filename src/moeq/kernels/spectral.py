@@ -120,12 +120,8 @@ def experts(
         return layer.basis("down", dtype).T
 
     parts, sums = [], []
-    start = 0
-    for expert, count in enumerate(counts):
-        if not count:
-            continue
-        chosen = tokens[start : start + count]
-        start += count
+    for expert, span in hooks.spans(counts):
+        chosen = tokens[span]
         gate_SI, up_SI = (_inner(layer, expert, name, inputs[name][chosen]) for name in ("gate", "up"))
         inner_SI = hooks.activation(module, expert, gate_SI, up_SI)
         sum_SR = _outer(layer, expert, inner_SI)
@@ -135,10 +131,11 @@ def experts(
             parts.append(hooks.finish(module, expert, product(sum_SR, down)))
     if not hooks.answers_plainly(module):
         return hooks.combine(parts, order, top_k_weights, hidden_states)
-    weight_S = top_k_weights.reshape(-1)[order[:start]].float().unsqueeze(-1)
+    total = sum(counts)
+    weight_S = top_k_weights.reshape(-1)[order[:total]].float().unsqueeze(-1)
     acc_TR = weight_S.new_zeros(len(hidden_states), layer.entries["down"].rank)
     if sums:
-        acc_TR = acc_TR.index_add(0, tokens[:start], torch.cat(sums).float() * weight_S)
+        acc_TR = acc_TR.index_add(0, tokens[:total], torch.cat(sums).float() * weight_S)
     return product(acc_TR.to(hidden_states.dtype), down)
 
 

@@ -87,12 +87,8 @@ def experts(
         counts=counts,
     )
     inner = {name: _in_shared(layer.sides[name], hidden_states, choices) for name in layer.sides if name != "down"}
-    parts, inputs_down, start = [], [], 0
-    for expert, count in enumerate(counts):
-        if not count:
-            continue
-        part = slice(start, start + count)
-        start += count
+    parts, inputs_down = [], []
+    for expert, part in hooks.spans(counts):
         x_SH = hidden_states[choices.token_C[part]]
         outs = {name: _residual(layer, expert, name, x_SH) + low_CI[part] for name, low_CI in inner.items()}
         z_SI = hooks.activation(module, expert, outs.get("gate"), outs["up"])
@@ -100,14 +96,14 @@ def experts(
         parts.append(_residual(layer, expert, "down", z_SI))
     down = layer.sides["down"]
     if not down.form.rank:
-        parts = [hooks.finish(module, e, part) for e, part in zip(_answering(counts), parts, strict=True)]
+        parts = [hooks.finish(module, e, part) for (e, _), part in zip(hooks.spans(counts), parts, strict=True)]
         return hooks.combine(parts, order, top_k_weights, hidden_states)
     q_CR = _through(torch.cat(inputs_down), down, choices, side=0)
     if not hooks.answers_plainly(module):  # a bias, or a norm of every expert's answer: known before it is weighted
         low_CH = _through(q_CR, down, choices, side=1)
-        split = low_CH.split([count for count in counts if count])
         parts = [
-            hooks.finish(module, e, part + low) for e, part, low in zip(_answering(counts), parts, split, strict=True)
+            hooks.finish(module, e, part + low_CH[span])
+            for (e, span), part in zip(hooks.spans(counts), parts, strict=True)
         ]
         return hooks.combine(parts, order, top_k_weights, hidden_states)
     weighted_CR = q_CR.float() * top_k_weights.reshape(-1)[order[:total]].float().unsqueeze(-1)
@@ -118,10 +114,6 @@ def experts(
     sum_T = sum_TNR.view(len(hidden_states), -1).to(hidden_states.dtype)
     low_TH = product(sum_T, lambda dtype: down.outputs(dtype).T)
     return hooks.combine(parts, order, top_k_weights, hidden_states) + low_TH
-
-
-def _answering(counts: list[int]) -> list[int]:
-    return [expert for expert, count in enumerate(counts) if count]
 
 
 def _residual(layer: TiledLayer, expert: int, projection: str, x_SI: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def _handler(layer: manifest.PackedLayer) -> PackedExperts | SpectralExperts | T
         return SpectralExperts(layer.spectral_shape)
     if layer.layout == "tiled":
         return TiledExperts(layer.named_shapes)
-    return PackedExperts(dict(layer.shapes))
+    return PackedExperts(layer.named_shapes)
 
 
 def bind(

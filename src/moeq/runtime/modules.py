@@ -1,4 +1,4 @@
-"""Modules over packed bytes. They hold bytes and a table of offsets; nothing is ever unpacked into memory for good."""
+"""Modules over packed bytes. They hold uint8 buffers only; nothing is ever unpacked into memory for good."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,7 @@ from moeq.format.packing import decode_matrix
 from moeq.format.spectral import SpectralShape
 from moeq.format.tiled import TileEntry, read_sides, views
 from moeq.kernels import dispatch
-from moeq.kernels.packed import KernelFacts, PackedLayer, PackedMatrix, kernel_facts, placed
+from moeq.kernels.packed import KernelFacts, PackedLayer, PackedMatrix, current_facts, has_codebooks
 from moeq.kernels.spectral import SpectralLayer
 from moeq.kernels.tiled import TiledLayer
 from moeq.spec import QuantSpec
@@ -24,7 +24,6 @@ class PackedExperts(nn.Module):
     """
 
     data: Tensor | None
-    table: Tensor | None
 
     def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
         super().__init__()
@@ -34,29 +33,26 @@ class PackedExperts(nn.Module):
         self._table: Tensor | None = None
         self._facts: KernelFacts | None = None
         self.register_buffer("data", None, persistent=False)
-        self.register_buffer("table", None, persistent=False)
 
     def bind(self, data: Tensor, entries: Entries) -> None:
         """Take the layer's blob (uint8) and what its table says."""
         self.data = data
         self.entries = entries
         # Codebooks have no kernels yet: only the torch reference reads them.
-        plain = all(spec.codebooks is None for expert in entries for _, spec in expert)
-        self._table = blob.table_of(entries) if plain else None
-        self._facts = kernel_facts(entries, list(self.shapes.values())) if plain else None
-        self.table = None if self._facts is None else self._facts.table.to(data.device)
+        self._table = None if has_codebooks(entries) else blob.table_of(entries)
 
     @property
     def layer(self) -> PackedLayer:
         """The packed weights, as views."""
         assert self.data is not None, "used before loading"
+        self._facts = current_facts(self._facts, self.data, self.entries, list(self.shapes.values()))
         return PackedLayer(
             data=self.data,
             entries=self.entries,
             shapes=self.shapes,
             table=self._table,
             exact=self.exact,
-            facts=placed(self._facts, self.table),
+            facts=self._facts,
         )
 
     def weights(self, expert: int, projection: str) -> Tensor:
@@ -171,7 +167,6 @@ class PackedLinear(nn.Module):
     """A linear layer over packed weights; stands in for nn.Linear."""
 
     data: Tensor | None
-    table: Tensor | None
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -182,15 +177,11 @@ class PackedLinear(nn.Module):
         self.exact: bool | None = None
         self._facts: KernelFacts | None = None
         self.register_buffer("data", None, persistent=False)
-        self.register_buffer("table", None, persistent=False)
 
     def bind(self, data: Tensor, spec: QuantSpec) -> None:
         """Take the matrix record (uint8) and its spec."""
         self.data = data
         self.spec = spec
-        shapes = [(self.out_features, self.in_features)]
-        self._facts = kernel_facts([[(0, spec)]], shapes) if spec.codebooks is None else None
-        self.table = None if self._facts is None else self._facts.table.to(data.device)
 
     @property
     def matrix(self) -> PackedMatrix:
@@ -198,8 +189,8 @@ class PackedLinear(nn.Module):
         assert self.data is not None, "used before loading"
         assert self.spec is not None
         shape = self.out_features, self.in_features
-        facts = placed(self._facts, self.table)
-        return PackedMatrix(record=self.data, spec=self.spec, shape=shape, exact=self.exact, facts=facts)
+        self._facts = current_facts(self._facts, self.data, (((0, self.spec),),), [shape])
+        return PackedMatrix(record=self.data, spec=self.spec, shape=shape, exact=self.exact, facts=self._facts)
 
     @property
     def weight(self) -> Tensor:

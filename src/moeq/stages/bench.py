@@ -21,8 +21,7 @@ from moeq.checkpoint.read import resolve
 from moeq.components import basis_bytes
 from moeq.errors import OptionError
 from moeq.runtime import load
-from moeq.runtime.modules import PackedExperts, PackedLinear, SpectralExperts
-from moeq.spec import stored_bytes
+from moeq.runtime.modules import PackedExperts, PackedLinear, SpectralExperts, TiledExperts
 
 Progress = Callable[[str, int, int], None]
 
@@ -194,38 +193,38 @@ def _counted(model: nn.Module, sizes: list[int]) -> Iterator[None]:
     """Collects the bytes of the experts that are chosen, while the context lasts."""
 
     def count(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        chosen = torch.unique(arguments[2]).tolist()
-        sizes.append(_chosen_bytes(module, [expert for expert in chosen if expert < _num_experts(module)]))
+        sizes.append(_chosen_bytes(module, arguments[2]))
 
     with _hooked([module.register_forward_pre_hook(count) for module in model.modules() if _is_experts(module)]):
         yield
 
 
 def _is_experts(module: nn.Module) -> bool:
-    return isinstance(module, PackedExperts | SpectralExperts)
+    return isinstance(module, PackedExperts | SpectralExperts | TiledExperts)
 
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, PackedLinear | nn.Linear)
 
 
-def _num_experts(module: nn.Module) -> int:
-    assert isinstance(module, PackedExperts | SpectralExperts)
-    return module.layer.num_experts
+def _chosen_bytes(module: nn.Module, index_Tk: torch.Tensor) -> int:
+    """Bytes that the chosen experts of a layer take, with all that they share."""
+    if isinstance(module, SpectralExperts):
+        layer = module.layer
+        entries = layer.entries.values()
+        bases = {entry.basis: basis_bytes(entry.basis_bits, entry.rank, layer.shape.hidden) for entry in entries}
+        slabs = layer.data.numel() - sum(bases.values())
+        return sum(bases.values()) + slabs * len(_chosen(index_Tk, layer.num_experts)) // layer.num_experts
+    assert isinstance(module, PackedExperts | TiledExperts)
+    packed = module.layer if isinstance(module, PackedExperts) else module.layer.residual
+    chosen = _chosen(index_Tk, packed.num_experts)
+    matrices = (packed.matrix(expert, name) for expert in chosen for name in packed.shapes)
+    shared = 0 if isinstance(module, PackedExperts) else sum(each.data.numel() for each in module.layer.sides.values())
+    return shared + sum(matrix.record.numel() for matrix in matrices)
 
 
-def _chosen_bytes(module: nn.Module, experts: list[int]) -> int:
-    if isinstance(module, PackedExperts):
-        shapes = [shape for name, shape in module.shapes.items() if name != "gate"]
-        shapes = [module.shapes["gate"], *shapes] if "gate" in module.shapes else shapes
-        rows = (module.entries[expert] for expert in experts)
-        return sum(stored_bytes(spec, shape) for row in rows for (_, spec), shape in zip(row, shapes, strict=True))
-    assert isinstance(module, SpectralExperts)
-    layer = module.layer
-    entries = layer.entries.values()
-    bases = {entry.basis: basis_bytes(entry.basis_bits, entry.rank, layer.shape.hidden) for entry in entries}
-    slabs = layer.data.numel() - sum(bases.values())
-    return sum(bases.values()) + slabs * len(experts) // layer.num_experts
+def _chosen(index_Tk: torch.Tensor, num_experts: int) -> list[int]:
+    return [expert for expert in torch.unique(index_Tk).tolist() if expert < num_experts]
 
 
 def _other_bytes(model: Any) -> int:
