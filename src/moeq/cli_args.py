@@ -36,7 +36,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add("--router", help="tune routers after packing: none, task (next-token loss) or kl (to the original)")
     _tuning_arguments(parser)
     add("--quality", action=argparse.BooleanOptionalAction, help="measure small models on held-out text (default on)")
-    add("--rank", help="tileq: components of the shared factors, or auto (default): what the budget leaves")
+    add("--rank", help="tileq: components of the shared factors; auto: what the budget leaves (default: few or none)")
     add("--allocation", help="tileq: the method that chooses the residuals' widths, as gemq (default: all alike)")
     add("--tile-options", metavar="NAME=VALUE,...", help="tileq: choices of its tiles, as grid=8x16,rotation=expert")
     add("--progressive", metavar="BITS", help="falling budgets to go through before the last, as 3,2.5")

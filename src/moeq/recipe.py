@@ -66,7 +66,7 @@ class Recipe:
         router_epochs: passes over the calibration text.
         router_lr: learning rate.
         quality: measure quality on held-out windows of the calibration text, if the original is small.
-        rank: components of the tiled low-rank factors; "auto" and None take what the budget leaves.
+        rank: components of the tiled low-rank factors; "auto" takes what the budget leaves, None a small share if any.
         allocation: for the tiled layout, the method whose unit, cost and solver choose the residuals' widths.
         tile_options: choices of the tiled layout, as "grid=8x16,rotation=expert" (`moeq.tiling.TileOptions`).
         progressive: falling budgets to go through before the last one, as "3,2.5", each measured on the

@@ -1,6 +1,7 @@
 """TileQ from weights to a packed checkpoint that runs (TileQ notes, section 11)."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from moeq.errors import BudgetError, OptionError, PackedError
 from moeq.format.manifest import read_manifest
 from moeq.kernels.tiled import TiledLayer
 from moeq.runtime.modules import TiledExperts
-from moeq.stages import bench, inspect, quality, setup
+from moeq.stages import bench, inspect, quality, setup, tiles
 from moeq.stages.packing import write_layer
 
 DATALESS = {
@@ -184,9 +185,19 @@ def test_rank_auto_takes_what_the_budget_leaves(demo_dir: Path) -> None:
         ranks.append(plan.tiles[0]["up"].rank)
         assert 8 * plan.expert_bytes / inventory.expert_parameters <= bits
     assert 0 < ranks[0] < ranks[1] < ranks[2]
-    by_size = setup.setup(demo_dir, moeq.Recipe(**{**DATALESS, "bits": None, "size": "5MB", "rank": None}))
+    by_size = setup.setup(demo_dir, moeq.Recipe(**{**DATALESS, "bits": None, "size": "5MB", "rank": "auto"}))
     assert by_size.plan.tiles[0]["up"].rank > 0
     assert by_size.disk_bytes <= 5_000_000
+
+
+def test_unasked_factors_only_where_they_are_cheap(demo_dir: Path) -> None:
+    recipe = moeq.Recipe(**{**DATALESS, "bits": 3.0, "rank": None, "tile_options": None})
+    assert not any(form.rank for layer in setup.setup(demo_dir, recipe).plan.tiles for form in layer.values())
+    inventory, _ = inspect.run(demo_dir)
+    shapes = {"gate": (768, 2048), "up": (768, 2048), "down": (2048, 768)}  # Qwen3-30B-A3B
+    layers = tuple(replace(layer, num_experts=128, shapes=shapes) for layer in inventory.layers)
+    large = tiles.forms(replace(inventory, layers=layers), recipe)
+    assert {name: form.rank for name, form in large[0].items()} == {"gate": 64, "up": 64, "down": 0}
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "mixtral"])
