@@ -51,6 +51,7 @@ def plan(report: PlanReport) -> str:
     lines = [
         f"{report.architecture}: {report.layers} MoE layers, {report.experts_per_layer} experts each",
         f"method {report.method}, quantizer {report.quantizer}, expert matrices: {widths}",
+        *(f"{name}: {words}" for name, words in report.tiles.items()),
         "",
         _families(report.families),
         "",

@@ -45,6 +45,13 @@ def section(card: str, title: str) -> str:
     return card.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
 
 
+def test_shared_factors(facts: CardFacts) -> None:
+    assert "Low-rank" not in model_card(facts)
+    words = {"gate": "rank 8 in 2 x 4 tiles", "down": "no factors"}
+    text = section(model_card(dataclasses.replace(facts, tiles=words)), "Allocation")
+    assert "gate: rank 8 in 2 x 4 tiles; down: no factors." in text
+
+
 def test_front_matter(facts: CardFacts) -> None:
     matter = front_matter(model_card(facts))
     assert matter == {

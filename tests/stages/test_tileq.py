@@ -223,6 +223,7 @@ def test_families(model_type: str, tmp_path: Path) -> None:
         ({"solver": "milp"}, OptionError, "no choice per unit"),
         ({"allocation": "gemq", "quantizer": "vector"}, OptionError, "codebooks"),
         ({"bits": 0.5}, BudgetError, "cannot be reached"),
+        ({"rank": "100", "bits": 3.0}, BudgetError, "a smaller --rank"),
         ({"plan": "plan.json", "bits": None}, OptionError, "no effect with --plan"),
     ],
 )

@@ -126,6 +126,7 @@ class CardFacts:
         bound: no plan of the same budget has less predicted harm.
         router: what tuning the routers did; None if they are the original's.
         heatmap: whether `PICTURE_NAME` lies beside the card.
+        tiles: projection -> what its experts share in tiles, in words; empty if the layout has none.
         limits: further known limits, one sentence each.
         tags: further tags.
     """
@@ -154,6 +155,7 @@ class CardFacts:
     bound: float | None = None
     router: RouterFacts | None = None
     heatmap: bool = False
+    tiles: Mapping[str, str] = field(default_factory=dict)
     limits: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
 
@@ -248,7 +250,9 @@ def _allocation(facts: CardFacts) -> str:
     if facts.units == "component":
         picture = picture.replace("every expert", "components along the basis")
         what = "Spectral components of the experts by bits per code, for each MoE layer; 0 bits are dropped."
-    parts = (_choice(facts), picture, what, table)
+    shared = "; ".join(f"{name}: {words}" for name, words in facts.tiles.items())
+    shared = f"Low-rank factors that experts share, of 8 bits: {shared}." if shared else ""
+    parts = (_choice(facts), picture, what, table, shared)
     return "\n\n".join(part for part in parts if part)
 
 

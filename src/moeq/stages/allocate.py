@@ -54,7 +54,7 @@ def run(
         plan = _solve_components(inventory, draft, table, recipe, budget, limit)
     elif table is None:
         draft, left = _draft_dense(inventory, draft, recipe, limit)
-        filled = _fill(inventory, _weigher(draft, budget), left, budget)
+        filled = _fill(inventory, draft, left, budget)
         plain = replace(draft, experts=filled, unit=None, cost=None, costs_hash=None, objective=None, bound=None)
         plan = _sized(inventory, plain)
     else:
@@ -72,7 +72,7 @@ def _solve_components(
     except InfeasibleError as error:
         if error.smallest is None:
             raise
-        raise _too_small(inventory, budget, error.smallest - limit) from error
+        raise _too_small(inventory, draft, budget, error.smallest - limit) from error
     return plan if table is None else replace(plan, costs_hash=table.hash)
 
 
@@ -169,7 +169,7 @@ def _solve(inventory: Inventory, draft: Plan, table: CostTable, recipe: Recipe, 
     except InfeasibleError as error:
         if error.smallest is None:
             raise
-        raise _too_small(inventory, budget, error.smallest - limit) from error
+        raise _too_small(inventory, draft, budget, error.smallest - limit) from error
 
 
 def rules_of(
@@ -293,13 +293,14 @@ def _uniform(inventory: Inventory, width: int) -> Uniform:
     return tuple(((width,) * len(layer.projections),) * layer.num_experts for layer in inventory.layers)
 
 
-def _fill(inventory: Inventory, weigh: Callable[[int, tuple[int, int]], int], limit: int, budget: Budget) -> Uniform:
+def _fill(inventory: Inventory, draft: Plan, limit: int, budget: Budget) -> Uniform:
     """The largest common width that fits, then one more for leading matrices while they fit."""
+    weigh = _weigher(draft, budget)
     shapes = [shape for _, shape in inventory.units()]
     totals = [sum(weigh(width, shape) for shape in shapes) for width in range(len(BITS))]
     fitting = [width for width, total in enumerate(totals) if total <= limit]
     if not fitting:
-        raise _too_small(inventory, budget, totals[0] - limit)
+        raise _too_small(inventory, draft, budget, totals[0] - limit)
     low = fitting[-1]
     left = limit - totals[low]
     rows = []
@@ -318,11 +319,14 @@ def _fill(inventory: Inventory, weigh: Callable[[int, tuple[int, int]], int], li
     return tuple(rows)
 
 
-def _too_small(inventory: Inventory, budget: Budget, missing: int) -> BudgetError:
+def _too_small(inventory: Inventory, draft: Plan, budget: Budget, missing: int) -> BudgetError:
+    smaller = "a smaller --rank, " if any(form.rank for layer in draft.tiles for form in layer.values()) else ""
     if budget.size is not None:
         least = f"{budget.size + missing + SIZE_SLACK} bytes"
         return BudgetError(
-            f"{budget.size} bytes cannot be reached", option="size", fix=f"give at least {least}, or lower --dense-bits"
+            f"{budget.size} bytes cannot be reached",
+            option="size",
+            fix=f"give at least {least}, {smaller}or lower --dense-bits",
         )
     bits = budget.bits if budget.bits is not None else budget.code_bits
     assert bits is not None
@@ -332,5 +336,5 @@ def _too_small(inventory: Inventory, budget: Budget, missing: int) -> BudgetErro
     return BudgetError(
         f"{bits:g} bits per expert weight cannot be reached: scales and padding count too",
         option="bits",
-        fix=f"give at least {least_bits:.3f}, a larger --group-size, or --accounting codes",
+        fix=f"give at least {least_bits:.3f}, {smaller}a larger --group-size, or --accounting codes",
     )

@@ -36,6 +36,17 @@ def counts(inventory: Inventory, plan: Plan) -> dict[str, int]:
     return {str(bits): total[bits] for bits in sorted(total)}
 
 
+def tiles(plan: Plan) -> dict[str, str]:
+    """Projection -> what is shared in tiles, in words; empty for other layouts."""
+    words: dict[str, list[str]] = {}
+    for layer in plan.tiles:
+        for name, form in layer.items():
+            factors = f"rank {form.rank} in {form.rows} x {form.columns} tiles" if form.rank else "no factors"
+            rotated = "" if form.orders == "none" else f", a rotation for each {form.orders}"
+            words.setdefault(name, []).append(factors + rotated)
+    return {name: " or ".join(dict.fromkeys(each)) for name, each in words.items()}
+
+
 def is_mixed(plan: Plan) -> bool:
     """Whether expert matrices (or components) differ in width, so that a picture shows something."""
     if plan.components is not None:
@@ -216,4 +227,5 @@ def facts(
         bound=plan.bound,
         router=router,
         heatmap=is_mixed(plan),
+        tiles=tiles(plan),
     )

@@ -34,6 +34,7 @@ class PlanReport:
     Attributes:
         families: sizes by kind of tensor.
         allocation: code bits -> expert matrices that get them; empty while costs must still be measured.
+        tiles: projection -> what its experts share in tiles, in words; empty if the layout has none.
         decided: the plan is the one that quantize would follow; false if costs must be measured first.
         quantized: kinds of linears that are quantized beside the experts.
         untouched: kinds of tensors that stay as they are.
@@ -58,6 +59,7 @@ class PlanReport:
     expert_bits_per_weight: float
     families: dict[str, summary.Family]
     allocation: dict[str, int]
+    tiles: dict[str, str]
     decided: bool
     quantized: tuple[str, ...]
     untouched: tuple[str, ...]
@@ -94,6 +96,7 @@ def run(model: str | Path, recipe: Recipe) -> PlanReport:
         expert_bits_per_weight=8 * plan.expert_bytes / inventory.expert_parameters,
         families=rows,
         allocation=card.counts(inventory, plan) if setup.decided else {},
+        tiles=card.tiles(plan),
         decided=setup.decided,
         quantized=("experts", *sorted(packed)),
         untouched=tuple(sorted((set(rows) | {"other"}) - packed - {"experts"})),
