@@ -24,6 +24,8 @@ from uniform import SEQLEN, TEXTS
 
 import moeq
 from moeq.checkpoint.read import Reader
+from moeq.kernels import dispatch, reference
+from moeq.kernels import tiled as tiled_kernel
 from moeq.report.tables import markdown_table
 from moeq.runtime.modules import TiledExperts
 from moeq.stages import inspect, quality
@@ -47,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "plain gptq, groups of 64": {"method": "uniform", "group_size": 64},
     "plain vector": {"method": "uniform", "quantizer": "vector"},
     "tileq, defaults": {"method": "tileq"},
+    "rank auto": tiled(),
     "tile": tiled(BASE, 4),
     "private low rank of the same bytes": tiled(BASE + ",grid=private", 1),
     "one factor shared, hidden side": tiled(BASE + ",grid=hidden", 2),
@@ -135,10 +138,12 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def latency(args: argparse.Namespace, repeats: int = 7) -> None:
-    """Both models in one process, by turns; medians."""
+    """All models in one process, by turns; medians. All of them run on the torch reference."""
+    dispatch.EXPERTS, dispatch.TILED = (reference.experts,), (tiled_kernel.experts,)
     common_ = {"device": args.device, "quality": False, "quantizer": "rtn", "bits": 3.3}
     variants = {
         "plain": {"method": "uniform", **common_},
+        "no factors": {**tiled("rotation=none", rank=0), **common_},
         "rotation only": {**tiled("rotation=tile", rank=0), **common_},
         "tile": {**tiled(BASE, rank=8), **common_},
         "tile and rotation": {**tiled("down=true,rotation=tile", rank=8), **common_},
@@ -243,7 +248,7 @@ def write(args: argparse.Namespace) -> None:
         ]
         parts.append(
             "## Time of the torch reference\n\nWhole forward passes, one thread, one process, by turns, median of 7; "
-            "ratio to the same model of plain matrices at the same bytes. Rank 8, private rank 2.\n\n"
+            "ratio to a model of plain matrices at the same bytes. Rank 8, private rank 2; the same kernels for all.\n\n"
             + markdown_table(("tokens", *names), lines)
         )
     notes = args.output.with_name("tileq_notes.md")

@@ -177,6 +177,43 @@ struct Dots<1> {
 };
 #endif
 
+#if !defined(__AVX512VNNI__)
+// c[1] and c[3] hold four times the code, so that one shift unpacks all.
+template <>
+struct Dots<2> {
+  static constexpr float kUnit = 4.0f;
+  V c[4];
+
+  inline __attribute__((always_inline)) void load(const uint8_t* first, const uint8_t*) {
+    const V bytes = load_codes(first), upper = _mm256_srli_epi16(bytes, 4);
+    c[0] = _mm256_and_si256(bytes, bytes_of(3));
+    c[1] = _mm256_and_si256(bytes, bytes_of(12));
+    c[2] = _mm256_and_si256(upper, bytes_of(3));
+    c[3] = _mm256_and_si256(upper, bytes_of(12));
+  }
+
+  template <int kParts>
+  inline __attribute__((always_inline)) __m256 add(const int8_t* x, const float* scale, __m256 sum) const {
+    const V first = pairs(c[0], x), second = pairs(c[1], x + 32);
+    const V third = pairs(c[2], x + 64), fourth = pairs(c[3], x + 96);
+    if (kParts == 4) {
+      const V four = _mm256_set1_epi16(4);
+      sum = add_scaled_dot(_mm256_madd_epi16(first, four), scale, sum);
+      sum = add_scaled_dot(to32(second), scale + 1, sum);
+      sum = add_scaled_dot(_mm256_madd_epi16(third, four), scale + 2, sum);
+      return add_scaled_dot(to32(fourth), scale + 3, sum);
+    }
+    if (kParts == 2) {
+      const V low = _mm256_add_epi16(_mm256_slli_epi16(first, 2), second);
+      const V high = _mm256_add_epi16(_mm256_slli_epi16(third, 2), fourth);
+      return add_scaled_dot(to32(high), scale + 1, add_scaled_dot(to32(low), scale, sum));
+    }
+    const V ones = _mm256_add_epi16(first, third), fours = _mm256_add_epi16(second, fourth);
+    return add_scaled_dot(to32(_mm256_add_epi16(_mm256_slli_epi16(ones, 2), fours)), scale, sum);
+  }
+};
+#endif
+
 // Codes minus 128 are signed: their signs go to the activations, so that |code| is unsigned and |code| * |x| * 2 fits.
 template <>
 struct Dots<8> {

@@ -10,8 +10,10 @@ namespace moeq::MOEQ_ISA {
 namespace {
 
 constexpr int64_t kTileRows = 16;  // rows that stay in the cache between two groups of vectors
-constexpr int64_t kAhead = 3072;   // bytes that codes are fetched ahead
-constexpr int kStreams = 2;        // places of a matrix that are read at once; 1 and 4 were slower
+constexpr int64_t kAhead = 8192;   // bytes that codes are fetched ahead; half and twice as many were slower
+
+// Places of a matrix that are read at once. 4 were slower, and 1 for all widths of one plane and for 6 bits.
+constexpr int streams_of(int bits) { return bits == 3 ? 1 : 2; }
 
 inline int grain_of(int64_t group_size) { return group_size == 32 ? 2 : group_size == 64 ? 1 : 0; }
 inline bool is_grouped(int64_t group_size) { return group_size == 32 || group_size == 64 || group_size == 128; }
@@ -166,6 +168,19 @@ MOEQ_INLINE void fetch(const uint8_t* at, int64_t block) {
   if (kWidth == 8) __builtin_prefetch(at + kAhead + 64);
 }
 
+MOEQ_INLINE void fetch_all(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)from + at);
+}
+
+// Asks for scales and zeros of the rows that come next: too few to be fetched in time otherwise. Inlined by force, since
+// compilers drop calls of functions that do nothing but this.
+MOEQ_INLINE void fetch_scales(const Matrix& m, int64_t row, int64_t num_rows) {
+  const int64_t groups = (m.columns + m.group_size - 1) / m.group_size, first = row * groups, count = num_rows * groups;
+  fetch_all(m.scale + first, count * 2);
+  if (m.levels == Levels::asym) fetch_all((const uint8_t*)m.zero + first, count);
+  if (m.levels == Levels::asym16) fetch_all((const uint16_t*)m.zero + first, count * 2);
+}
+
 // What the inner loop holds in registers: sums of one row times kTokens vectors, or of two rows times one. Named, not
 // an array: compilers keep those in memory.
 struct Sums {
@@ -205,6 +220,9 @@ void rows(const MatvecJob& job, const int64_t* starts, int64_t num_rows) {
       else
         call(&prepare<kBits, kParts, kTokens, Levels::half>);
     }
+    // Only now, or they would hold up those that are needed first.
+    if (segment == 0)
+      for (int place = 0; place < kPlaces; place++) fetch_scales(m, starts[place] + num_rows, num_rows);
     const auto codes = [&](const uint8_t* plane, int64_t bytes, int width, int stream) {
       return plane + starts[stream < kPlaces ? stream : 0] * bytes + segment * (16 * width);
     };
@@ -263,6 +281,7 @@ template <int kBits, int kParts, int kTokens>
 void rows_in_streams(const MatvecJob& job) {
   int64_t row = job.first;
   if (kTokens == 1) {
+    constexpr int kStreams = streams_of(kBits);
     constexpr int64_t each = kTileRows / kStreams;
     const int64_t part = (job.last - row) / kStreams;
     for (int64_t r = 0; r < part; r += each) {
