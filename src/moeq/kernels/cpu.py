@@ -57,7 +57,7 @@ torch.library.register_fake("moeq::packed_experts", lambda x, *_: torch.empty_li
 
 def linear(x_SK: Tensor, matrix: PackedMatrix) -> Tensor | None:
     """As `reference.linear`; None for what the kernels do not do."""
-    if not _serves(x_SK, matrix.record) or matrix.spec.codebooks is not None:
+    if not serves(x_SK, matrix.record) or matrix.spec.codebooks is not None:
         return None
     if x_SK.shape[0] > FEW:
         return _decode_and_multiply(x_SK, matrix)
@@ -68,7 +68,7 @@ def experts(
     module: nn.Module, layer: PackedLayer, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor | None:
     """As `reference.experts`; None for what the kernels do not do."""
-    if not _serves(hidden_states, layer.data) or (torch.is_grad_enabled() and top_k_weights.requires_grad):
+    if not serves(hidden_states, layer.data) or (torch.is_grad_enabled() and top_k_weights.requires_grad):
         return None
     if layer.table is None:  # codebooks: no kernel yet
         return None
@@ -86,7 +86,7 @@ def experts(
     return answer.to(dtype)
 
 
-def _serves(x: Tensor, data: Tensor) -> bool:
+def serves(x: Tensor, data: Tensor) -> bool:
     """Whether a call is one for these kernels; says once if it would be with a compiler."""
     if x.device.type != "cpu" or data.device.type != "cpu" or x.dtype not in native.DTYPES:
         return False
