@@ -81,7 +81,7 @@ def experts(
     dtype = hidden_states.dtype
     multiply = _multiply_codes if few else _decode_and_multiply
     answer = reference.experts(
-        module, layer, hidden_states.to(_product_dtype(dtype)), top_k_index, top_k_weights, linear=multiply
+        module, layer, hidden_states.to(product_dtype(dtype)), top_k_index, top_k_weights, linear=multiply
     )
     return answer.to(dtype)
 
@@ -123,7 +123,7 @@ def _multiply_codes(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
 def _decode_and_multiply(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
     """x W^T, (S, N), for many rows of x: a tile of W is decoded by all threads, then multiplied by torch."""
     rows, columns = matrix.shape
-    dtype = _product_dtype(x_SK.dtype)
+    dtype = product_dtype(x_SK.dtype)
     x = x_SK.to(dtype)
     step = max(64, TILE_BYTES // (columns * dtype.itemsize) // 64 * 64)
     y_SN = x.new_empty(x.shape[0], rows)
@@ -136,7 +136,7 @@ def _decode_and_multiply(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
     return y_SN.to(x_SK.dtype)
 
 
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """What to multiply in: without AVX-512 torch imitates 16-bit products, ten times slower than float32 ones."""
     slow = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
     return torch.float32 if slow else dtype

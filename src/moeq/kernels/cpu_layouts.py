@@ -1,7 +1,7 @@
 """The compiled kernels for layers of the layouts "spectral" and "tiled", as candidates of the dispatch.
 
-Few tokens of experts gated by SiLU take one call for the whole layer; everything else is left to the references, for
-tiled layers with residuals multiplied as in `moeq.kernels.cpu`.
+Few tokens of experts gated by SiLU take one call for the whole layer. Everything else is left to the references, with
+products in a dtype that torch is fast at, and the residuals of tiled layers multiplied as in `moeq.kernels.cpu`.
 
 The calls are torch operators (`torch.ops.moeq.packed_spectral`, `packed_tiled`), so that `torch.compile` sees them.
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moeq import native
 from moeq.arch import hooks
-from moeq.kernels import cpu, reference, tiled
+from moeq.kernels import cpu, reference, spectral, tiled
 from moeq.kernels.packed import PackedMatrix
 from moeq.kernels.spectral import SpectralLayer
 from moeq.kernels.tiled import TiledLayer
@@ -76,9 +76,15 @@ def spectral_experts(
     facts = layer.facts
     if facts is None or len(layer.entries) < 3 or not cpu.serves(hidden_states, layer.data):
         return None
+    if torch.is_grad_enabled() and top_k_weights.requires_grad:
+        return None
     inner = layer.shape.inner
     if not _is_fused(module, inner, hidden_states, top_k_weights):
-        return None
+        dtype = cpu.product_dtype(hidden_states.dtype)
+        if dtype == hidden_states.dtype:
+            return None
+        answer = spectral.experts(module, layer, hidden_states.to(dtype), top_k_index, top_k_weights)
+        return answer.to(hidden_states.dtype)
     return torch.ops.moeq.packed_spectral(
         hidden_states,
         top_k_index,
@@ -120,16 +126,13 @@ def tiled_experts(
             bool(residual.exact),
         )
     floats = len(hidden_states) > cpu.FEW and residual.exact is not False
-    return tiled.experts(
-        module, layer, hidden_states, top_k_index, top_k_weights, linear=partial(_linear, exact=floats)
-    )
+    x_TH, linear = hidden_states.to(cpu.product_dtype(hidden_states.dtype)), partial(_linear, exact=floats)
+    return tiled.experts(module, layer, x_TH, top_k_index, top_k_weights, linear=linear).to(hidden_states.dtype)
 
 
 def _is_fused(module: nn.Module, inner: int, hidden_states: Tensor, top_k_weights: Tensor) -> bool:
-    """Whether a call is one for the fused kernels: few tokens, silu(gate) * up and nothing else, no gradients."""
+    """Whether a call is one for the fused kernels: few tokens, silu(gate) * up and nothing else."""
     if len(hidden_states) > cpu.FEW or top_k_weights.dtype not in native.DTYPES:
-        return False
-    if torch.is_grad_enabled() and top_k_weights.requires_grad:
         return False
     return hooks.gates_by_silu(module, inner)
 

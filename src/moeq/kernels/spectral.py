@@ -157,7 +157,8 @@ def experts(
     order, counts = hooks.by_expert(top_k_index, layer.num_experts)
     tokens = order // top_k_index.shape[-1]
     inputs = {"gate": product(hidden_states, partial(layer.basis, "gate"))}
-    joint = layer.entries["up"].basis == layer.entries["gate"].basis
+    gate, up = layer.entries["gate"], layer.entries["up"]
+    joint = (gate.basis, gate.rank) == (up.basis, up.rank)  # a gate of no directions has no bytes either
     inputs["up"] = inputs["gate"] if joint else product(hidden_states, partial(layer.basis, "up"))
 
     def down(dtype: torch.dtype) -> Tensor:
@@ -185,7 +186,8 @@ def experts(
 
 def _inner(layer: SpectralLayer, expert: int, projection: str, h_SR: Tensor) -> Tensor:
     """Gate or up of one expert, (S, I)."""
-    h_Sn = h_SR.index_select(1, layer.order(expert, projection))
+    order = layer.order(expert, projection)
+    h_Sn = h_SR.index_select(1, order) if len(order) else h_SR[:, :0]  # which it refuses if there are no directions
     return product(h_Sn, lambda dtype: layer.factor(expert, projection, dtype).T)
 
 
