@@ -366,13 +366,16 @@ def test_compiled_models_see_operators() -> None:
     one, two = spectral_layer(3), tiled_layer(3, FORMS[0])
     facts, inner = one.facts, SIZES[0][1]
     assert facts is not None
+    parts = ("test_schema", "test_faketensor")
     torch.library.opcheck(
         torch.ops.moeq.packed_spectral.default,
         (x_TH, index_Tk, weight_Tk, one.data, facts.table, facts.starts, facts.order, inner, False),
+        test_utils=parts,
     )
     torch.library.opcheck(
         torch.ops.moeq.packed_tiled.default,
         (x_TH, index_Tk, weight_Tk, two.residual.data, two.residual.table, two.side_data, two.tiles, inner, False),
+        test_utils=parts,
     )
 
     def step(x: Tensor) -> Tensor:

@@ -69,7 +69,9 @@ struct Call {
   }
 };
 
-void append(std::vector<uint8_t>& data, const std::vector<uint8_t>& more) { data.insert(data.end(), more.begin(), more.end()); }
+void append(std::vector<uint8_t>& data, const std::vector<uint8_t>& more) {
+  data.insert(data.end(), more.begin(), more.end());
+}
 
 std::vector<uint8_t> halves(int64_t count) {
   std::vector<uint8_t> out;
