@@ -11,119 +11,10 @@
 #include <stdexcept>
 #include <vector>
 
-#include "threads.h"
+#include "tasks.h"
 
 namespace moeq {
 namespace {
-
-struct Kernels {
-  Quantize* quantize;
-  Matvec* matvec;
-  SiluGate* silu_gate;
-  ToFloat* to_float;
-  FromFloat* from_float;
-  AddScaled* add_scaled;
-  ReadAll* read_all;
-};
-
-Kernels kernels_of(Isa isa) {
-  // Those of AVX-512 are compiled for VNNI.
-  if (isa == Isa::avx512 && !has_vnni()) isa = Isa::avx2;
-  return {MOEQ_PICK(isa, quantize),         MOEQ_PICK(isa, matvec),     MOEQ_PICK(isa, silu_gate),
-          MOEQ_PICK(isa, to_float_array),   MOEQ_PICK(isa, from_float_array), MOEQ_PICK(isa, add_scaled),
-          MOEQ_PICK(isa, read_all)};
-}
-
-constexpr int64_t kTileRows = 16;  // pieces are multiples of it
-constexpr int64_t kGatePieces = 16, kDownPieces = 8;  // pieces of work for each thread: balance against long runs
-
-// Rows of a piece if there are to be `pieces` of them.
-int64_t piece_rows(int64_t rows, int64_t pieces) {
-  const int64_t each = (rows + std::max<int64_t>(pieces, 1) - 1) / std::max<int64_t>(pieces, 1);
-  return std::max<int64_t>((each + kTileRows - 1) / kTileRows * kTileRows, kTileRows);
-}
-int64_t num_pieces(int64_t rows, int64_t each) { return (rows + each - 1) / each; }
-
-// Memory that is aligned as vectors want it.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) : memory_(::operator new(std::max<size_t>(bytes, 64), std::align_val_t{64})) {}
-  ~Scratch() { ::operator delete(memory_, std::align_val_t{64}); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  char* get() const { return (char*)memory_; }
-  float* floats() const { return (float*)memory_; }
-
- private:
-  void* memory_;
-};
-
-// Vectors of one length, laid out for the kernels.
-class Vectors {
- public:
-  Vectors(int64_t count, int64_t columns)
-      : columns_(columns), each_((activation_bytes(columns) + 63) / 64 * 64), memory_((size_t)count * each_), all_((size_t)count) {
-    for (int64_t i = 0; i < count; i++) all_[(size_t)i] = place(memory_.get() + (size_t)i * each_, columns);
-  }
-  const Activations& operator[](int64_t i) const { return all_[(size_t)i]; }
-  float* x(int64_t i) const { return (float*)all_[(size_t)i].x; }
-  int64_t columns() const { return columns_; }
-
- private:
-  int64_t columns_;
-  size_t each_;
-  Scratch memory_;
-  std::vector<Activations> all_;
-};
-
-// out[i][row] for a tile of rows after the other, so that its codes are in the cache for all vectors but the first.
-void product(const Kernels& kernels, bool exact, const Matrix& matrix, int64_t first, int64_t last,
-             const Activations* const* x, float* const* out, int64_t count) {
-  const int64_t tile = count > kMaxTokens ? kTileRows : last - first;
-  for (int64_t row = first; row < last; row += tile)
-    for (int64_t i = 0; i < count; i += kMaxTokens) {
-      MatvecJob job{&matrix, row, std::min(row + tile, last), {}, (int)std::min<int64_t>(count - i, kMaxTokens), {}, exact};
-      for (int t = 0; t < job.num_x; t++) {
-        job.x[t] = x[i + t];
-        job.out[t] = out[i + t];
-      }
-      kernels.matvec(job);
-    }
-}
-
-// A counter of its own cache line.
-struct alignas(64) Counter {
-  std::atomic<int64_t> value{0};
-  int64_t take() { return value.fetch_add(1, std::memory_order_relaxed); }
-  void done() { value.fetch_add(1, std::memory_order_release); }
-  void wait_for(int64_t count) const {
-    wait_until([&] { return value.load(std::memory_order_acquire) >= count; });
-  }
-};
-
-template <class Task>
-void on_threads(int threads, Task& task) {
-  run_on(threads, [](void* context) { (*(Task*)context)(); }, &task);
-}
-
-size_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
-
-// Takes a vector in its dtype and prepares it for the kernels.
-void load(const Kernels& kernels, const Run& run, const void* from, Dtype dtype, const Vectors& to, int64_t i) {
-  kernels.to_float((const char*)from + (size_t)(i * to.columns()) * size_of(dtype), dtype, to.x(i), to.columns());
-  kernels.quantize(to[i], to.columns());
-  (void)run;
-}
-
-int64_t aligned(int64_t size) { return (size + 63) / 64 * 64; }
-
-int64_t plane_bytes(int64_t rows, int64_t columns, int width) {
-  return rows * (columns / kBlock * (kBlock / 8 * width) + (columns % kBlock + 7) / 8 * width);
-}
-
-void require(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
 
 struct LinearTask {
   const LinearJob& job;
@@ -164,24 +55,17 @@ struct LinearTask {
   }
 };
 
-// One expert that somebody chose.
-struct Chosen {
+// The matrices of an expert that somebody chose.
+struct Gated {
   Matrix gate, up, down;
-  int64_t first, count;  // of its choices, in ExpertsTask
-};
-
-// A token's choice of an expert.
-struct Choice {
-  int64_t token;
-  float weight;
 };
 
 struct ExpertsTask {
   const ExpertsJob& job;
   const Run& run;
   Kernels kernels;
-  std::vector<Chosen> chosen;
-  std::vector<Choice> choices;  // by expert, then by token
+  Routing routing;
+  std::vector<Gated> matrices;  // by chosen expert
   Vectors x;                    // by token
   std::unique_ptr<Vectors> inner;  // by choice
   std::unique_ptr<Scratch> up, down, sum;
@@ -192,8 +76,11 @@ struct ExpertsTask {
   Counter loading, loaded, gating, gated, adding;
 
   ExpertsTask(const ExpertsJob& job, const Run& run)
-      : job(job), run(run), kernels(kernels_of(run.isa)), x(job.tokens, job.hidden) {
-    choose();
+      : job(job), run(run), kernels(kernels_of(run.isa)), routing(route(kernels, job)), x(job.tokens, job.hidden) {
+    const auto& [chosen, choices] = routing;
+    for (const Chosen& each : chosen)
+      matrices.push_back({expert_matrix(job, each.expert, 0), expert_matrix(job, each.expert, 1),
+                          expert_matrix(job, each.expert, 2)});
     const size_t count = choices.size();
     inner = std::make_unique<Vectors>((int64_t)count, job.inner);
     up = std::make_unique<Scratch>(count * (size_t)job.inner * sizeof(float));
@@ -212,43 +99,13 @@ struct ExpertsTask {
     down_rows = piece_rows(job.hidden, run.threads * kDownPieces);
   }
 
-  void choose() {
-    std::vector<int64_t> counts((size_t)job.num_experts, 0);
-    const int64_t total = job.tokens * job.top_k;
-    for (int64_t i = 0; i < total; i++) {
-      require(job.index[i] >= 0, "an expert's number is negative");
-      if (job.index[i] < job.num_experts) counts[(size_t)job.index[i]]++;
-    }
-    std::vector<int64_t> next((size_t)job.num_experts, 0);
-    int64_t first = 0;
-    for (int64_t expert = 0; expert < job.num_experts; expert++) {
-      const int64_t count = counts[(size_t)expert];
-      next[(size_t)expert] = first;
-      if (!count) continue;
-      const int64_t* rows = job.table + expert * 12;
-      const auto matrix = [&](int at, int64_t n, int64_t k) {
-        const int64_t* row = rows + 4 * at;
-        return matrix_at(job.data, job.size, row[0], (int)row[1], row[2], (int)row[3], n, k);
-      };
-      chosen.push_back({matrix(0, job.inner, job.hidden), matrix(1, job.inner, job.hidden),
-                        matrix(2, job.hidden, job.inner), first, count});
-      first += count;
-    }
-    std::vector<float> weights((size_t)total);
-    kernels.to_float(job.weight, job.weight_dtype, weights.data(), total);
-    choices.resize((size_t)first);
-    for (int64_t i = 0; i < total; i++)
-      if (job.index[i] < job.num_experts)
-        choices[(size_t)next[(size_t)job.index[i]]++] = {i / job.top_k, weights[(size_t)i]};
-  }
-
   void gate(int64_t piece) {
     const int64_t pieces = num_pieces(job.inner, gate_rows), at = piece / pieces;
     const int64_t first = piece % pieces * gate_rows, last = std::min(first + gate_rows, job.inner);
-    const Chosen& expert = chosen[(size_t)at];
+    const Chosen& expert = routing.chosen[(size_t)at];
     const size_t start = (size_t)expert.first;
-    product(kernels, run.exact, expert.gate, first, last, &in[start], &gate_out[start], expert.count);
-    product(kernels, run.exact, expert.up, first, last, &in[start], &up_out[start], expert.count);
+    product(kernels, run.exact, matrices[(size_t)at].gate, first, last, &in[start], &gate_out[start], expert.count);
+    product(kernels, run.exact, matrices[(size_t)at].up, first, last, &in[start], &up_out[start], expert.count);
     for (size_t i = start; i < start + (size_t)expert.count; i++)
       kernels.silu_gate(gate_out[i] + first, up_out[i] + first, last - first);
     // Whoever ends an expert's last piece prepares the input of its down projection.
@@ -260,11 +117,12 @@ struct ExpertsTask {
   void add(int64_t piece) {
     const int64_t first = piece * down_rows, last = std::min(first + down_rows, job.hidden);
     for (int64_t t = 0; t < job.tokens; t++) std::fill_n(sum->floats() + t * job.hidden + first, last - first, 0.0f);
-    for (const Chosen& expert : chosen) {
+    for (size_t at = 0; at < matrices.size(); at++) {
+      const Chosen& expert = routing.chosen[at];
       const size_t start = (size_t)expert.first;
-      product(kernels, run.exact, expert.down, first, last, &between[start], &down_out[start], expert.count);
+      product(kernels, run.exact, matrices[at].down, first, last, &between[start], &down_out[start], expert.count);
       for (size_t i = start; i < start + (size_t)expert.count; i++)
-        kernels.add_scaled(down_out[i] + first, choices[i].weight, sum->floats() + choices[i].token * job.hidden + first,
+        kernels.add_scaled(down_out[i] + first, routing.choices[i].weight, sum->floats() + routing.choices[i].token * job.hidden + first,
                            last - first);
     }
     for (int64_t t = 0; t < job.tokens; t++) {
@@ -276,9 +134,9 @@ struct ExpertsTask {
   void operator()() {
     for (int64_t t; (t = loading.take()) < job.tokens; loaded.done()) load(kernels, run, job.x, job.dtype, x, t);
     loaded.wait_for(job.tokens);
-    const int64_t pieces = (int64_t)chosen.size() * num_pieces(job.inner, gate_rows);
+    const int64_t pieces = (int64_t)matrices.size() * num_pieces(job.inner, gate_rows);
     for (int64_t piece; (piece = gating.take()) < pieces;) gate(piece);
-    gated.wait_for((int64_t)chosen.size());
+    gated.wait_for((int64_t)matrices.size());
     for (int64_t piece; (piece = adding.take()) < num_pieces(job.hidden, down_rows);) add(piece);
   }
 };

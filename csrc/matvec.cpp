@@ -5,6 +5,7 @@
 #include "dots.h"
 #include "lanes.h"
 #include "planes.h"
+#include "records.h"
 
 namespace moeq::MOEQ_ISA {
 namespace {
@@ -16,34 +17,6 @@ constexpr int64_t kAhead = 8192;   // bytes that codes are fetched ahead; half a
 constexpr int streams_of(int bits) { return bits == 3 ? 1 : 2; }
 
 inline int grain_of(int64_t group_size) { return group_size == 32 ? 2 : group_size == 64 ? 1 : 0; }
-inline bool is_grouped(int64_t group_size) { return group_size == 32 || group_size == 64 || group_size == 128; }
-inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-
-struct Zeros {
-  explicit Zeros(const Matrix& m)
-      : shared(m.levels == Levels::sym ? (float)(1 << (m.bits - 1)) : (float)((1 << m.bits) - 1) / 2),
-        step((float)(((1 << m.bits) - 1) / 255.0)) {}
-
-  float at(const Matrix& m, int64_t group) const {
-    if (m.levels == Levels::asym) return (float)((const uint8_t*)m.zero)[group] * step;
-    if (m.levels == Levels::asym16) return half_to_float(((const uint16_t*)m.zero)[group]);
-    return shared;
-  }
-
-  float shared;  // of all groups
-  float step;    // of zeros in bytes
-};
-
-// The codes of block `block` of a row.
-inline int unpack_row(const Matrix& m, int64_t row, int64_t block, uint8_t* codes) {
-  const int here = (int)min_of(m.columns - block * kBlock, kBlock);
-  for (int plane = 0; plane < 2 && m.widths[plane]; plane++) {
-    const int width = m.widths[plane];
-    const uint8_t* in = m.planes[plane] + row * row_bytes(m.columns, width) + block * (kBlock / 8 * width);
-    unpack_plane(in, width, here, plane == 0, codes);
-  }
-  return here;
-}
 
 // One block in plain integers: the end of a row, and every block where there are no kernels.
 inline void plain_block(const Matrix& m, const Zeros& zeros, int64_t row, int64_t block, const MatvecJob& job,
@@ -75,18 +48,6 @@ inline float sum_lanes(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 
-// Eight scales or zeros, of which `there` may be read; what is not there is 0.
-MOEQ_INLINE __m256 eight_halves(const uint16_t* from, int64_t there) {
-  if (there >= 8) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
-  alignas(16) uint16_t some[8] = {};
-  std::memcpy(some, from, (size_t)there * 2);
-  return _mm256_cvtph_ps(_mm_load_si128((const __m128i*)some));
-}
-MOEQ_INLINE __m256 eight_bytes(const uint8_t* from, int64_t there) {
-  uint64_t some = 0;
-  std::memcpy(&some, from, there >= 8 ? 8 : (size_t)there);
-  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)some)));
-}
 MOEQ_INLINE __m256 first_lanes(__m256 v, int64_t count) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), lane)));

@@ -16,6 +16,7 @@
 #include "decoding.h"
 #include "experts.h"
 #include "isa.h"
+#include "layouts.h"
 #include "packing.h"
 #include "rounding.h"
 #include "threads.h"
@@ -149,7 +150,7 @@ void decode_matrix(ReadOnlyBytes record, const std::vector<std::tuple<int, int64
   }
   const size_t groups = (size_t)(rows * ((columns + group_size - 1) / group_size));
   inside(scales, 2 * groups, 2);
-  inside(zeros, groups * (levels == 0 ? 1 : levels == 1 ? 2 : 0), 2);
+  inside(zeros, groups * (levels == 0 ? 1 : levels == 1 ? 2 : 0), levels == 1 ? 2 : 1);
   require((uintptr_t)record.data() % 2 == 0, "the record is not aligned");
   job.scale = (const uint16_t*)(record.data() + scales);
   job.zero = record.data() + zeros;
@@ -183,19 +184,19 @@ void linear(ReadOnlyBytes record, int64_t rows, int bits, int64_t group_size, in
 }
 
 using Integers = nb::ndarray<const int64_t, nb::c_contig, nb::device::cpu>;
+using ShortIntegers = nb::ndarray<const int16_t, nb::c_contig, nb::device::cpu>;
 
-void experts(ReadOnlyBytes data, Integers table, int64_t inner, Any x, Integers index, Any weight, Any y, bool exact,
-             int threads, const std::string& isa) {
-  require(table.ndim() == 3 && table.shape(1) == 3 && table.shape(2) == 4, "the table is (experts, 3, 4)");
+// What all layouts have in common; the layer's blob and table are the caller's.
+moeq::ExpertsJob routed(ReadOnlyBytes data, int64_t num_experts, int64_t inner, Any x, Integers index, Any weight, Any y) {
   require(x.ndim() == 2 && y.ndim() == 2 && x.shape(0) == y.shape(0) && x.shape(1) == y.shape(1), "y is shaped like x");
   require(index.ndim() == 2 && index.shape(0) == x.shape(0), "there is a row of experts for each token");
   require(weight.ndim() == 2 && weight.shape(0) == index.shape(0) && weight.shape(1) == index.shape(1),
           "there is a weight for each choice");
+  require(inner > 0 && x.shape(1) > 0, "no such shape");
   moeq::ExpertsJob job{};
   job.data = data.data();
   job.size = (int64_t)data.size();
-  job.table = table.data();
-  job.num_experts = (int64_t)table.shape(0);
+  job.num_experts = num_experts;
   job.hidden = (int64_t)x.shape(1);
   job.inner = inner;
   job.tokens = (int64_t)x.shape(0);
@@ -207,9 +208,50 @@ void experts(ReadOnlyBytes data, Integers table, int64_t inner, Any x, Integers 
   job.index = index.data();
   job.weight = weight.data();
   job.weight_dtype = dtype_of(weight);
+  return job;
+}
+
+void experts(ReadOnlyBytes data, Integers table, int64_t inner, Any x, Integers index, Any weight, Any y, bool exact,
+             int threads, const std::string& isa) {
+  require(table.ndim() == 3 && table.shape(1) == 3 && table.shape(2) == 4, "the table is (experts, 3, 4)");
+  moeq::ExpertsJob job = routed(data, (int64_t)table.shape(0), inner, x, index, weight, y);
+  job.table = table.data();
   const moeq::Run run = run_of(threads, exact, isa);
   const nb::gil_scoped_release unlocked;
   moeq::experts(job, run);
+}
+
+void spectral_experts(ReadOnlyBytes data, Integers table, Integers starts, ShortIntegers order, int64_t inner, Any x,
+                      Integers index, Any weight, Any y, bool exact, int threads, const std::string& isa) {
+  require(table.ndim() == 3 && table.shape(0) == 3 && table.shape(1) == 8 && table.shape(2) == 5,
+          "the table is (3, 8, 5)");
+  require(order.ndim() == 3 && order.shape(0) == 3, "the order is (3, experts, directions)");
+  require(starts.ndim() == 3 && starts.shape(0) == 3 && starts.shape(1) == 7 && starts.shape(2) == order.shape(1) + 1,
+          "starts are (3, 7, experts + 1)");
+  moeq::SpectralJob job{};
+  job.routed = routed(data, (int64_t)order.shape(1), inner, x, index, weight, y);
+  job.table = table.data();
+  job.starts = starts.data();
+  job.order = order.data();
+  job.directions = (int64_t)order.shape(2);
+  const moeq::Run run = run_of(threads, exact, isa);
+  const nb::gil_scoped_release unlocked;
+  moeq::spectral_experts(job, run);
+}
+
+void tiled_experts(ReadOnlyBytes data, Integers table, ReadOnlyBytes sides, Integers tiles, int64_t inner, Any x,
+                   Integers index, Any weight, Any y, bool exact, int threads, const std::string& isa) {
+  require(table.ndim() == 3 && table.shape(1) == 3 && table.shape(2) == 4, "the table is (experts, 3, 4)");
+  require(tiles.ndim() == 2 && tiles.shape(0) == 3 && tiles.shape(1) == 8, "the tiles are (3, 8)");
+  moeq::TiledJob job{};
+  job.routed = routed(data, (int64_t)table.shape(0), inner, x, index, weight, y);
+  job.routed.table = table.data();
+  job.sides = sides.data();
+  job.sides_size = (int64_t)sides.size();
+  job.tiles = tiles.data();
+  const moeq::Run run = run_of(threads, exact, isa);
+  const nb::gil_scoped_release unlocked;
+  moeq::tiled_experts(job, run);
 }
 
 double read_bandwidth(ReadOnlyBytes data, int threads, const std::string& isa) {
@@ -243,6 +285,14 @@ NB_MODULE(_native, module) {
              nb::arg("x").noconvert(), nb::arg("index").noconvert(), nb::arg("weight").noconvert(),
              nb::arg("y").noconvert(), "exact"_a, "threads"_a, "isa"_a = "",
              "The routed experts of a layer, gated by SiLU, few tokens.");
+  module.def("spectral_experts", &spectral_experts, nb::arg("data").noconvert(), nb::arg("table").noconvert(),
+             nb::arg("starts").noconvert(), nb::arg("order").noconvert(), "inner"_a, nb::arg("x").noconvert(),
+             nb::arg("index").noconvert(), nb::arg("weight").noconvert(), nb::arg("y").noconvert(), "exact"_a,
+             "threads"_a, "isa"_a = "", "As experts, for the layout spectral.");
+  module.def("tiled_experts", &tiled_experts, nb::arg("data").noconvert(), nb::arg("table").noconvert(),
+             nb::arg("sides").noconvert(), nb::arg("tiles").noconvert(), "inner"_a, nb::arg("x").noconvert(),
+             nb::arg("index").noconvert(), nb::arg("weight").noconvert(), nb::arg("y").noconvert(), "exact"_a,
+             "threads"_a, "isa"_a = "", "As experts, for the layout tiled.");
   module.def("read_bandwidth", &read_bandwidth, nb::arg("data").noconvert(), "threads"_a, "isa"_a = "",
              "Bytes per second of reading a buffer once.");
   module.def("borrows_threads", &moeq::borrows_threads, "Whether threads are those of the process's OpenMP runtime.");

@@ -252,6 +252,78 @@ def experts(
     return y_TH
 
 
+def spectral_experts(
+    data: Tensor,
+    table: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    inner: int,
+    x_TH: Tensor,
+    index_Tk: Tensor,
+    weight_Tk: Tensor,
+    *,
+    exact: bool = False,
+    isa: str = "",
+) -> Tensor:
+    """As `experts`, for the layout "spectral".
+
+    Inputs are rounded to 8 bits where they meet a basis of 8 bits and where they meet down's components. Coefficients
+    of components of up to 4 bits are rounded to 8 bits, those of wider ones to 16,
+    in runs of 16 or 32 components.
+
+    Args:
+        data: the layer's blob, as for `experts`.
+        table: where its parts lie, int64, (3, 8, 5), as on disk (docs/format.md).
+        starts: first row of each expert in each slab, and one past the last, int64, (3, 7, E + 1).
+        order: directions of each expert's components in the order of its rows, int16, (3, E, at least R).
+        inner: width of an expert.
+        x_TH: as for `experts`, like everything after it.
+
+    Raises:
+        ValueError: something points outside the blob or a basis.
+    """
+    y_TH = torch.empty_like(x_TH)
+    threads = torch.get_num_threads()
+    _module.spectral_experts(
+        data, table, starts, order, inner, x_TH.detach(), index_Tk, weight_Tk.detach(), y_TH, exact, threads, isa
+    )
+    return y_TH
+
+
+def tiled_experts(
+    data: Tensor,
+    table: Tensor,
+    sides: Tensor,
+    tiles: Tensor,
+    inner: int,
+    x_TH: Tensor,
+    index_Tk: Tensor,
+    weight_Tk: Tensor,
+    *,
+    exact: bool = False,
+    isa: str = "",
+) -> Tensor:
+    """As `experts`, for the layout "tiled".
+
+    Args:
+        data: blob of the residuals, as for `experts`.
+        table: of the residuals, as for `experts`.
+        sides: blob of factors, cells, scales and permutations, uint8, aligned to 2 bytes.
+        tiles: how to read it, int64, (3, 8), as on disk (docs/format.md).
+        inner: width of an expert.
+        x_TH: as for `experts`, like everything after it.
+
+    Raises:
+        ValueError: something points outside its blob.
+    """
+    y_TH = torch.empty_like(x_TH)
+    threads = torch.get_num_threads()
+    _module.tiled_experts(
+        data, table, sides, tiles, inner, x_TH.detach(), index_Tk, weight_Tk.detach(), y_TH, exact, threads, isa
+    )
+    return y_TH
+
+
 def read_bandwidth(data: Tensor, *, isa: str = "") -> float:
     """Bytes per second at which torch's number of threads reads a buffer once; give one larger than all caches."""
     return _module.read_bandwidth(data, torch.get_num_threads(), isa)

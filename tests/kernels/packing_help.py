@@ -10,10 +10,24 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from moeq.format.packing import pack_matrix
 from moeq.kernels.packed import PackedLayer, PackedMatrix, kernel_facts
 from moeq.quantizers.rtn import Rtn
-from moeq.spec import QuantSpec
+from moeq.spec import QuantSpec, sections, stored_bytes
 
 SpecOf = Callable[[int, int], QuantSpec]
 """(expert, position of the projection) -> how its matrix is stored."""
+
+
+def random_record(spec: QuantSpec, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Any codes, scales and zeros that a checkpoint could have."""
+    record = torch.randint(0, 256, (stored_bytes(spec, shape),), generator=generator).byte()
+    where = sections(spec, shape)
+    offset, size = where.scales
+    scale = (torch.rand(size // 2, generator=generator) + 0.5) / (2**spec.bits * shape[1] ** 0.5)
+    record[offset : offset + size] = scale.half().view(torch.uint8)
+    if spec.levels == "asym16":
+        offset, size = where.zeros
+        zero = torch.rand(size // 2, generator=generator) * 2**spec.bits
+        record[offset : offset + size] = zero.half().view(torch.uint8)
+    return record
 
 
 def packed(weights: Tensor, spec: QuantSpec) -> Tensor:
@@ -48,10 +62,15 @@ def packed_layer(
     return PackedLayer(data=data, entries=tuple(entries), shapes=shapes, facts=facts)
 
 
-def mixtral(hidden: int, inner: int, num_experts: int) -> nn.Module:
+def mixtral(hidden: int, inner: int, num_experts: int, hidden_act: str = "silu") -> nn.Module:
     """A module with plain gating; its own weights are not looked at."""
     config = AutoConfig.for_model(
-        "mixtral", hidden_size=hidden, intermediate_size=inner, num_local_experts=num_experts, num_experts_per_tok=2
+        "mixtral",
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_local_experts=num_experts,
+        num_experts_per_tok=2,
+        hidden_act=hidden_act,
     )
     return MixtralExperts(config)
 

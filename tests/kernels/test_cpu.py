@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packing_help import random_record
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -18,24 +19,10 @@ from moeq.format.blob import table_of
 from moeq.format.packing import decode_in_chunks
 from moeq.kernels import cpu, dispatch, reference
 from moeq.kernels.packed import PackedLayer, PackedMatrix
-from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, QuantSpec, sections, stored_bytes
+from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, QuantSpec, stored_bytes
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="moeq was installed without its compiled kernels")
 HIDDEN, INNER, EXPERTS = 200, 136, 5
-
-
-def random_record(spec: QuantSpec, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Any codes, scales and zeros that a checkpoint could have."""
-    record = torch.randint(0, 256, (stored_bytes(spec, shape),), generator=generator).byte()
-    where = sections(spec, shape)
-    offset, size = where.scales
-    scale = (torch.rand(size // 2, generator=generator) + 0.5) / (2**spec.bits * shape[1] ** 0.5)
-    record[offset : offset + size] = scale.half().view(torch.uint8)
-    if spec.levels == "asym16":
-        offset, size = where.zeros
-        zero = torch.rand(size // 2, generator=generator) * 2**spec.bits
-        record[offset : offset + size] = zero.half().view(torch.uint8)
-    return record
 
 
 def rounded(x_SK: Tensor) -> Tensor:

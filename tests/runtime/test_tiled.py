@@ -71,6 +71,7 @@ def tiled(form: TileForm) -> TiledExperts:
     table = build_tile_table(forms, EXPERTS, SHAPES)
     tiles = parse_tile_table(table, EXPERTS, SHAPES, sides.numel())
     handler = TiledExperts(SHAPES)
+    handler.exact = True  # few tokens would be rounded to 8 bits
     handler.bind(torch.cat(records), tuple(entries), sides, tiles, "layer")
     return handler
 

@@ -57,7 +57,7 @@ torch.library.register_fake("moeq::packed_experts", lambda x, *_: torch.empty_li
 
 def linear(x_SK: Tensor, matrix: PackedMatrix) -> Tensor | None:
     """As `reference.linear`; None for what the kernels do not do."""
-    if not _serves(x_SK, matrix.record) or matrix.spec.codebooks is not None:
+    if not serves(x_SK, matrix.record) or matrix.spec.codebooks is not None:
         return None
     if x_SK.shape[0] > FEW:
         return _decode_and_multiply(x_SK, matrix)
@@ -68,7 +68,7 @@ def experts(
     module: nn.Module, layer: PackedLayer, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor | None:
     """As `reference.experts`; None for what the kernels do not do."""
-    if not _serves(hidden_states, layer.data) or (torch.is_grad_enabled() and top_k_weights.requires_grad):
+    if not serves(hidden_states, layer.data) or (torch.is_grad_enabled() and top_k_weights.requires_grad):
         return None
     if layer.table is None:  # codebooks: no kernel yet
         return None
@@ -81,12 +81,12 @@ def experts(
     dtype = hidden_states.dtype
     multiply = _multiply_codes if few else _decode_and_multiply
     answer = reference.experts(
-        module, layer, hidden_states.to(_product_dtype(dtype)), top_k_index, top_k_weights, linear=multiply
+        module, layer, hidden_states.to(product_dtype(dtype)), top_k_index, top_k_weights, linear=multiply
     )
     return answer.to(dtype)
 
 
-def _serves(x: Tensor, data: Tensor) -> bool:
+def serves(x: Tensor, data: Tensor) -> bool:
     """Whether a call is one for these kernels; says once if it would be with a compiler."""
     if x.device.type != "cpu" or data.device.type != "cpu" or x.dtype not in native.DTYPES:
         return False
@@ -123,7 +123,7 @@ def _multiply_codes(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
 def _decode_and_multiply(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
     """x W^T, (S, N), for many rows of x: a tile of W is decoded by all threads, then multiplied by torch."""
     rows, columns = matrix.shape
-    dtype = _product_dtype(x_SK.dtype)
+    dtype = product_dtype(x_SK.dtype)
     x = x_SK.to(dtype)
     step = max(64, TILE_BYTES // (columns * dtype.itemsize) // 64 * 64)
     y_SN = x.new_empty(x.shape[0], rows)
@@ -136,7 +136,7 @@ def _decode_and_multiply(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
     return y_SN.to(x_SK.dtype)
 
 
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """What to multiply in: without AVX-512 torch imitates 16-bit products, ten times slower than float32 ones."""
     slow = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
     return torch.float32 if slow else dtype

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moeq.arch import hooks
-from moeq.components import SLAB_WIDTHS, Widths, basis_bytes, map_bytes
+from moeq.components import SLAB_COLUMNS, SLAB_WIDTHS, Widths, basis_bytes, basis_spec, map_bytes
 from moeq.format.spectral import (
     SpectralEntry,
     SpectralShape,
@@ -25,6 +25,22 @@ from moeq.format.spectral import (
     packed_order,
 )
 from moeq.kernels.reference import product
+from moeq.spec import LEVELS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SpectralFacts:
+    """What kernels want to know of a layer, all on the CPU.
+
+    Attributes:
+        table: where its parts lie, int64, (3, 8, 5), as on disk (docs/format.md).
+        starts: first row of each expert in each slab, and one past the last, int64, (3, 7, E + 1).
+        order: directions of each expert's components in the order of its rows, int16, (3, E, directions).
+    """
+
+    table: Tensor
+    starts: Tensor
+    order: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -37,6 +53,8 @@ class SpectralLayer:
         entries: projection -> where its parts lie.
         widths: projection -> widths of the components, (E, R).
         starts: projection -> first row of each expert in each slab, and one past the last, (slabs, E + 1).
+        exact: whether kernels keep activations in floats: always, never, or (None) unless few tokens are computed.
+        facts: for kernels; None if nobody made them.
     """
 
     data: Tensor
@@ -44,6 +62,8 @@ class SpectralLayer:
     entries: dict[str, SpectralEntry]
     widths: dict[str, Widths]
     starts: dict[str, np.ndarray]
+    exact: bool | None = None
+    facts: SpectralFacts | None = None
 
     @property
     def num_experts(self) -> int:
@@ -95,6 +115,30 @@ def read_layer(data: Tensor, entries: tuple[SpectralEntry, ...], shape: Spectral
     return SpectralLayer(data=data, shape=shape, entries=by_name, widths=widths, starts=starts)
 
 
+def spectral_facts(layer: SpectralLayer) -> SpectralFacts | None:
+    """The facts of a layer; None where directions do not fit 16 bits, which kernels take them in."""
+    names, num_experts = layer.shape.projections, layer.num_experts
+    directions = max(entry.rank for entry in layer.entries.values())
+    if directions > np.iinfo(np.int16).max:
+        return None
+    table = np.zeros((len(names), 1 + len(SLAB_WIDTHS), len(SLAB_COLUMNS)), np.int64)
+    starts = np.zeros((len(names), len(SLAB_WIDTHS), num_experts + 1), np.int64)
+    order = np.zeros((len(names), num_experts, directions), np.int16)
+    for at, name in enumerate(names):
+        entry = layer.entries[name]
+        basis = basis_spec(entry.basis_bits)
+        group, level = (0, 0) if basis is None else (basis.group_size, LEVELS.index(basis.levels))
+        table[at, 0] = entry.basis, entry.basis_bits, group, level, entry.rank
+        for slab, rows in zip(entry.slabs, layer.starts[name], strict=True):
+            here, spec = SLAB_WIDTHS.index(slab.spec.bits), slab.spec
+            table[at, 1 + here] = slab.offset, spec.bits, spec.group_size, LEVELS.index(spec.levels), slab.rows
+            starts[at, here] = rows
+        # As `packed_order`, for all experts at once: what is dropped comes last.
+        falling_ER = (max(SLAB_WIDTHS) - layer.widths[name]).astype(np.uint8)
+        order[at, :, : entry.rank] = np.argsort(falling_ER, axis=1, kind="stable")
+    return SpectralFacts(table=torch.from_numpy(table), starts=torch.from_numpy(starts), order=torch.from_numpy(order))
+
+
 def experts(
     module: nn.Module, layer: SpectralLayer, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
@@ -113,7 +157,8 @@ def experts(
     order, counts = hooks.by_expert(top_k_index, layer.num_experts)
     tokens = order // top_k_index.shape[-1]
     inputs = {"gate": product(hidden_states, partial(layer.basis, "gate"))}
-    joint = layer.entries["up"].basis == layer.entries["gate"].basis
+    gate, up = layer.entries["gate"], layer.entries["up"]
+    joint = (gate.basis, gate.rank) == (up.basis, up.rank)  # a gate of no directions has no bytes either
     inputs["up"] = inputs["gate"] if joint else product(hidden_states, partial(layer.basis, "up"))
 
     def down(dtype: torch.dtype) -> Tensor:
@@ -141,7 +186,8 @@ def experts(
 
 def _inner(layer: SpectralLayer, expert: int, projection: str, h_SR: Tensor) -> Tensor:
     """Gate or up of one expert, (S, I)."""
-    h_Sn = h_SR.index_select(1, layer.order(expert, projection))
+    order = layer.order(expert, projection)
+    h_Sn = h_SR.index_select(1, order) if len(order) else h_SR[:, :0]  # which it refuses if there are no directions
     return product(h_Sn, lambda dtype: layer.factor(expert, projection, dtype).T)
 
 

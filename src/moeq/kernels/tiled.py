@@ -20,7 +20,7 @@ from moeq.arch import hooks
 from moeq.format.packing import decode_matrix
 from moeq.format.tiled import Sides
 from moeq.kernels.packed import PackedLayer
-from moeq.kernels.reference import linear, product
+from moeq.kernels.reference import Linear, linear, product
 from moeq.transforms.rotation import rotate, unrotate
 
 
@@ -31,10 +31,14 @@ class TiledLayer:
     Attributes:
         residual: the packed residuals, of rotated inputs.
         sides: projection -> its sides.
+        side_data: the blob of all sides, uint8; None if nobody gave it to kernels.
+        tiles: how to read it, int64, (P, 8), as on disk, on the CPU; likewise.
     """
 
     residual: PackedLayer
     sides: dict[str, Sides]
+    side_data: Tensor | None = None
+    tiles: Tensor | None = None
 
     def dense(self, expert: int, projection: str) -> Tensor:
         """The matrix (O, I) that residual and factors stand for, float32."""
@@ -62,7 +66,13 @@ class _Choices:
 
 
 def experts(
-    module: nn.Module, layer: TiledLayer, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    module: nn.Module,
+    layer: TiledLayer,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    linear: Linear = linear,
 ) -> Tensor:
     """The routed experts of one layer.
 
@@ -72,6 +82,7 @@ def experts(
         hidden_states: (T, H).
         top_k_index: (T, k).
         top_k_weights: (T, k).
+        linear: computes x W^T for one residual.
 
     Returns:
         (T, H) in the dtype of `hidden_states`.
@@ -90,10 +101,10 @@ def experts(
     parts, inputs_down = [], []
     for expert, part in hooks.spans(counts):
         x_SH = hidden_states[choices.token_C[part]]
-        outs = {name: _residual(layer, expert, name, x_SH) + low_CI[part] for name, low_CI in inner.items()}
+        outs = {name: _residual(layer, expert, name, x_SH, linear) + low_CI[part] for name, low_CI in inner.items()}
         z_SI = hooks.activation(module, expert, outs.get("gate"), outs["up"])
         inputs_down.append(z_SI)
-        parts.append(_residual(layer, expert, "down", z_SI))
+        parts.append(_residual(layer, expert, "down", z_SI, linear))
     down = layer.sides["down"]
     if not down.form.rank:
         parts = [hooks.finish(module, e, part) for (e, _), part in zip(hooks.spans(counts), parts, strict=True)]
@@ -116,7 +127,7 @@ def experts(
     return hooks.combine(parts, order, top_k_weights, hidden_states) + low_TH
 
 
-def _residual(layer: TiledLayer, expert: int, projection: str, x_SI: Tensor) -> Tensor:
+def _residual(layer: TiledLayer, expert: int, projection: str, x_SI: Tensor, linear: Linear) -> Tensor:
     """What the residual of an expert answers, (S, O)."""
     sides = layer.sides[projection]
     order_I = sides.order(expert)

@@ -11,7 +11,7 @@ from moeq import codec
 from moeq.errors import DeviceError, MoeqError, PackedError
 from moeq.format.manifest import Manifest
 from moeq.format.validate import validate_packed
-from moeq.runtime.modules import PackedExperts, PackedLinear
+from moeq.runtime.modules import PackedExperts, PackedLinear, SpectralExperts, TiledExperts
 
 
 def load(
@@ -50,7 +50,7 @@ def load(
             fix="download the checkpoint again, or quantize the model again",
         ) from error
     for module in model.modules():
-        if isinstance(module, (PackedExperts, PackedLinear)):
+        if isinstance(module, (PackedExperts, PackedLinear, SpectralExperts, TiledExperts)):
             module.exact = exact_activations
     return model.to(place).eval()
 

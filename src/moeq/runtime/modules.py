@@ -9,10 +9,10 @@ from moeq.format import blob
 from moeq.format.blob import Entries
 from moeq.format.packing import decode_matrix
 from moeq.format.spectral import SpectralShape
-from moeq.format.tiled import TileEntry, read_sides, views
+from moeq.format.tiled import TileEntry, build_tile_table, read_sides, views
 from moeq.kernels import dispatch
 from moeq.kernels.packed import KernelFacts, PackedLayer, PackedMatrix, current_facts, has_codebooks
-from moeq.kernels.spectral import SpectralLayer
+from moeq.kernels.spectral import SpectralLayer, spectral_facts
 from moeq.kernels.tiled import TiledLayer
 from moeq.spec import QuantSpec
 
@@ -78,6 +78,7 @@ class SpectralExperts(nn.Module):
     def __init__(self, shape: SpectralShape) -> None:
         super().__init__()
         self.shape = shape
+        self.exact: bool | None = None
         self._layer: SpectralLayer | None = None
         self.register_buffer("data", None, persistent=False)
 
@@ -91,8 +92,13 @@ class SpectralExperts(nn.Module):
         """The packed weights, as views."""
         assert self.data is not None, "used before loading"
         assert self._layer is not None
-        # The module may have moved to another device since it was bound.
-        return self._layer if self._layer.data is self.data else replace(self._layer, data=self.data)
+        # The module may have moved to another device since it was bound. Kernels for CPUs alone want facts.
+        facts = self._layer.facts
+        if facts is None and self.data.device.type == "cpu":
+            facts = spectral_facts(self._layer)
+        if self._layer.data is not self.data or self._layer.exact != self.exact or self._layer.facts is not facts:
+            self._layer = replace(self._layer, data=self.data, exact=self.exact, facts=facts)
+        return self._layer
 
     def weights(self, expert: int, projection: str) -> Tensor:
         """What the bytes of one expert's projection decode to: its components (n, I), float32, on the CPU."""
@@ -120,6 +126,7 @@ class TiledExperts(nn.Module):
         self.shapes = shapes
         self.entries: Entries = ()
         self.tiles: dict[str, TileEntry] = {}
+        self.exact: bool | None = None
         self._layer: TiledLayer | None = None
         self.register_buffer("data", None, persistent=False)
         self.register_buffer("side_data", None, persistent=False)
@@ -140,10 +147,22 @@ class TiledExperts(nn.Module):
         """The packed weights, as views."""
         assert self.data is not None, "used before loading"
         assert self.side_data is not None
-        if self._layer is None or self._layer.residual.data is not self.data:  # moved since it was last used
-            residual = PackedLayer(data=self.data, entries=self.entries, shapes=self.shapes)
+        known = None if self._layer is None else self._layer.residual
+        if self._layer is None or known is None or known.data is not self.data or known.exact != self.exact:
+            # First use, or moved since it was last used.
+            forms = {name: tile.form for name, tile in self.tiles.items()}
+            residual = PackedLayer(
+                data=self.data,
+                entries=self.entries,
+                shapes=self.shapes,
+                table=None if has_codebooks(self.entries) else blob.table_of(self.entries),
+                exact=self.exact,
+            )
             self._layer = TiledLayer(
-                residual=residual, sides=views(self.side_data, self.tiles, residual.num_experts, self.shapes)
+                residual=residual,
+                sides=views(self.side_data, self.tiles, residual.num_experts, self.shapes),
+                side_data=self.side_data,
+                tiles=build_tile_table(forms, residual.num_experts, self.shapes),
             )
         return self._layer
 

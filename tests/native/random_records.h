@@ -1,0 +1,42 @@
+// Random matrix records, in memory of exactly their size.
+#pragma once
+
+#include <cstdint>
+#include <random>
+#include <vector>
+
+inline std::mt19937 random_bits(1);
+
+inline int pick(int from, int to) { return std::uniform_int_distribution<int>(from, to)(random_bits); }
+
+inline int64_t aligned(int64_t size) { return (size + 63) / 64 * 64; }
+
+struct Spec {
+  int bits;
+  int64_t group_size;
+  int levels;
+};
+
+inline Spec any_spec() {
+  const int bits[] = {1, 2, 3, 4, 5, 6, 8};
+  const int groups[] = {32, 64, 128, -1};
+  return {bits[pick(0, 6)], groups[pick(0, 3)], pick(0, 3)};
+}
+
+// A record of random codes, scales from 0.25 to 0.5 and small zeros.
+inline std::vector<uint8_t> record_of(const Spec& spec, int64_t rows, int64_t columns) {
+  const int first = spec.bits == 3 ? 2 : spec.bits > 4 && spec.bits < 8 ? 4 : spec.bits;
+  std::vector<uint8_t> out;
+  for (const int width : {first, spec.bits - first})
+    if (width) {
+      const int64_t row = columns / 128 * 16 * width + (columns % 128 + 7) / 8 * width;
+      for (int64_t i = 0; i < aligned(rows * row); i++) out.push_back((uint8_t)pick(0, 255));
+    }
+  const int64_t groups = rows * (spec.group_size < 0 ? 1 : (columns + spec.group_size - 1) / spec.group_size);
+  for (int64_t i = 0; i < aligned(2 * groups); i++) out.push_back(i % 2 ? 0x34 : (uint8_t)pick(0, 255));
+  const int zero_bytes = spec.levels == 0 ? 1 : spec.levels == 1 ? 2 : 0;
+  for (int64_t i = 0; i < aligned(zero_bytes * groups); i++)
+    out.push_back(zero_bytes == 1 ? (uint8_t)pick(0, 255) : i % 2 ? 0x3c : (uint8_t)pick(0, 255));
+  out.shrink_to_fit();
+  return out;
+}
