@@ -6,7 +6,7 @@ answer is added up in the basis of the outputs, and that sum is mapped back once
 Legend: T tokens, k experts per token, S tokens of one expert, H hidden, I expert width, R directions, n components.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -25,6 +25,7 @@ from moeq.format.spectral import (
     packed_order,
 )
 from moeq.kernels.reference import product
+from moeq.kernels.rows import SpectralFacts, spectral_facts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -37,6 +38,7 @@ class SpectralLayer:
         entries: projection -> where its parts lie.
         widths: projection -> widths of the components, (E, R).
         starts: projection -> first row of each expert in each slab, and one past the last, (slabs, E + 1).
+        facts: for kernels on a device; None on a CPU.
     """
 
     data: Tensor
@@ -44,11 +46,19 @@ class SpectralLayer:
     entries: dict[str, SpectralEntry]
     widths: dict[str, Widths]
     starts: dict[str, np.ndarray]
+    facts: SpectralFacts | None = None
 
     @property
     def num_experts(self) -> int:
         """Experts of the layer."""
         return self.shape.num_experts
+
+    def at(self, data: Tensor) -> "SpectralLayer":
+        """The layer with its bytes where they are now."""
+        if data.device.type == "cpu":
+            return replace(self, data=data, facts=None)
+        facts = spectral_facts(self.entries, self.widths, self.starts, self.shape, data.device)
+        return replace(self, data=data, facts=facts)
 
     def basis(self, projection: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The basis, (R, H): a direction in each row."""
@@ -92,7 +102,7 @@ def read_layer(data: Tensor, entries: tuple[SpectralEntry, ...], shape: Spectral
         starts[entry.projection] = np.concatenate([np.zeros((len(present), 1), np.int64), counts.cumsum(1)], axis=1)
         widths[entry.projection] = found
     by_name = {entry.projection: entry for entry in entries}
-    return SpectralLayer(data=data, shape=shape, entries=by_name, widths=widths, starts=starts)
+    return SpectralLayer(data=data, shape=shape, entries=by_name, widths=widths, starts=starts).at(data)
 
 
 def experts(

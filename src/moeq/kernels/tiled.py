@@ -21,6 +21,7 @@ from moeq.format.packing import decode_matrix
 from moeq.format.tiled import Sides
 from moeq.kernels.packed import PackedLayer
 from moeq.kernels.reference import linear, product
+from moeq.kernels.rows import SideFacts
 from moeq.transforms.rotation import rotate, unrotate
 
 
@@ -31,10 +32,12 @@ class TiledLayer:
     Attributes:
         residual: the packed residuals, of rotated inputs.
         sides: projection -> its sides.
+        facts: projection -> what kernels on a device want to know of its sides; None on a CPU.
     """
 
     residual: PackedLayer
     sides: dict[str, Sides]
+    facts: dict[str, SideFacts] | None = None
 
     def dense(self, expert: int, projection: str) -> Tensor:
         """The matrix (O, I) that residual and factors stand for, float32."""

@@ -1,6 +1,5 @@
 """Modules over packed bytes. They hold uint8 buffers only; nothing is ever unpacked into memory for good."""
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from moeq.format.spectral import SpectralShape
 from moeq.format.tiled import TileEntry, read_sides, views
 from moeq.kernels import dispatch
 from moeq.kernels.packed import KernelFacts, PackedLayer, PackedMatrix, current_facts, has_codebooks
+from moeq.kernels.rows import side_facts
 from moeq.kernels.spectral import SpectralLayer
 from moeq.kernels.tiled import TiledLayer
 from moeq.spec import QuantSpec
@@ -91,8 +91,9 @@ class SpectralExperts(nn.Module):
         """The packed weights, as views."""
         assert self.data is not None, "used before loading"
         assert self._layer is not None
-        # The module may have moved to another device since it was bound.
-        return self._layer if self._layer.data is self.data else replace(self._layer, data=self.data)
+        if self._layer.data is not self.data:  # moved to another device since it was last used
+            self._layer = self._layer.at(self.data)
+        return self._layer
 
     def weights(self, expert: int, projection: str) -> Tensor:
         """What the bytes of one expert's projection decode to: its components (n, I), float32, on the CPU."""
@@ -141,10 +142,11 @@ class TiledExperts(nn.Module):
         assert self.data is not None, "used before loading"
         assert self.side_data is not None
         if self._layer is None or self._layer.residual.data is not self.data:  # moved since it was last used
-            residual = PackedLayer(data=self.data, entries=self.entries, shapes=self.shapes)
-            self._layer = TiledLayer(
-                residual=residual, sides=views(self.side_data, self.tiles, residual.num_experts, self.shapes)
-            )
+            facts = current_facts(None, self.data, self.entries, list(self.shapes.values()))
+            residual = PackedLayer(data=self.data, entries=self.entries, shapes=self.shapes, facts=facts)
+            sides = views(self.side_data, self.tiles, residual.num_experts, self.shapes)
+            on_device = None if facts is None else {name: side_facts(each) for name, each in sides.items()}
+            self._layer = TiledLayer(residual=residual, sides=sides, facts=on_device)
         return self._layer
 
     def weights(self, expert: int, projection: str) -> Tensor:
