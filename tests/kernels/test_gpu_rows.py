@@ -148,6 +148,15 @@ def test_tiles_of_a_family_with_biases(triton_device: torch.device) -> None:
     compare(gpu_tiled.run_experts, tiled.experts, module, layer, routed(triton_device))
 
 
+def test_no_token_at_all_is_answered(triton_device: torch.device) -> None:
+    module, (x_TH, index_Tk, weights_Tk) = mixtral(HIDDEN, INNER, EXPERTS), routed(triton_device)
+    nothing = x_TH[:0], index_Tk[:0], weights_Tk[:0]
+    layer = components(triton_device, joint=True, basis_bits=8, group_size=64, given=(0, 2))
+    assert gpu_spectral.run_experts(module, layer, *nothing).shape == (0, HIDDEN)
+    for name in FORMS:
+        assert gpu_tiled.run_experts(module, tiles(name, triton_device), *nothing).shape == (0, HIDDEN)
+
+
 @pytest.mark.parametrize("block", [2, 128, 256, 512])
 def test_rotation(block: int, triton_device: torch.device) -> None:
     form = TileForm(rank=0, rows=1, columns=1, orders="layer", block=block, plain=3)

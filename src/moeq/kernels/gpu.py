@@ -82,7 +82,7 @@ def weighted_sum(out_SN: Tensor, index_Tk: Tensor, weights_Tk: Tensor, num_exper
     """Each token's answers times their weights, (T, N) in `dtype`; choices of experts that do not exist add nothing."""
     here_S1 = (index_Tk.reshape(-1) < num_experts).unsqueeze(-1)
     weighted_SN = torch.where(here_S1, out_SN * weights_Tk.reshape(-1, 1), 0)
-    return weighted_SN.view(*index_Tk.shape, -1).sum(dim=1).to(dtype)
+    return weighted_SN.view(*index_Tk.shape, out_SN.shape[-1]).sum(dim=1).to(dtype)
 
 
 def run_linear(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
