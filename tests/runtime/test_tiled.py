@@ -158,3 +158,14 @@ def test_cells_and_permutations_are_proven() -> None:
     twice[4:8] = twice[0:4]
     with pytest.raises(PackedError, match="share a cell"):
         read_sides(twice, entries, EXPERTS, SHAPES, "layer")
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_facts_for_kernels_follow_the_bytes(name: str) -> None:
+    handler = tiled(dict.fromkeys(SHAPES, FORMS[name]), SHAPES, EXPERTS)
+    assert handler.layer.facts is None  # on a CPU nobody asks for them
+    layer = handler.to("meta").layer
+    assert layer.facts is not None
+    assert layer.residual.facts is not None
+    assert layer.facts["up"].row_E.device.type == "meta"
+    assert handler.layer is layer
