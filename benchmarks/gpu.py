@@ -1,8 +1,9 @@
 """The Triton kernels on a GPU: correctness, time, share of the copy bandwidth, against bfloat16 grouped_mm.
 
     python benchmarks/gpu.py                      # checks, times and writes benchmarks/gpu.md
-    python benchmarks/gpu.py --tune tiles.json    # looks for better tiles first and writes them down
-    python benchmarks/gpu.py --smoke              # tiny shapes, no times: does this script still run?
+    python benchmarks/gpu.py --tune tiles.json    # looks for better tiles first and writes them down; compiles for long
+    python benchmarks/gpu.py --smoke              # tiny shapes, no times: does this script still run? On a CPU with
+                                                  # TRITON_INTERPRET=1
 
 Layers have random codes in groups of 128. One CUDA graph runs several copies of a layer after one another, so that the
 weights come from memory and not from the second-level cache; times are medians of replays, divided by the copies.
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import gpu_layouts
 import torch
 from gpu_model import decode_rows
 from torch import Tensor
@@ -53,6 +55,16 @@ Targets: "of copy" at least 60 % for Mixtral's shape with 1 to 8 tokens; faster 
 tokens; the mixed plan at least 90 % as fast as 3 bits, which has as many bytes; at 4096 tokens at least 70 % of the
 speed of `grouped_mm`.
 """
+LAYOUTS = """Experts of 3 bits, stored as `grouped`, as `spectral` components of 0, 2, 3 and 4 bits in 8-bit bases with
+as many bytes, and as `tiled` residuals: the same grouped records with factors of rank {rank} added for gate and up.
+"Ratio" is the time over that of `grouped` in the same row. From 512 rows per expert on both layouts run on the torch
+reference, which decodes each expert once; that is not timed. Sums of components scale and round every weight before the
+product, unlike the products of grouped records.
+"""
+LAYOUT_TOKENS = (1, 4, 16, 64)
+LAYOUT_COLUMNS = (
+    "shape", "tokens", "grouped us", "spectral us", "ratio", "tiled us", "ratio", "error of spectral", "error of tiled",
+)  # fmt: skip
 COLUMNS = ("shape", "bits", "tokens", "packed us", "bf16 us", "speed-up", "GB/s", "of copy", "error")
 
 
@@ -152,9 +164,9 @@ def chosen_bytes(layer: PackedLayer, index_Tk: Tensor) -> int:
 
 
 def error_of(layer: PackedLayer, module: MixtralExperts, arguments: tuple[Tensor, Tensor, Tensor]) -> float:
-    """Relative error against the torch reference in float32, over at most 16 tokens."""
+    """Relative error of the call against the torch reference in float32, over at most 16 of its tokens."""
+    answer = gpu.run_experts(module, layer, *arguments)[:16].float()
     x_TH, index_Tk, weights_Tk = (argument[:16] for argument in arguments)
-    answer = gpu.run_experts(module, layer, x_TH, index_Tk, weights_Tk).float()
     wanted = reference.experts(module, layer, x_TH.float(), index_Tk, weights_Tk)
     error = ((answer - wanted).norm() / wanted.norm()).item()
     if not error < 2e-2:
@@ -162,12 +174,17 @@ def error_of(layer: PackedLayer, module: MixtralExperts, arguments: tuple[Tensor
     return error
 
 
-def tune_layer(shape: tuple[int, int, int, int], tokens: int, call: Callable[[], object]) -> dict[str, tuning.Tile]:
+def tune_layer(
+    shape: tuple[int, int, int, int], tokens: int, calls: list[Callable[[], object]]
+) -> dict[str, tuning.Tile]:
+    """The best tiles of a layer's two products, with the weights from memory as in the measurement itself."""
     hidden, inner, num_experts, top_k = shape
+    if tuning.experts_at_once(-(-tokens * top_k // num_experts), 1):
+        return {}  # decoded first: these tiles are not used
 
     def seconds() -> float:
         try:
-            return microseconds([call], replays=13) / 1e6
+            return microseconds(calls, replays=13) / 1e6
         except Exception as error:  # a tile that needs more shared memory or registers than there are
             print(f"  left out: {type(error).__name__}", file=sys.stderr)
             return float("inf")
@@ -196,11 +213,12 @@ def measure(tune: Path | None, device: torch.device) -> tuple[list[tuple[object,
                 def call(layer: PackedLayer, arguments: tuple[Tensor, Tensor, Tensor] = arguments) -> Tensor:
                     return gpu.run_experts(module, layer, *arguments)  # noqa: B023
 
+                each = [lambda layer=layer: call(layer) for layer in layers]
                 if tune is not None and plan == "3":
-                    tiles |= tune_layer(shape, tokens, lambda: call(first))  # noqa: B023
+                    tiles |= tune_layer(shape, tokens, each)
                     tuning.save(tune, tiles)
                 error = error_of(first, module, arguments)
-                packed = microseconds([lambda layer=layer: call(layer) for layer in layers])
+                packed = microseconds(each)
                 if tokens not in dense_times:
                     dense_copies = 1 if shape[1] > 4096 else 4
                     dense_times[tokens] = microseconds([dense_call(shape, arguments) for _ in range(dense_copies)])
@@ -210,14 +228,43 @@ def measure(tune: Path | None, device: torch.device) -> tuple[list[tuple[object,
                     f"{dense_times[tokens] / packed:.2f}", f"{speed:.0f}", f"{speed / copy:.0%}", f"{error:.1e}",
                 ))  # fmt: skip
                 print(*rows[-1], flush=True)
-                del layers
+                del layers, each
     return rows, copy
+
+
+def measure_layouts(device: torch.device) -> list[tuple[object, ...]]:
+    """Rows of the page: one measurement of each layout after another, three times, medians."""
+    rows: list[tuple[object, ...]] = []
+    for name, shape in SHAPES.items():
+        module = module_of(shape)
+        first = gpu_layouts.trio(shape, random_layer(shape, (3,), device))
+        for tokens in LAYOUT_TOKENS:
+            arguments = choices(shape, tokens, device)
+            used = chosen_bytes(first.grouped, arguments[1])
+            copies = max(1, min(16, CACHE_BYTES // used))
+            more = (gpu_layouts.trio(shape, random_layer(shape, (3,), device)) for _ in range(copies - 1))
+            named = [gpu_layouts.calls(module, layers, arguments) for layers in (first, *more)]
+            errors = gpu_layouts.errors(module, first, arguments)
+            runs = [{key: microseconds([each[key] for each in named]) for key in named[0]} for _ in range(3)]
+            grouped, spectral, tiled = (statistics.median(run[key] for run in runs) for key in named[0])
+            rows.append((
+                name, tokens, f"{grouped:.1f}", f"{spectral:.1f}", f"{spectral / grouped:.2f}",
+                f"{tiled:.1f}", f"{tiled / grouped:.2f}", *(f"{error:.1e}" for error in errors),
+            ))  # fmt: skip
+            print(*rows[-1], flush=True)
+            del named
+    return rows
 
 
 def smoke() -> None:
     """Everything that needs no clock, on tiny shapes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for shape in SMOKE.values():
+        layers, arguments = gpu_layouts.trio(shape, random_layer(shape, (3,), device)), choices(shape, 2, device)
+        module = module_of(shape)
+        errors = gpu_layouts.errors(module, layers, arguments)
+        print("spectral, tiled", *(f"error {error:.1e}" for error in errors))
+        print(*(tuple(call().shape) for call in gpu_layouts.calls(module, layers, arguments).values()))
         for widths in PLANS.values():
             layer, arguments = random_layer(shape, widths, device), choices(shape, 2, device)
             print(
@@ -239,11 +286,13 @@ def main() -> None:
         tuning.use(options.tiles)
     if not torch.cuda.is_available():
         rows = [(name, plan, tokens, *[NOTE] * 6) for name in SHAPES for plan in PLANS for tokens in TOKENS]
+        layouts = [(name, tokens, *[NOTE] * 7) for name in SHAPES for tokens in LAYOUT_TOKENS]
         model = [(name, NOTE, NOTE) for name in ("bfloat16, grouped_mm", "3 bits, Triton")]
         where = "No GPU was at hand: every time below is still to be measured."
     else:
         device = torch.device("cuda")
         rows, copy = measure(options.tune, device)
+        layouts = measure_layouts(device)
         model = decode_rows(lambda shape: random_layer(shape, (3,), device), device)
         import triton
 
@@ -253,6 +302,9 @@ def main() -> None:
         )
     text = INTRO.format(where=where)
     text += "\n## Layers\n\n" + markdown_table(COLUMNS, rows)
+    text += (
+        "\n\n## Layouts\n\n" + LAYOUTS.format(rank=gpu_layouts.RANK) + "\n" + markdown_table(LAYOUT_COLUMNS, layouts)
+    )
     text += "\n\n## A model of OLMoE's shape, one token at a time, one CUDA graph\n\n"
     text += markdown_table(("experts", "ms per token", "experts' bytes"), model) + "\n"
     options.output.write_text(text, encoding="utf-8")

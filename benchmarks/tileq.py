@@ -248,7 +248,7 @@ def write(args: argparse.Namespace) -> None:
         ]
         parts.append(
             "## Time of the torch reference\n\nWhole forward passes, one thread, one process, by turns, median of 7; "
-            "ratio to a model of plain matrices at the same bytes. Rank 8, private rank 2; the same kernels for all.\n\n"
+            "ratio to a model of plain matrices at the same bytes. Rank 8, private rank 2; all on the reference.\n\n"
             + markdown_table(("tokens", *names), lines)
         )
     notes = args.output.with_name("tileq_notes.md")

@@ -1,14 +1,20 @@
 """Packed layers and experts modules for the tests of kernels."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from moeq.components import Form, basis_spec, kept_directions, slab_rows
 from moeq.format.packing import pack_matrix
+from moeq.format.spectral import SpectralShape, build_spectral_table, pack_basis, pack_map, parse_spectral_table
 from moeq.kernels.packed import PackedLayer, PackedMatrix, kernel_facts
+from moeq.kernels.rows import spectral_facts
+from moeq.kernels.spectral import SpectralLayer, read_layer
 from moeq.quantizers.rtn import Rtn
 from moeq.spec import QuantSpec, sections, stored_bytes
 
@@ -60,6 +66,29 @@ def packed_layer(
     facts = kernel_facts(entries, list(shapes.values()), device)
     data = torch.cat(records).to(device)
     return PackedLayer(data=data, entries=tuple(entries), shapes=shapes, facts=facts)
+
+
+def spectral_layer(
+    widths: dict[str, np.ndarray], form: Form, hidden: int, inner: int, device: torch.device
+) -> SpectralLayer:
+    """A layer of random components of these widths, (E, H), with its facts."""
+    num_experts = len(widths["down"])
+    shape = SpectralShape(projections=tuple(widths), num_experts=num_experts, hidden=hidden, inner=inner)
+    kept = kept_directions(widths, joint=form.joint)
+    parts = []
+    for name, widths_EH in widths.items():
+        rank = int(kept[name].sum())
+        if not (form.joint and name == "up"):
+            rows, spec = torch.randn(rank, hidden) * hidden**-0.5, basis_spec(form.basis_bits)
+            parts.append(pack_basis(rows, None, 16) if spec is None or not rank else packed(rows, spec))
+        parts.append(pack_map(widths_EH[:, kept[name]]))
+        for width, count in slab_rows(widths_EH).items():
+            if count:
+                parts.append(packed(torch.randn(count, inner) * inner**-0.5, form.slabs[width]))
+    data, table = torch.cat(parts), build_spectral_table(form, widths, shape)
+    layer = read_layer(data.to(device), parse_spectral_table(table, shape, data.numel()), shape, "layer")
+    facts = spectral_facts(layer.entries, layer.widths, layer.starts, shape, device)
+    return replace(layer, facts=facts)
 
 
 def mixtral(hidden: int, inner: int, num_experts: int, hidden_act: str = "silu") -> nn.Module:

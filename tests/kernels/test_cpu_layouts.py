@@ -26,7 +26,7 @@ from moeq.format.spectral import (
 from moeq.format.tiled import TileEntry, build_tile_table, pack_sides, views
 from moeq.kernels import cpu, cpu_layouts, dispatch, spectral, tiled
 from moeq.kernels.packed import PackedLayer
-from moeq.kernels.spectral import SpectralLayer, read_layer, spectral_facts
+from moeq.kernels.spectral import SpectralLayer, read_layer, spectral_tables
 from moeq.kernels.tiled import TiledLayer
 from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, QuantSpec, stored_bytes
 from moeq.tiling import FACTOR, TileForm, side_sections
@@ -86,11 +86,11 @@ def spectral_layer(
                 parts.append(random_record(slabs[bits], (rows, inner), generator))
     data = torch.cat(parts)
     layer = read_layer(data, parse_spectral_table(table, shape, data.numel()), shape, "layer")
-    facts = spectral_facts(layer)
-    assert facts is not None
+    tables = spectral_tables(layer)
+    assert tables is not None
     there = table[:, :, 4] > 0
-    assert torch.equal(facts.table[there], table[there])
-    return replace(layer, facts=facts)
+    assert torch.equal(tables.table[there], table[there])
+    return replace(layer, tables=tables)
 
 
 def tiled_layer(seed: int, form: TileForm, size: tuple[int, int] = SIZES[0]) -> TiledLayer:
@@ -162,9 +162,9 @@ def inputs(tokens: int, hidden: int, seed: int = 0) -> tuple[Tensor, Tensor, Ten
 def call(layer: Layer, x_TH: Tensor, index_Tk: Tensor, weight_Tk: Tensor, **options: Any) -> Tensor:
     """The fused kernel itself."""
     if isinstance(layer, SpectralLayer):
-        facts = layer.facts
-        assert facts is not None
-        arguments = layer.data, facts.table, facts.starts, facts.order, layer.shape.inner
+        tables = layer.tables
+        assert tables is not None
+        arguments = layer.data, tables.table, tables.starts, tables.order, layer.shape.inner
         return native.spectral_experts(*arguments, x_TH, index_Tk, weight_Tk, **options)
     assert layer.side_data is not None
     assert layer.tiles is not None
@@ -233,7 +233,7 @@ def test_one_width_alone(bits: int) -> None:
                 parts.append(random_record(slabs[bits], (components, inner), generator))
             data = torch.cat(parts)
             layer = read_layer(data, parse_spectral_table(table, shape, data.numel()), shape, "layer")
-            layer = replace(layer, facts=spectral_facts(layer))
+            layer = replace(layer, tables=spectral_tables(layer))
             x_TH = torch.randn(3, hidden, generator=generator)
             index, weight = torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
             wanted = spectral.experts(module, layer, x_TH, index, weight)
@@ -316,7 +316,7 @@ def test_what_is_left_to_the_references() -> None:
         assert kernel(silu, layer, x_TH.clone().requires_grad_(), index_Tk, weight_Tk) is None
         assert kernel(silu, layer, x_TH, index_Tk, weight_Tk.clone().requires_grad_()) is None
     assert cpu_layouts.spectral_experts(gelu, spectral_, *arguments) is None
-    assert cpu_layouts.spectral_experts(silu, replace(spectral_, facts=None), *arguments) is None
+    assert cpu_layouts.spectral_experts(silu, replace(spectral_, tables=None), *arguments) is None
     found = cpu_layouts.tiled_experts(gelu, tiled_, *arguments)
     torch.testing.assert_close(found, tiled.experts(gelu, tiled_, *arguments), rtol=1e-4, atol=1e-5)
     plain = tiled_layer(0, FORMS[-1])
@@ -327,8 +327,8 @@ def test_what_is_left_to_the_references() -> None:
 def test_parts_that_lie_elsewhere_are_refused() -> None:
     arguments = inputs(16, SIZES[0][0])
     layer = spectral_layer(2)
-    facts = layer.facts
-    assert facts is not None
+    tables = layer.tables
+    assert tables is not None
     for name, where, value in (
         ("table", (0, 0, 0), layer.data.numel() - 64),
         ("table", (0, 0, 0), -64),
@@ -341,10 +341,10 @@ def test_parts_that_lie_elsewhere_are_refused() -> None:
         ("order", (0, 0, 0), -1),
         ("order", (2, 1, 0), 3000),
     ):
-        changed = getattr(facts, name).clone()
+        changed = getattr(tables, name).clone()
         changed[where] = value
         with pytest.raises(ValueError, match=r"blob|no such|basis|components"):
-            call(replace(layer, facts=replace(facts, **{name: changed})), *arguments)
+            call(replace(layer, tables=replace(tables, **{name: changed})), *arguments)
     for form in FORMS[:5]:
         tiles_layer = tiled_layer(2, form)
         assert tiles_layer.tiles is not None
@@ -364,12 +364,12 @@ def test_compiled_models_see_operators() -> None:
     module = mixtral(*SIZES[0], EXPERTS)
     x_TH, index_Tk, weight_Tk = inputs(3, SIZES[0][0])
     one, two = spectral_layer(3), tiled_layer(3, FORMS[0])
-    facts, inner = one.facts, SIZES[0][1]
-    assert facts is not None
+    tables, inner = one.tables, SIZES[0][1]
+    assert tables is not None
     parts = ("test_schema", "test_faketensor")
     torch.library.opcheck(
         torch.ops.moeq.packed_spectral.default,
-        (x_TH, index_Tk, weight_Tk, one.data, facts.table, facts.starts, facts.order, inner, False),
+        (x_TH, index_Tk, weight_Tk, one.data, tables.table, tables.starts, tables.order, inner, False),
         test_utils=parts,
     )
     torch.library.opcheck(

@@ -3,10 +3,13 @@
 import sys
 from dataclasses import replace
 
+import numpy as np
 import torch
-from packing_help import mixtral, packed_layer, packed_matrix
+from packing_help import mixtral, packed_layer, packed_matrix, spectral_layer
 
+from moeq.components import Form
 from moeq.kernels import dispatch, gpu, reference
+from moeq.runtime.modules import SpectralExperts
 from moeq.spec import QuantSpec
 
 CPU = torch.device("cpu")
@@ -35,3 +38,22 @@ def test_facts_name_the_sections_of_a_record() -> None:
     assert facts.table[1, 1].tolist() == [start, start, start + 512, start + 640, 4, 32, 0, 2]
     # Expert 0's gate has a second plane behind 24 rows of 10 bytes.
     assert facts.table[0, 0].tolist() == [0, 256, 384, 512, 3, 32, 0, 2]
+
+
+def test_facts_of_components_name_rows_and_their_directions() -> None:
+    slabs = {bits: QuantSpec(bits=bits, group_size=32, levels="half", layout="spectral") for bits in (2, 4)}
+    kept = np.array([[0, 4, 2, 2], [2, 0, 4, 4]], dtype=np.uint8)  # two experts, four directions
+    widths = dict.fromkeys(("gate", "up", "down"), kept)
+    layer = spectral_layer(widths, Form(basis_bits=8, joint=True, slabs=slabs), 4, 40, CPU)
+    assert layer.facts is not None
+    rows = layer.facts.factors["up"]
+    assert rows.firsts[3].tolist() == [0, 1, 3]  # 4 bits
+    assert rows.firsts[5].tolist() == [0, 2, 3]  # 2 bits
+    assert rows.places.tolist()[:6] == [1, 2, 3, 2, 3, 0]
+    assert (rows.rows, rows.blocks, rows.groups, rows.widths) == (3, 2, 2, 1 << 4 | 1 << 2)
+    handler = SpectralExperts(layer.shape)
+    handler.bind(layer.data, layer.at(layer.data))
+    assert handler.layer.facts is None  # on a CPU nobody asks for them
+    moved = handler.to("meta").layer
+    assert moved.facts is not None
+    assert handler.layer is moved

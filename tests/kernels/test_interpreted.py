@@ -7,15 +7,14 @@ from subprocess import PIPE, STDOUT, run
 
 import pytest
 
-FILES = ("test_gpu.py",)
+FILES = ("test_gpu.py", "test_gpu_rows.py")
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="this is that process")
-@pytest.mark.parametrize("name", FILES)
-def test_kernels_in_the_interpreter(name: str) -> None:
+def test_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(here / name)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(str(here / name) for name in FILES)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = run(command, cwd=here.parent.parent, env=environment, stdout=PIPE, stderr=STDOUT, text=True, check=False)

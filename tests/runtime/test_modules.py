@@ -1,6 +1,8 @@
 """Packed modules compute what dense ones with the decoded weights compute."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from moeq import native
 from moeq.arch import hooks
 from moeq.format.packing import pack_matrix
 from moeq.kernels.packed import PackedMatrix
@@ -135,3 +138,25 @@ def test_packed_bytes_are_mapped_not_copied(packed_demo: Path) -> None:
     again = moeq.load(packed_demo, device="cpu")
     assert again.model.layers[0].mlp.experts.moeq.data.data_ptr() != data.data_ptr()
     assert isinstance(model, type(AutoModelForCausalLM.from_config(model.config))), "the stock class"
+
+
+@pytest.mark.skipif(not native.available(), reason="the torch reference waits for numbers")
+def test_a_whole_model_compiles_to_one_graph(packed_demo: Path) -> None:
+    import moeq
+
+    model = moeq.load(packed_demo, device="cpu", dtype=torch.float32)
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        return model(ids, use_cache=False).logits
+
+    ids = torch.arange(8).view(1, 8)
+    with torch.no_grad():
+        answer = torch.compile(logits, backend=backend, fullgraph=True)(ids)
+        torch.testing.assert_close(answer, logits(ids))
+    assert seen.count("moeq.packed_experts") == len(model.model.layers)
+    assert "moeq.packed_linear" in seen

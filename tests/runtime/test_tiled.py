@@ -11,14 +11,10 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moeq.arch import hooks
 from moeq.errors import PackedError
-from moeq.format.packing import pack_matrix
-from moeq.format.tiled import TileEntry, build_tile_table, pack_sides, parse_tile_table, read_sides
-from moeq.quantizers.rtn import Rtn
+from moeq.format.tiled import TileEntry, build_tile_table, parse_tile_table, read_sides
 from moeq.runtime.modules import TiledExperts
-from moeq.spec import QuantSpec, stored_bytes
-from moeq.stages.tile_packing import round_factor
 from moeq.tiling import TileForm, sides_bytes
-from moeq.transforms import placement
+from tiles import random, sides_of, tiled
 
 HIDDEN, INNER, EXPERTS = 40, 72, 7
 SHAPES = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
@@ -34,48 +30,6 @@ FORMS = {
 }
 
 
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def sides_of(form: TileForm, name: str, seed: int) -> Tensor:
-    shape = SHAPES[name]
-    grid = placement.at_random(EXPERTS, (form.rows, form.columns), seed)
-    if form.rows == form.columns == EXPERTS:
-        grid = placement.in_order(EXPERTS, (EXPERTS, EXPERTS))
-    factors = None
-    if form.rank:
-        inputs = round_factor(0.1 * random(form.rows * form.rank, shape[1], seed=seed + 1))[0]
-        factors = inputs, round_factor(random(form.columns * form.rank, shape[0], seed=seed + 2))[0]
-    owners = form.order_owners(EXPERTS)
-    orders = torch.stack([torch.randperm(shape[1]) for _ in range(owners)]) if owners else None
-    scales = random(EXPERTS, shape[1], seed=seed + 3).exp() if form.scales == "expert" else None
-    return pack_sides(form, shape, torch.tensor([grid.row_E, grid.column_E]).T, factors, scales, orders)
-
-
-def tiled(form: TileForm) -> TiledExperts:
-    """A handler with random residuals of several widths and random sides."""
-    torch.manual_seed(0)
-    forms = dict.fromkeys(SHAPES, form)
-    records, entries, offset = [], [], 0
-    for expert in range(EXPERTS):
-        row = []
-        for name, shape in SHAPES.items():
-            spec = QuantSpec(bits=(2, 3, 4, 8)[expert % 4], group_size=32)
-            q = Rtn().quantize(0.1 * random(*shape, seed=10 * expert + len(name)), spec, None)
-            records.append(pack_matrix(q.codes_NK, q.scale_NG, q.zero_NG, spec))
-            row.append((offset, spec))
-            offset += stored_bytes(spec, shape)
-        entries.append(tuple(row))
-    sides = torch.cat([sides_of(form, name, 100 * i) for i, name in enumerate(SHAPES)])
-    table = build_tile_table(forms, EXPERTS, SHAPES)
-    tiles = parse_tile_table(table, EXPERTS, SHAPES, sides.numel())
-    handler = TiledExperts(SHAPES)
-    handler.exact = True  # few tokens would be rounded to 8 bits
-    handler.bind(torch.cat(records), tuple(entries), sides, tiles, "layer")
-    return handler
-
-
 def pair(form: TileForm, kind: str = "mixtral") -> tuple[nn.Module, nn.Module]:
     """The experts module over packed bytes, and its dense twin."""
     config = AutoConfig.for_model(
@@ -86,7 +40,7 @@ def pair(form: TileForm, kind: str = "mixtral") -> tuple[nn.Module, nn.Module]:
     dense = cls(config)
     for name, parameter in dense.named_parameters():
         nn.init.normal_(parameter, std=0.1 if "bias" in name else 1.0)
-    handler = tiled(form)
+    handler = tiled(dict.fromkeys(SHAPES, form), SHAPES, EXPERTS)
     layer = handler.layer
     with torch.no_grad():
         for expert in range(EXPERTS):
@@ -163,7 +117,7 @@ def test_no_token_at_all_is_answered() -> None:
 @pytest.mark.parametrize("name", FORMS)
 def test_sides_have_the_bytes_that_their_form_says(name: str) -> None:
     form = FORMS[name]
-    total = sum(sides_of(form, each, 0).numel() for each in SHAPES)
+    total = sum(sides_of(form, SHAPES[each], EXPERTS, 0).numel() for each in SHAPES)
     assert total == sides_bytes(dict.fromkeys(SHAPES, form), EXPERTS, SHAPES)
 
 
@@ -185,7 +139,7 @@ def test_tables_that_lie_are_refused() -> None:
 
 def test_cells_and_permutations_are_proven() -> None:
     form = replace(FORMS["tile"], scales="expert")
-    data = sides_of(form, "gate", 0)
+    data = sides_of(form, SHAPES["gate"], EXPERTS, 0)
     entries = {"gate": TileEntry(offset=0, form=form)}
     sides = read_sides(data, entries, EXPERTS, SHAPES, "layer")["gate"]
     assert sides.cells().shape == (EXPERTS, 2)
@@ -204,3 +158,14 @@ def test_cells_and_permutations_are_proven() -> None:
     twice[4:8] = twice[0:4]
     with pytest.raises(PackedError, match="share a cell"):
         read_sides(twice, entries, EXPERTS, SHAPES, "layer")
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_facts_for_kernels_follow_the_bytes(name: str) -> None:
+    handler = tiled(dict.fromkeys(SHAPES, FORMS[name]), SHAPES, EXPERTS)
+    assert handler.layer.facts is None  # on a CPU nobody asks for them
+    layer = handler.to("meta").layer
+    assert layer.facts is not None
+    assert layer.residual.facts is not None
+    assert layer.facts["up"].row_E.device.type == "meta"
+    assert handler.layer is layer

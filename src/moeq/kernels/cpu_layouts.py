@@ -73,8 +73,8 @@ def spectral_experts(
     module: nn.Module, layer: SpectralLayer, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor | None:
     """As `moeq.kernels.spectral.experts`; None for what the kernels do not do."""
-    facts = layer.facts
-    if facts is None or len(layer.entries) < 3 or not cpu.serves(hidden_states, layer.data):
+    tables = layer.tables
+    if tables is None or len(layer.entries) < 3 or not cpu.serves(hidden_states, layer.data):
         return None
     if torch.is_grad_enabled() and top_k_weights.requires_grad:
         return None
@@ -90,9 +90,9 @@ def spectral_experts(
         top_k_index,
         top_k_weights,
         layer.data,
-        facts.table,
-        facts.starts,
-        facts.order,
+        tables.table,
+        tables.starts,
+        tables.order,
         inner,
         bool(layer.exact),
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moeq.kernels import cpu, cpu_layouts, gpu, reference, spectral, tiled
+from moeq.kernels import cpu, cpu_layouts, gpu, gpu_spectral, gpu_tiled, reference, spectral, tiled
 from moeq.kernels.packed import PackedLayer, PackedMatrix
 from moeq.kernels.spectral import SpectralLayer
 from moeq.kernels.tiled import TiledLayer
@@ -19,8 +19,8 @@ TiledKernel = Callable[[nn.Module, TiledLayer, Tensor, Tensor, Tensor], Tensor |
 LinearKernel = Callable[[Tensor, PackedMatrix], Tensor | None]
 
 EXPERTS: tuple[ExpertsKernel, ...] = (gpu.experts, cpu.experts, reference.experts)
-SPECTRAL: tuple[SpectralKernel, ...] = (cpu_layouts.spectral_experts, spectral.experts)
-TILED: tuple[TiledKernel, ...] = (cpu_layouts.tiled_experts, tiled.experts)
+SPECTRAL: tuple[SpectralKernel, ...] = (gpu_spectral.experts, cpu_layouts.spectral_experts, spectral.experts)
+TILED: tuple[TiledKernel, ...] = (gpu_tiled.experts, cpu_layouts.tiled_experts, tiled.experts)
 LINEAR: tuple[LinearKernel, ...] = (gpu.linear, cpu.linear, reference.linear)
 
 

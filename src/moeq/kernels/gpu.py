@@ -51,29 +51,38 @@ def run_experts(
     module: nn.Module, layer: PackedLayer, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """As `experts`, without asking whether the tensors are on a GPU."""
+    x_TH, index_Tk = hidden_states.contiguous(), top_k_index.contiguous()
+    if "gate" in layer.shapes and hooks.gates_by_silu(module, layer.shapes["up"][0]):
+        return gated(layer, x_TH, index_Tk, top_k_weights, None)
+    expert_S = index_Tk.reshape(-1).clamp(max=layer.num_experts - 1)
+    gate_SI = product(layer, x_TH, index_Tk, "gate") if "gate" in layer.shapes else None
+    inner_SI = hooks.activation(module, expert_S, gate_SI, product(layer, x_TH, index_Tk, "up"))
+    out_SH = hooks.finish(module, expert_S, product(layer, inner_SI, index_Tk, "down"))
+    return weighted_sum(out_SH, index_Tk, top_k_weights, layer.num_experts, hidden_states.dtype)
+
+
+def gated(layer: PackedLayer, x_TH: Tensor, index_Tk: Tensor, weights_Tk: Tensor, low_S2I: Tensor | None) -> Tensor:
+    """Routed experts with silu(gate) * up, (T, H); `low_S2I` is added to gate and up of each choice before that."""
     facts = layer.facts
     assert facts is not None
-    x_TH, index_Tk = hidden_states.contiguous(), top_k_index.contiguous()
-    table, widths, spans = facts.table, list(facts.widths), list(facts.spans)
-    if "gate" in layer.shapes and hooks.gates_by_silu(module, layer.shapes["up"][0]):
-        inner = layer.shapes["up"][0]
-        return experts_op(x_TH, index_Tk, top_k_weights.contiguous(), layer.data, table, widths, spans, inner)
+    tables = facts.table, list(facts.widths), list(facts.spans)
+    return experts_op(x_TH, index_Tk, weights_Tk.contiguous(), layer.data, *tables, layer.shapes["up"][0], low_S2I)
 
-    def product(x_RK: Tensor, name: str) -> Tensor:
-        position = list(layer.shapes).index(name)
-        return product_op(
-            x_RK.contiguous(), index_Tk, layer.data, table, widths, spans, position, layer.shapes[name][0]
-        )
 
-    chosen_S = index_Tk.reshape(-1)
-    expert_S = chosen_S.clamp(max=layer.num_experts - 1)
-    gate_SI = product(x_TH, "gate") if "gate" in layer.shapes else None
-    inner_SI = hooks.activation(module, expert_S, gate_SI, product(x_TH, "up"))
-    out_SH = hooks.finish(module, expert_S, product(inner_SI, "down"))
-    weighted_SH = out_SH * top_k_weights.reshape(-1, 1)
-    here_S1 = (chosen_S < layer.num_experts).unsqueeze(-1)
-    answer_TkH = torch.where(here_S1, weighted_SH, 0).view(*index_Tk.shape, -1)
-    return answer_TkH.sum(dim=1).to(hidden_states.dtype)
+def product(layer: PackedLayer, x_RK: Tensor, index_Tk: Tensor, projection: str) -> Tensor:
+    """One projection of the chosen experts, (S, N): `moeq.kernels.triton_launch.product`."""
+    facts = layer.facts
+    assert facts is not None
+    tables = facts.table, list(facts.widths), list(facts.spans)
+    position = list(layer.shapes).index(projection)
+    return product_op(x_RK.contiguous(), index_Tk, layer.data, *tables, position, layer.shapes[projection][0])
+
+
+def weighted_sum(out_SN: Tensor, index_Tk: Tensor, weights_Tk: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
+    """Each token's answers times their weights, (T, N) in `dtype`; choices of experts that do not exist add nothing."""
+    here_S1 = (index_Tk.reshape(-1) < num_experts).unsqueeze(-1)
+    weighted_SN = torch.where(here_S1, out_SN * weights_Tk.reshape(-1, 1), 0)
+    return weighted_SN.view(*index_Tk.shape, out_SN.shape[-1]).sum(dim=1).to(dtype)
 
 
 def run_linear(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
@@ -96,17 +105,17 @@ def _facts(table: Tensor, widths: list[int], spans: list[int]) -> KernelFacts:
 @torch.library.custom_op("moeq::triton_experts", mutates_args=())
 def experts_op(
     x_TH: Tensor, index_Tk: Tensor, weights_Tk: Tensor, data: Tensor, table: Tensor,
-    widths: list[int], spans: list[int], inner: int,
+    widths: list[int], spans: list[int], inner: int, low_S2I: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Routed experts with silu(gate) * up, (T, H): `triton_launch.experts`."""
     with torch.cuda.device_of(x_TH):  # triton launches on the current device
-        return _launch().experts(x_TH, index_Tk, weights_Tk, data, _facts(table, widths, spans), inner)
+        return _launch().experts(x_TH, index_Tk, weights_Tk, data, _facts(table, widths, spans), inner, low_S2I)
 
 
 @experts_op.register_fake
 def _(
     x_TH: Tensor, index_Tk: Tensor, weights_Tk: Tensor, data: Tensor, table: Tensor,
-    widths: list[int], spans: list[int], inner: int,
+    widths: list[int], spans: list[int], inner: int, low_S2I: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(x_TH)
 

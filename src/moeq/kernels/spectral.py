@@ -6,7 +6,7 @@ answer is added up in the basis of the outputs, and that sum is mapped back once
 Legend: T tokens, k experts per token, S tokens of one expert, H hidden, I expert width, R directions, n components.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -25,12 +25,13 @@ from moeq.format.spectral import (
     packed_order,
 )
 from moeq.kernels.reference import product
+from moeq.kernels.rows import SpectralFacts, spectral_facts
 from moeq.spec import LEVELS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SpectralFacts:
-    """What kernels want to know of a layer, all on the CPU.
+class SpectralTables:
+    """What kernels for CPUs want to know of a layer.
 
     Attributes:
         table: where its parts lie, int64, (3, 8, 5), as on disk (docs/format.md).
@@ -54,7 +55,8 @@ class SpectralLayer:
         widths: projection -> widths of the components, (E, R).
         starts: projection -> first row of each expert in each slab, and one past the last, (slabs, E + 1).
         exact: whether kernels keep activations in floats: always, never, or (None) unless few tokens are computed.
-        facts: for kernels; None if nobody made them.
+        tables: for kernels on a CPU; None if nobody made them.
+        facts: for kernels on a device; None on a CPU.
     """
 
     data: Tensor
@@ -63,12 +65,20 @@ class SpectralLayer:
     widths: dict[str, Widths]
     starts: dict[str, np.ndarray]
     exact: bool | None = None
+    tables: SpectralTables | None = None
     facts: SpectralFacts | None = None
 
     @property
     def num_experts(self) -> int:
         """Experts of the layer."""
         return self.shape.num_experts
+
+    def at(self, data: Tensor) -> "SpectralLayer":
+        """The layer with its bytes where they are now."""
+        if data.device.type == "cpu":
+            return replace(self, data=data, facts=None)
+        facts = spectral_facts(self.entries, self.widths, self.starts, self.shape, data.device)
+        return replace(self, data=data, facts=facts)
 
     def basis(self, projection: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The basis, (R, H): a direction in each row."""
@@ -112,11 +122,11 @@ def read_layer(data: Tensor, entries: tuple[SpectralEntry, ...], shape: Spectral
         starts[entry.projection] = np.concatenate([np.zeros((len(present), 1), np.int64), counts.cumsum(1)], axis=1)
         widths[entry.projection] = found
     by_name = {entry.projection: entry for entry in entries}
-    return SpectralLayer(data=data, shape=shape, entries=by_name, widths=widths, starts=starts)
+    return SpectralLayer(data=data, shape=shape, entries=by_name, widths=widths, starts=starts).at(data)
 
 
-def spectral_facts(layer: SpectralLayer) -> SpectralFacts | None:
-    """The facts of a layer; None where directions do not fit 16 bits, which kernels take them in."""
+def spectral_tables(layer: SpectralLayer) -> SpectralTables | None:
+    """The tables of a layer; None where directions do not fit 16 bits, which kernels take them in."""
     names, num_experts = layer.shape.projections, layer.num_experts
     directions = max(entry.rank for entry in layer.entries.values())
     if directions > np.iinfo(np.int16).max:
@@ -136,7 +146,7 @@ def spectral_facts(layer: SpectralLayer) -> SpectralFacts | None:
         # As `packed_order`, for all experts at once: what is dropped comes last.
         falling_ER = (max(SLAB_WIDTHS) - layer.widths[name]).astype(np.uint8)
         order[at, :, : entry.rank] = np.argsort(falling_ER, axis=1, kind="stable")
-    return SpectralFacts(table=torch.from_numpy(table), starts=torch.from_numpy(starts), order=torch.from_numpy(order))
+    return SpectralTables(table=torch.from_numpy(table), starts=torch.from_numpy(starts), order=torch.from_numpy(order))
 
 
 def experts(

@@ -21,6 +21,7 @@ from moeq.format.packing import decode_matrix
 from moeq.format.tiled import Sides
 from moeq.kernels.packed import PackedLayer
 from moeq.kernels.reference import Linear, linear, product
+from moeq.kernels.rows import SideFacts
 from moeq.transforms.rotation import rotate, unrotate
 
 
@@ -33,12 +34,14 @@ class TiledLayer:
         sides: projection -> its sides.
         side_data: the blob of all sides, uint8; None if nobody gave it to kernels.
         tiles: how to read it, int64, (P, 8), as on disk, on the CPU; likewise.
+        facts: projection -> what kernels on a device want to know of its sides; None on a CPU.
     """
 
     residual: PackedLayer
     sides: dict[str, Sides]
     side_data: Tensor | None = None
     tiles: Tensor | None = None
+    facts: dict[str, SideFacts] | None = None
 
     def dense(self, expert: int, projection: str) -> Tensor:
         """The matrix (O, I) that residual and factors stand for, float32."""

@@ -82,9 +82,9 @@ def rows_of(rows, order, starts, counts, E: tl.constexpr, EXPERTS: tl.constexpr,
 
 @triton.jit
 def multiply_rows(
-    x, sums, data, table, order, starts, counts, out, out_sums, rows,
+    x, sums, data, table, order, starts, counts, low, out, out_sums, rows,
     E: tl.constexpr, EXPERTS: tl.constexpr, PER_ROW: tl.constexpr,
-    PROJECTIONS: tl.constexpr, POSITION: tl.constexpr, GATED: tl.constexpr,
+    PROJECTIONS: tl.constexpr, POSITION: tl.constexpr, GATED: tl.constexpr, LOW: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr,
     WIDTHS: tl.constexpr, SPAN: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -98,6 +98,7 @@ def multiply_rows(
         x, sums: (rows / PER_ROW, K) and sums of UNIT inputs each.
         data, table: the blob and its kernel table, (E, PROJECTIONS, FACTS).
         order, starts, counts: from `prepare`; unused if EXPERTS is 0.
+        low: if LOW, what is added to gate and up before the activation, (rows, 2, N).
         out, out_sums: results.
         rows: rows of `out`.
         E, EXPERTS: experts, and the next power of two; EXPERTS = 0 for one matrix and no choice.
@@ -127,6 +128,11 @@ def multiply_rows(
                 tl.zeros((BLOCK_N, BLOCK_M), tl.float32), data, facts + matrix * FACTS, x_M, sums_M, row, row_N, col_M,
                 first, last, K, WIDTHS, SPAN, UNIT, MASKED, DTYPE,
             )  # fmt: skip
+        if LOW:
+            low_NM = low + choice_M.to(tl.int64)[None, :] * (2 * N) + row[:, None]
+            mask_NM = row_N[:, None] & col_M[None, :]
+            gate_NM += tl.load(low_NM, mask=mask_NM, other=0.0).to(tl.float32)
+            acc_NM += tl.load(low_NM + N, mask=mask_NM, other=0.0).to(tl.float32)
         if GATED:
             acc_NM = gate_NM / (1.0 + tl.exp(-gate_NM)) * acc_NM
         y_NM = acc_NM.to(out.dtype.element_ty)

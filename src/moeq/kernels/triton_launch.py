@@ -52,7 +52,7 @@ def prepare(x_RK: Tensor, index_S: Tensor, num_experts: int, unit: int) -> Routi
 
 def multiply(
     x_RK: Tensor, routing: Routing, data: Tensor, facts: KernelFacts, tile: Tile, *,
-    rows: int, outputs: int, position: int, gated: bool, unit: int, out_unit: int = 0,
+    rows: int, outputs: int, position: int, gated: bool, unit: int, out_unit: int = 0, low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rows of x times packed matrices: `kernels.multiply_rows`.
 
@@ -68,6 +68,7 @@ def multiply(
         gated: multiply with two projections and gate.
         unit: inputs that share a sum.
         out_unit: also return sums of this many outputs; 0 for none.
+        low: what is added to gate and up before the activation, (rows, 2, N); only if `gated`.
 
     Returns:
         (splits, rows, N) float32, or (rows, N) in the dtype of x for one split; and the sums.
@@ -80,10 +81,11 @@ def multiply(
     tiles = min(rows, rows // tile.rows + num_experts) if num_experts else -(-rows // tile.rows)
     if tiles:
         kernels.multiply_rows[(tiles, -(-outputs // tile.outputs), tile.splits)](
-            x_RK, routing.sums, data, facts.table, routing.order, routing.starts, routing.counts, out, sums, rows,
+            x_RK, routing.sums, data, facts.table, routing.order, routing.starts, routing.counts,
+            out if low is None else low, out, sums, rows,
             E=max(1, num_experts), EXPERTS=power_of_two(num_experts) if num_experts else 0,
             PER_ROW=max(1, rows // max(1, len(x_RK))), PROJECTIONS=facts.table.shape[1], POSITION=position,
-            GATED=gated, N=outputs, K=columns,
+            GATED=gated, LOW=low is not None, N=outputs, K=columns,
             WIDTHS=facts.widths[position] | (facts.widths[position + 1] if gated else 0),
             SPAN=min(facts.spans[position : position + 1 + gated]), UNIT=unit, OUT_UNIT=out_unit,
             SPLITS=tile.splits, BLOCK_M=tile.rows, BLOCK_N=tile.outputs,
@@ -92,7 +94,10 @@ def multiply(
     return out, sums
 
 
-def experts(x_TH: Tensor, index_Tk: Tensor, weights_Tk: Tensor, data: Tensor, facts: KernelFacts, inner: int) -> Tensor:
+def experts(
+    x_TH: Tensor, index_Tk: Tensor, weights_Tk: Tensor, data: Tensor, facts: KernelFacts, inner: int,
+    low_S2I: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The routed experts of a layer with silu(gate) * up, (T, H).
 
     Args:
@@ -101,6 +106,7 @@ def experts(x_TH: Tensor, index_Tk: Tensor, weights_Tk: Tensor, data: Tensor, fa
         data: the blob.
         facts: of the layer: gate, up, down.
         inner: I.
+        low_S2I: what is added to gate and up of each choice before the activation; packed products only.
     """
     hidden, rows = x_TH.shape[1], index_Tk.numel()
     num_experts = facts.table.shape[0]
@@ -108,14 +114,14 @@ def experts(x_TH: Tensor, index_Tk: Tensor, weights_Tk: Tensor, data: Tensor, fa
     unit, down_span = min(facts.spans[:2]), facts.spans[2]
     routing = prepare(x_TH, index_Tk, num_experts, unit)
     chunk = experts_at_once(per_expert, 2 * inner * hidden * x_TH.element_size())
-    if chunk:
+    if chunk and low_S2I is None:
         parts = _decoded_experts(x_TH, routing, data, facts, inner, rows, chunk)
         return combine(parts, index_Tk, weights_Tk, x_TH, num_experts)
     tile = packed_tile("gated", (inner, hidden), rows, num_experts)
     out_unit = min(tile.outputs, down_span)
     inner_SI, sums = multiply(
         x_TH, routing, data, facts, tile,
-        rows=rows, outputs=inner, position=0, gated=True, unit=unit, out_unit=out_unit,
+        rows=rows, outputs=inner, position=0, gated=True, unit=unit, out_unit=out_unit, low=low_S2I,
     )  # fmt: skip
     down = Routing(order=routing.order, starts=routing.starts, counts=routing.counts, sums=sums)
     parts, _ = multiply(

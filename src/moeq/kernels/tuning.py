@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from moeq.errors import ArtifactError
+from moeq.spec import BLOCK
 
 KINDS: Final = ("gated", "plain", "linear")
 """Gate and up with their activation; one projection of the experts; a linear outside the experts."""
@@ -63,7 +64,7 @@ def packed_tile(kind: str, shape: tuple[int, int], rows: int, num_experts: int) 
 def rule(kind: str, shape: tuple[int, int], rows: int, num_experts: int) -> Tile:
     """A tile without measurement: as many rows as an expert gets, and enough programs; arguments as `packed_tile`."""
     bucket = power_of_two(rows)
-    side = max(16, min(64, power_of_two(-(-bucket // num_experts))))
+    side = rows_in_tile(rows, num_experts)
     tiles = min(bucket, num_experts) * -(-bucket // (num_experts * side))
     most = 1 if kind == "gated" else max(1, min(8, shape[1] // 512))
     sizes = (128, 64) if side == 64 else (64, 32, 16)
@@ -72,6 +73,27 @@ def rule(kind: str, shape: tuple[int, int], rows: int, num_experts: int) -> Tile
     splits = min(most, power_of_two(-(-PROGRAMS // programs)))
     # 16 rows of W for each warp: with more warps than that, two of them unpack the same codes.
     return Tile(rows=side, outputs=outputs, splits=splits, warps=outputs // 16, stages=4 if side == 16 else 3)
+
+
+def rows_in_tile(rows: int, num_groups: int) -> int:
+    """Rows of x in a tile of a product with rows of groups: as many as a group gets, from 16 to 64."""
+    return max(16, min(64, power_of_two(-(-power_of_two(rows) // num_groups))))
+
+
+def combined_tile(columns: int, rows: int, num_groups: int, group_rows: int) -> Tile:
+    """The tile of a sum of packed rows, by rule alone: `outputs` are the rows that are added in one step.
+
+    Args:
+        columns: numbers in a row.
+        rows: rows of the result.
+        num_groups: groups that rows belong to.
+        group_rows: rows of the largest group.
+    """
+    side, step = rows_in_tile(rows, num_groups), 32
+    bucket = power_of_two(rows)
+    programs = min(bucket, num_groups) * -(-bucket // (num_groups * side)) * -(-columns // BLOCK)
+    splits = max(1, min(16, power_of_two(-(-PROGRAMS // programs)), group_rows // (2 * step)))
+    return Tile(rows=side, outputs=step, splits=splits, warps=4, stages=3)
 
 
 def candidates(kind: str, shape: tuple[int, int], rows: int, num_experts: int) -> tuple[Tile, ...]:

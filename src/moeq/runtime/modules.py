@@ -12,7 +12,8 @@ from moeq.format.spectral import SpectralShape
 from moeq.format.tiled import TileEntry, build_tile_table, read_sides, views
 from moeq.kernels import dispatch
 from moeq.kernels.packed import KernelFacts, PackedLayer, PackedMatrix, current_facts, has_codebooks
-from moeq.kernels.spectral import SpectralLayer, spectral_facts
+from moeq.kernels.rows import side_facts
+from moeq.kernels.spectral import SpectralLayer, spectral_tables
 from moeq.kernels.tiled import TiledLayer
 from moeq.spec import QuantSpec
 
@@ -92,12 +93,14 @@ class SpectralExperts(nn.Module):
         """The packed weights, as views."""
         assert self.data is not None, "used before loading"
         assert self._layer is not None
-        # The module may have moved to another device since it was bound. Kernels for CPUs alone want facts.
-        facts = self._layer.facts
-        if facts is None and self.data.device.type == "cpu":
-            facts = spectral_facts(self._layer)
-        if self._layer.data is not self.data or self._layer.exact != self.exact or self._layer.facts is not facts:
-            self._layer = replace(self._layer, data=self.data, exact=self.exact, facts=facts)
+        layer = self._layer
+        if layer.data is not self.data:  # moved to another device since it was last used
+            layer = layer.at(self.data)
+        if layer.tables is None and self.data.device.type == "cpu":
+            layer = replace(layer, tables=spectral_tables(layer))
+        if layer.exact != self.exact:
+            layer = replace(layer, exact=self.exact)
+        self._layer = layer
         return self._layer
 
     def weights(self, expert: int, projection: str) -> Tensor:
@@ -150,21 +153,28 @@ class TiledExperts(nn.Module):
         known = None if self._layer is None else self._layer.residual
         if self._layer is None or known is None or known.data is not self.data or known.exact != self.exact:
             # First use, or moved since it was last used.
-            forms = {name: tile.form for name, tile in self.tiles.items()}
-            residual = PackedLayer(
-                data=self.data,
-                entries=self.entries,
-                shapes=self.shapes,
-                table=None if has_codebooks(self.entries) else blob.table_of(self.entries),
-                exact=self.exact,
-            )
-            self._layer = TiledLayer(
-                residual=residual,
-                sides=views(self.side_data, self.tiles, residual.num_experts, self.shapes),
-                side_data=self.side_data,
-                tiles=build_tile_table(forms, residual.num_experts, self.shapes),
-            )
+            self._layer = self._made(self.data, self.side_data)
         return self._layer
+
+    def _made(self, data: Tensor, side_data: Tensor) -> TiledLayer:
+        facts = current_facts(None, data, self.entries, list(self.shapes.values()))
+        residual = PackedLayer(
+            data=data,
+            entries=self.entries,
+            shapes=self.shapes,
+            table=None if has_codebooks(self.entries) else blob.table_of(self.entries),
+            exact=self.exact,
+            facts=facts,
+        )
+        sides = views(side_data, self.tiles, residual.num_experts, self.shapes)
+        forms = {name: tile.form for name, tile in self.tiles.items()}
+        return TiledLayer(
+            residual=residual,
+            sides=sides,
+            side_data=side_data,
+            tiles=build_tile_table(forms, residual.num_experts, self.shapes),
+            facts=None if facts is None else {name: side_facts(each) for name, each in sides.items()},
+        )
 
     def weights(self, expert: int, projection: str) -> Tensor:
         """What the bytes of one residual decode to, (N, K) float32 on the CPU."""

@@ -1,0 +1,219 @@
+"""Triton kernels over rows of packed records that belong to groups; needs triton, so only kernels of GPUs import it.
+
+`combine_rows` multiplies rows by numbers and adds them up: components of gate and up, output factors, the basis of
+down. `dot_rows` takes dot products with rows and scatters them: components of down. `permute` reorders inputs.
+
+Legend: S choices, E groups, n rows, K columns of a row, M rows of x, L slabs.
+"""
+
+import triton
+import triton.language as tl
+
+from moeq.kernels.triton_kernels import rows_of
+from moeq.kernels.triton_tiles import BLOCK, block_weights, full_blocks, multiply, open_record, tail_of, walk, zeros_of
+
+LINE: tl.constexpr = tl.constexpr(9)
+"""Columns of `moeq.kernels.rows.RowFacts.table`."""
+
+
+@triton.jit
+def spread(plane_N, block, row_N, WIDTH: tl.constexpr, N: tl.constexpr):
+    """Codes of one plane of a full block, (N, 128) uint8: every byte is loaded once."""
+    BYTES: tl.constexpr = 16 * WIDTH
+    FIELDS: tl.constexpr = 8 // WIDTH
+    where_NB = plane_N[:, None] + (block * BYTES + tl.arange(0, BYTES))[None, :]
+    packed_NB = tl.load(where_NB, mask=row_N[:, None], other=0)
+    shift_F = (tl.arange(0, FIELDS) * WIDTH).to(tl.uint8)
+    # Field s of byte j is code s m + j: as the fields are laid out, so lie the codes.
+    codes_NFB = (packed_NB[:, None, :] >> shift_F[None, :, None]) & ((1 << WIDTH) - 1)
+    return tl.reshape(codes_NFB, (N, 128))
+
+
+@triton.jit
+def full_weights(
+    high_N, low_N, record, block, row_N, levels, group_size,
+    HIGH: tl.constexpr, LOW: tl.constexpr, SPAN: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """As `moeq.kernels.triton_tiles.block_weights` for a full block whose runs of SPAN inputs share a scale."""
+    RUNS: tl.constexpr = 128 // SPAN
+    codes_NK = spread(high_N, block, row_N, HIGH, N)
+    if LOW > 0:
+        codes_NK = (codes_NK << LOW) | spread(low_N, block, row_N, LOW, N)
+    group_R = (block * BLOCK + tl.arange(0, RUNS) * SPAN) // group_size
+    valid_NR = row_N[:, None] & (group_R >= 0)[None, :]
+    scale_NR = tl.load(record[0][:, None] + group_R[None, :], mask=valid_NR, other=0.0).to(tl.float32)
+    wide = record[0][:, None], record[1][:, None], record[2][:, None]
+    zero_NR = zeros_of(wide, group_R[None, :], tl.where(valid_NR, levels, -1), HIGH + LOW)
+    codes_NRS = tl.reshape(codes_NK.to(tl.float32), (N, RUNS, SPAN))
+    return tl.reshape((codes_NRS - zero_NR[:, :, None]) * scale_NR[:, :, None], (N, 128))
+
+
+@triton.jit
+def add_rows(
+    acc_KM, x_M, col_M, data, table, firsts, places, expert, block, split,
+    SLAB: tl.constexpr, E: tl.constexpr, K: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    SPAN: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """acc + the sum of a group's rows in one slab, each times a number of x, for one block of 128 columns."""
+    facts = table + SLAB * LINE
+    group_size = tl.load(facts + 5).to(tl.int32)
+    levels = tl.load(facts + 6).to(tl.int32)
+    base = tl.load(facts + 8)
+    last = tl.load(firsts + SLAB * (E + 1) + expert + 1)
+    start = tl.load(firsts + SLAB * (E + 1) + expert) + split * BLOCK_N
+    for at in tl.range(start, last, SPLITS * BLOCK_N):
+        row = at + tl.arange(0, BLOCK_N)
+        row_N = row < last
+        high_N, low_N, record = open_record(data, facts, row, K, HIGH, LOW)
+        place_N = tl.load(places + base + row, mask=row_N, other=0)
+        x_NM = tl.load(x_M[None, :] + place_N[:, None], mask=row_N[:, None] & col_M[None, :], other=0.0)
+        if tail_of(K) == 0:
+            w_NK = full_weights(high_N, low_N, record, block, row_N, levels, group_size, HIGH, LOW, SPAN, BLOCK_N)
+        elif full_blocks(K) == 0:
+            w_NK = block_weights(high_N, low_N, record, block, row_N, levels, group_size, K, HIGH, LOW, False)
+        else:
+            if block < full_blocks(K):
+                w_NK = full_weights(high_N, low_N, record, block, row_N, levels, group_size, HIGH, LOW, SPAN, BLOCK_N)
+            else:
+                w_NK = block_weights(high_N, low_N, record, block, row_N, levels, group_size, K, HIGH, LOW, False)
+        acc_KM = multiply(tl.trans(w_NK.to(DTYPE)), x_NM, acc_KM)
+    return acc_KM
+
+
+@triton.jit
+def combine_rows(
+    x, data, table, firsts, places, order, starts, counts, out, rows,
+    E: tl.constexpr, EXPERTS: tl.constexpr, PER_ROW: tl.constexpr, X_COLUMNS: tl.constexpr, K: tl.constexpr,
+    WIDTHS: tl.constexpr, SPAN: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Each choice's sum over the rows of its group, every row times the number of x that is its place.
+
+    Choice s reads row s // PER_ROW of x and writes row s of `out`, (SPLITS, rows, K): each split takes its share of the
+    rows. Rows of choices of groups that do not exist are left as they are.
+
+    Args:
+        x: (rows / PER_ROW, X_COLUMNS).
+        data, table, firsts, places: the blob and its `RowFacts`.
+        order, starts, counts: from `prepare`; unused if EXPERTS is 0, when all rows of x belong to the only group.
+        out: result.
+        rows: rows of `out`.
+        E, EXPERTS: groups, and the next power of two, or 0.
+        WIDTHS, SPAN: as in `RowFacts`.
+    """
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    expert, choice_M, col_M = rows_of(rows, order, starts, counts, E, EXPERTS, BLOCK_M)
+    if expert < E:
+        x_M = x + (choice_M // PER_ROW).to(tl.int64) * X_COLUMNS
+        block = tl.program_id(1)
+        split = tl.program_id(2)
+        acc_KM = tl.zeros((128, BLOCK_M), tl.float32)
+        if (WIDTHS >> 8) & 1:
+            acc_KM = add_rows(acc_KM, x_M, col_M, data, table, firsts, places, expert, block, split,
+                              0, E, K, 8, 0, SPAN, SPLITS, BLOCK_N, DTYPE)  # fmt: skip
+        if (WIDTHS >> 6) & 1:
+            acc_KM = add_rows(acc_KM, x_M, col_M, data, table, firsts, places, expert, block, split,
+                              1, E, K, 4, 2, SPAN, SPLITS, BLOCK_N, DTYPE)  # fmt: skip
+        if (WIDTHS >> 5) & 1:
+            acc_KM = add_rows(acc_KM, x_M, col_M, data, table, firsts, places, expert, block, split,
+                              2, E, K, 4, 1, SPAN, SPLITS, BLOCK_N, DTYPE)  # fmt: skip
+        if (WIDTHS >> 4) & 1:
+            acc_KM = add_rows(acc_KM, x_M, col_M, data, table, firsts, places, expert, block, split,
+                              3, E, K, 4, 0, SPAN, SPLITS, BLOCK_N, DTYPE)  # fmt: skip
+        if (WIDTHS >> 3) & 1:
+            acc_KM = add_rows(acc_KM, x_M, col_M, data, table, firsts, places, expert, block, split,
+                              4, E, K, 2, 1, SPAN, SPLITS, BLOCK_N, DTYPE)  # fmt: skip
+        if (WIDTHS >> 2) & 1:
+            acc_KM = add_rows(acc_KM, x_M, col_M, data, table, firsts, places, expert, block, split,
+                              5, E, K, 2, 0, SPAN, SPLITS, BLOCK_N, DTYPE)  # fmt: skip
+        if (WIDTHS >> 1) & 1:
+            acc_KM = add_rows(acc_KM, x_M, col_M, data, table, firsts, places, expert, block, split,
+                              6, E, K, 1, 0, SPAN, SPLITS, BLOCK_N, DTYPE)  # fmt: skip
+        at_K = block * BLOCK + tl.arange(0, 128)
+        where_KM = out + (split.to(tl.int64) * rows + choice_M)[None, :] * K + at_K[:, None]
+        tl.store(where_KM, acc_KM.to(out.dtype.element_ty), mask=(at_K < K)[:, None] & col_M[None, :])
+
+
+@triton.jit
+def dots_of_slab(
+    left, x_M, sums_M, col_M, data, table, firsts, places, out_M, expert,
+    SLAB: tl.constexpr, E: tl.constexpr, K: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    SPAN: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The dot products with block `left` of a group's rows in one slab, if there are so many; returns what is left."""
+    facts = table + SLAB * LINE
+    first = tl.load(firsts + SLAB * (E + 1) + expert)
+    last = tl.load(firsts + SLAB * (E + 1) + expert + 1)
+    blocks = (last - first + BLOCK_N - 1) // BLOCK_N
+    if (left >= 0) & (left < blocks):
+        row = first + left * BLOCK_N + tl.arange(0, BLOCK_N)
+        row_N = row < last
+        acc_NM = walk(
+            tl.zeros((BLOCK_N, BLOCK_M), tl.float32), data, facts, x_M, sums_M, row, row_N, col_M,
+            0, full_blocks(K + 127), K, HIGH, LOW, SPAN, UNIT, True, DTYPE,
+        )  # fmt: skip
+        place_N = tl.load(places + tl.load(facts + 8) + row, mask=row_N, other=0)
+        mask_NM = row_N[:, None] & col_M[None, :]
+        tl.store(out_M[None, :] + place_N[:, None], acc_NM.to(out_M.dtype.element_ty), mask=mask_NM)
+    return left - blocks
+
+
+@triton.jit
+def dot_rows(
+    x, sums, data, table, firsts, places, order, starts, counts, out, rows,
+    E: tl.constexpr, EXPERTS: tl.constexpr, PER_ROW: tl.constexpr, OUT_COLUMNS: tl.constexpr, K: tl.constexpr,
+    WIDTHS: tl.constexpr, SPAN: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Each choice's dot products with the rows of its group, written where the places of the rows say.
+
+    Arguments as in `combine_rows`, but x is (rows / PER_ROW, K), `sums` has sums of UNIT inputs each, and `out` is
+    (rows, OUT_COLUMNS). What is no row's place is left as it is.
+    """
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    expert, choice_M, col_M = rows_of(rows, order, starts, counts, E, EXPERTS, BLOCK_M)
+    if expert < E:
+        x_row_M = (choice_M // PER_ROW).to(tl.int64)
+        x_M = x + x_row_M * K
+        sums_M = sums + x_row_M * (K // UNIT)
+        out_M = out + choice_M.to(tl.int64) * OUT_COLUMNS
+        left = tl.program_id(1)
+        if (WIDTHS >> 8) & 1:
+            left = dots_of_slab(left, x_M, sums_M, col_M, data, table, firsts, places, out_M, expert,
+                                0, E, K, 8, 0, SPAN, UNIT, BLOCK_N, BLOCK_M, DTYPE)  # fmt: skip
+        if (WIDTHS >> 6) & 1:
+            left = dots_of_slab(left, x_M, sums_M, col_M, data, table, firsts, places, out_M, expert,
+                                1, E, K, 4, 2, SPAN, UNIT, BLOCK_N, BLOCK_M, DTYPE)  # fmt: skip
+        if (WIDTHS >> 5) & 1:
+            left = dots_of_slab(left, x_M, sums_M, col_M, data, table, firsts, places, out_M, expert,
+                                2, E, K, 4, 1, SPAN, UNIT, BLOCK_N, BLOCK_M, DTYPE)  # fmt: skip
+        if (WIDTHS >> 4) & 1:
+            left = dots_of_slab(left, x_M, sums_M, col_M, data, table, firsts, places, out_M, expert,
+                                3, E, K, 4, 0, SPAN, UNIT, BLOCK_N, BLOCK_M, DTYPE)  # fmt: skip
+        if (WIDTHS >> 3) & 1:
+            left = dots_of_slab(left, x_M, sums_M, col_M, data, table, firsts, places, out_M, expert,
+                                4, E, K, 2, 1, SPAN, UNIT, BLOCK_N, BLOCK_M, DTYPE)  # fmt: skip
+        if (WIDTHS >> 2) & 1:
+            left = dots_of_slab(left, x_M, sums_M, col_M, data, table, firsts, places, out_M, expert,
+                                5, E, K, 2, 0, SPAN, UNIT, BLOCK_N, BLOCK_M, DTYPE)  # fmt: skip
+        if (WIDTHS >> 1) & 1:
+            left = dots_of_slab(left, x_M, sums_M, col_M, data, table, firsts, places, out_M, expert,
+                                6, E, K, 1, 0, SPAN, UNIT, BLOCK_N, BLOCK_M, DTYPE)  # fmt: skip
+
+
+@triton.jit
+def permute(
+    x, index, owners, orders, out, E,
+    OWNED: tl.constexpr, PER_ROW: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Row s of `out`, (S, K), is row s // PER_ROW of x in the order that the expert of choice s asks for.
+
+    Without OWNED there is one order. Choices of experts that do not exist get that of the last.
+    """
+    choice = tl.program_id(0).to(tl.int64)
+    col_K = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    here_K = col_K < K
+    owner = tl.zeros((), tl.int64)
+    if OWNED:
+        owner = tl.load(owners + tl.minimum(tl.load(index + choice), E - 1))
+    from_K = tl.load(orders + owner * K + col_K, mask=here_K, other=0)
+    x_K = tl.load(x + choice // PER_ROW * K + from_K, mask=here_K, other=0.0)
+    tl.store(out + choice * K + col_K, x_K, mask=here_K)
