@@ -33,12 +33,14 @@ class PackedExperts(nn.Module):
         self.exact: bool | None = None
         self._table: Tensor | None = None
         self._facts: KernelFacts | None = None
+        self._layer: PackedLayer | None = None
         self.register_buffer("data", None, persistent=False)
 
     def bind(self, data: Tensor, entries: Entries) -> None:
         """Take the layer's blob (uint8) and what its table says."""
         self.data = data
         self.entries = entries
+        self._layer = None
         # Codebooks have no kernels yet: only the torch reference reads them.
         self._table = None if has_codebooks(entries) else blob.table_of(entries)
 
@@ -46,15 +48,18 @@ class PackedExperts(nn.Module):
     def layer(self) -> PackedLayer:
         """The packed weights, as views."""
         assert self.data is not None, "used before loading"
-        self._facts = current_facts(self._facts, self.data, self.entries, list(self.shapes.values()))
-        return PackedLayer(
-            data=self.data,
-            entries=self.entries,
-            shapes=self.shapes,
-            table=self._table,
-            exact=self.exact,
-            facts=self._facts,
-        )
+        known = self._layer
+        if known is None or known.data is not self.data or known.exact != self.exact:  # first use, or moved
+            self._facts = current_facts(self._facts, self.data, self.entries, list(self.shapes.values()))
+            known = self._layer = PackedLayer(
+                data=self.data,
+                entries=self.entries,
+                shapes=self.shapes,
+                table=self._table,
+                exact=self.exact,
+                facts=self._facts,
+            )
+        return known
 
     def weights(self, expert: int, projection: str) -> Tensor:
         """What the bytes of one matrix decode to, (N, K) float32 on the CPU."""
@@ -204,22 +209,27 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
         self.spec: QuantSpec | None = None
         self.exact: bool | None = None
-        self._facts: KernelFacts | None = None
+        self._matrix: PackedMatrix | None = None
         self.register_buffer("data", None, persistent=False)
 
     def bind(self, data: Tensor, spec: QuantSpec) -> None:
         """Take the matrix record (uint8) and its spec."""
         self.data = data
         self.spec = spec
+        self._matrix = None
 
     @property
     def matrix(self) -> PackedMatrix:
         """The packed weights, as views."""
         assert self.data is not None, "used before loading"
         assert self.spec is not None
-        shape = self.out_features, self.in_features
-        self._facts = current_facts(self._facts, self.data, (((0, self.spec),),), [shape])
-        return PackedMatrix(record=self.data, spec=self.spec, shape=shape, exact=self.exact, facts=self._facts)
+        known = self._matrix
+        if known is None or known.record is not self.data or known.exact != self.exact:  # first use, or moved
+            shape = self.out_features, self.in_features
+            facts = current_facts(None, self.data, (((0, self.spec),),), [shape])
+            known = PackedMatrix(record=self.data, spec=self.spec, shape=shape, exact=self.exact, facts=facts)
+            self._matrix = known
+        return known
 
     @property
     def weight(self) -> Tensor:
