@@ -271,13 +271,13 @@ else:
 """
 
 
-def model(packed: Path, source: Path, threads: int, dtypes: list[str], new: int) -> str:
+def model(packed: Path, source: Path, threads: int, dtypes: list[str], prompt: int, new: int) -> str:
     import json
 
     rows = []
     for directory, dtype in ((packed, "packed"), *((source, dtype) for dtype in dtypes), (packed, "packed")):
         done = subprocess.run(
-            [sys.executable, "-c", MODEL, str(directory), str(threads), dtype, "512", str(new)],
+            [sys.executable, "-c", MODEL, str(directory), str(threads), dtype, str(prompt), str(new)],
             stdout=subprocess.PIPE,
             check=True,
         )
@@ -311,6 +311,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--windows", type=int, default=60)
     parser.add_argument("--cpu-time", action="store_true", help="processor time / threads: for busy machines")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -329,7 +330,9 @@ def main() -> None:
         (
             "model",
             "Whole model",
-            lambda: model(args.packed, args.source, args.threads, args.dtypes.split(","), args.new_tokens),
+            lambda: model(
+                args.packed, args.source, args.threads, args.dtypes.split(","), args.prompt_tokens, args.new_tokens
+            ),
         ),
     ):
         if name in parts and (name != "model" or args.packed is not None):
