@@ -2,6 +2,7 @@
 // lanes of floats and summed at the end of the row.
 #include "matvec.h"
 
+#include "codebook.h"
 #include "dots.h"
 #include "lanes.h"
 #include "planes.h"
@@ -41,12 +42,6 @@ inline void plain_block(const Matrix& m, const Zeros& zeros, int64_t row, int64_
 }
 
 #if MOEQ_DOTS
-
-inline float sum_lanes(__m256 v) {
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
-}
 
 MOEQ_INLINE __m256 first_lanes(__m256 v, int64_t count) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -319,20 +314,6 @@ void integer_rows(const MatvecJob& job) {
 
 #endif
 
-MOEQ_INLINE F load(const float* from) {
-  F out;
-  std::memcpy(&out, from, sizeof out);
-  return out;
-}
-
-inline float sum_lanes(F v) {
-  alignas(64) float lanes[kLanes];
-  store(lanes, v);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
-  return lanes[0];
-}
-
 // Weights as docs/format.md says, times floats.
 void exact_rows(const MatvecJob& job) {
   const Matrix& m = *job.matrix;
@@ -409,7 +390,9 @@ void quantize(const Activations& out, int64_t columns) {
 }
 
 void matvec(const MatvecJob& job) {
-  if (job.exact)
+  if (job.matrix->books)
+    matvec_codebooks(job);
+  else if (job.exact)
     exact_rows(job);
   else
     integer_rows(job);
