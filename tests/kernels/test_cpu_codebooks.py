@@ -150,7 +150,7 @@ def test_layers_are_those_of_the_reference(layout: str, tokens: int, dtype: torc
 
 def test_threads_change_nothing() -> None:
     x_TH, index_Tk, weight_Tk = inputs(3)
-    layer, threads = layer_of(2), torch.get_num_threads()
+    layer, threads = layer_of(), torch.get_num_threads()
     matrix = layer.matrix(0, "gate")
     assert matrix.spec.codebooks is not None
     results = []
