@@ -98,6 +98,12 @@ MOEQ_INLINE __m256 add_scaled_dot(V dot, const float* scale, __m256 sum) {
   return _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_broadcast_ss(scale), sum);
 }
 
+MOEQ_INLINE float sum_lanes(__m256 v) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
 // What one code counts in the sums of Dots<bits>; the scales are divided by it.
 template <int kBits>
 struct Dots {

@@ -162,6 +162,21 @@ struct DecodeTask {
   }
 };
 
+struct LookUpTask {
+  const LookUpJob& job;
+  LookUp* look_up;
+  int64_t each;
+  Counter looking;
+
+  void operator()() {
+    for (int64_t row; (row = job.first + looking.take() * each) < job.last;) {
+      LookUpJob part{job.matrix, row, std::min(row + each, job.last), job.w, job.dtype};
+      part.w = (char*)job.w + (size_t)((row - job.first) * job.matrix->columns) * size_of(job.dtype);
+      look_up(part);
+    }
+  }
+};
+
 struct ReadTask {
   const char* data;
   size_t bytes, each;
@@ -181,7 +196,9 @@ struct ReadTask {
 
 Matrix matrix_at(const uint8_t* data, int64_t size, int64_t offset, int bits, int64_t group_size, int levels,
                  int64_t rows, int64_t columns) {
-  require(bits >= 1 && bits <= 8 && bits != 7 && levels >= 0 && levels <= 3, "no such matrix");
+  const bool vector = levels == (int)Levels::vector;
+  require(bits >= 1 && bits <= 8 && bits != 7 && levels >= 0 && levels <= 4, "no such matrix");
+  require(!vector || ((bits == 2 || bits == 3) && group_size == -1), "no such codebooks");
   require(group_size == -1 || group_size == 32 || group_size == 64 || group_size == 128, "no such group size");
   require(rows > 0 && columns > 0 && rows < (1LL << 31) && columns < (1LL << 31), "no such shape");
   require(offset >= 0 && offset <= size && (uintptr_t)(data + offset) % 2 == 0, "the record lies outside the blob");
@@ -192,18 +209,26 @@ Matrix matrix_at(const uint8_t* data, int64_t size, int64_t offset, int bits, in
   out.levels = (Levels)levels;
   out.rows = rows;
   out.columns = columns;
-  const int widths[2] = {bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits, bits == 3 || bits == 5 ? 1 : bits == 6 ? 2 : 0};
+  out.dim = !vector ? 1 : bits == 2 ? 4 : 2;
+  require(columns % out.dim == 0, "no such shape: columns cannot be cut into vectors");
+  const int code = !vector ? bits : bits == 2 ? 8 : 6;
+  const int widths[2] = {code == 3 ? 2 : code == 5 || code == 6 ? 4 : code, code == 3 || code == 5 ? 1 : code == 6 ? 2 : 0};
   int64_t at = offset;
   for (int plane = 0; plane < 2; plane++) {
     out.planes[plane] = data + at;
     out.widths[plane] = widths[plane];
-    if (widths[plane]) at += aligned(plane_bytes(rows, columns, widths[plane]));
+    if (widths[plane]) at += aligned(plane_bytes(rows, columns / out.dim, widths[plane]));
   }
   const int64_t groups = rows * ((columns + out.group_size - 1) / out.group_size);
   out.scale = (const uint16_t*)(data + at);
   at += aligned(2 * groups);
   out.zero = data + at;
   at += aligned(groups * (levels == 0 ? 1 : levels == 1 ? 2 : 0));
+  if (vector) {
+    out.books = data + at;
+    const int64_t across = (columns + book_columns(out) - 1) / book_columns(out);
+    at += aligned((rows + kBookRows - 1) / kBookRows * across * book_bytes(out));
+  }
   require(at <= size, "the record lies outside the blob");
   return out;
 }
@@ -220,6 +245,11 @@ void experts(const ExpertsJob& job, const Run& run) {
 
 void decode(const DecodeJob& job, const Run& run) {
   DecodeTask task{job, MOEQ_PICK(run.isa, decode_matrix), piece_rows(job.rows, run.threads * kDownPieces), {}};
+  on_threads(run.threads, task);
+}
+
+void look_up(const LookUpJob& job, const Run& run) {
+  LookUpTask task{job, MOEQ_PICK(run.isa, look_up), piece_rows(job.last - job.first, run.threads * kDownPieces), {}};
   on_threads(run.threads, task);
 }
 

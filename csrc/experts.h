@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "codebook.h"
 #include "decoding.h"
 #include "isa.h"
 #include "matvec.h"
@@ -49,6 +50,9 @@ void experts(const ExpertsJob& job, const Run& run);
 
 // Rows of a matrix decoded by several threads; `job` as for a DecodeMatrix.
 void decode(const DecodeJob& job, const Run& run);
+
+// The same for a matrix in codebooks.
+void look_up(const LookUpJob& job, const Run& run);
 
 // Bytes per second at which `threads` threads read a buffer together, once.
 double read_bandwidth(const void* data, size_t bytes, const Run& run);

@@ -235,8 +235,21 @@ MOEQ_INLINE I load_int(const void* from) {
   std::memcpy(&out, from, sizeof out);
   return out;
 }
+MOEQ_INLINE F load(const float* from) {
+  F out;
+  std::memcpy(&out, from, sizeof out);
+  return out;
+}
 MOEQ_INLINE void store(void* to, I a) { std::memcpy(to, &a, sizeof a); }
 MOEQ_INLINE void store(void* to, F a) { std::memcpy(to, &a, sizeof a); }
+
+MOEQ_INLINE float sum_lanes(F v) {
+  alignas(64) float lanes[kLanes];
+  store(lanes, v);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+  return lanes[0];
+}
 
 // Rounds to the nearest integer, ties to even, for 0 <= a < 2^22; the low bits of the sum are that integer.
 constexpr float kRounder = 8388608.0f;

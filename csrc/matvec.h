@@ -18,8 +18,10 @@ struct Matrix {
   Levels levels;
   const uint16_t* scale;  // rows x groups, float16 bits
   const void* zero;       // rows x groups: uint8 or float16 bits, or none
+  const uint8_t* books;   // codebooks, block of rows by block of rows; none for scalar levels
+  int dim;                // weights of a code: 1, or 4 and 2 for codebooks of 2 and 3 bits
   int64_t rows;
-  int64_t columns;
+  int64_t columns;        // weights, not codes
 };
 
 // Group sizes that the integer kernels tell apart: 128 (and whole rows), 64, 32.

@@ -166,6 +166,19 @@ void decode_matrix(ReadOnlyBytes record, const std::vector<std::tuple<int, int64
   moeq::decode(job, run);
 }
 
+void decode_codebooks(ReadOnlyBytes record, int64_t rows, int bits, int64_t first, Any w, int threads,
+                      const std::string& isa) {
+  require(w.ndim() == 2, "weights are a matrix");
+  const int64_t count = (int64_t)w.shape(0);
+  const moeq::Matrix matrix = moeq::matrix_at(record.data(), (int64_t)record.size(), 0, bits, -1,
+                                              (int)moeq::Levels::vector, rows, (int64_t)w.shape(1));
+  require(first >= 0 && count <= rows && first <= rows - count, "there are no such rows");
+  const moeq::LookUpJob job{&matrix, first, first + count, w.data(), dtype_of(w)};
+  const moeq::Run run = run_of(threads, true, isa);
+  const nb::gil_scoped_release unlocked;
+  moeq::look_up(job, run);
+}
+
 void linear(ReadOnlyBytes record, int64_t rows, int bits, int64_t group_size, int levels, Any x, Any y, bool exact,
             int threads, const std::string& isa) {
   require(x.ndim() == 2 && y.ndim() == 2 && x.shape(0) == y.shape(0), "x and y are matrices of as many rows");
@@ -278,6 +291,9 @@ NB_MODULE(_native, module) {
   module.def("decode_matrix", &decode_matrix, nb::arg("record").noconvert(), "planes"_a, "scales"_a, "zeros"_a,
              nb::kw_only(), "bits"_a, "levels"_a, "group_size"_a, nb::arg("w").noconvert(), "threads"_a = 1, "isa"_a = "",
              "Decode a matrix record into weights; planes are (width, offset).");
+  module.def("decode_codebooks", &decode_codebooks, nb::arg("record").noconvert(), "rows"_a, "bits"_a, "first"_a,
+             nb::arg("w").noconvert(), "threads"_a = 1, "isa"_a = "",
+             "Decode rows of a matrix record in codebooks into weights.");
   module.def("linear", &linear, nb::arg("record").noconvert(), "rows"_a, "bits"_a, "group_size"_a, "levels"_a,
              nb::arg("x").noconvert(), nb::arg("y").noconvert(), "exact"_a, "threads"_a, "isa"_a = "",
              "y = x W^T for a matrix record, few rows of x.");

@@ -34,6 +34,7 @@ class Projection {
     for (int slab = 0; slab < kSlabs; slab++) {
       row += 5;
       if (row[4] == 0) continue;
+      require(row[3] != (int64_t)Levels::vector, "no such matrix: components have no codebooks");
       const int64_t* starts = job.starts + (at * kSlabs + slab) * (all.num_experts + 1);
       slabs_.push_back({matrix_at(all.data, all.size, row[0], (int)row[1], row[2], (int)row[3], row[4], all.inner), starts});
     }

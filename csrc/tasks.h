@@ -146,7 +146,7 @@ inline void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
 
-// Some rows of a matrix, as a matrix.
+// Some rows of a matrix of scalar levels, as a matrix.
 inline Matrix rows_of(const Matrix& m, int64_t first, int64_t count) {
   Matrix out = m;
   const int64_t groups = (m.columns + m.group_size - 1) / m.group_size;

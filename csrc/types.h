@@ -4,7 +4,7 @@
 namespace moeq {
 
 enum class Dtype { float32, bfloat16, float16 };
-enum class Levels { asym, asym16, sym, half };
+enum class Levels { asym, asym16, sym, half, vector };
 
 constexpr int kBlock = 128;  // codes of a row that are interleaved together in a plane
 

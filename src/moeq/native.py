@@ -169,8 +169,11 @@ def decode_matrix(
     """
     where = sections(spec, shape)
     start, stop = rows or (0, shape[0])
-    skipped = start * num_groups(shape[1], spec.group_size)
     w_NK = torch.empty(stop - start, shape[1], dtype=dtype)
+    if spec.codebooks is not None:
+        _module.decode_codebooks(record, shape[0], spec.bits, start, w_NK, threads=threads, isa=isa)
+        return w_NK
+    skipped = start * num_groups(shape[1], spec.group_size)
     _module.decode_matrix(
         record,
         [(width, offset + start * plane_row_bytes(shape[1], width)) for width, offset, _ in where.planes],

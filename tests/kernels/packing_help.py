@@ -12,11 +12,14 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from moeq.components import Form, basis_spec, kept_directions, slab_rows
 from moeq.format.packing import pack_matrix
 from moeq.format.spectral import SpectralShape, build_spectral_table, pack_basis, pack_map, parse_spectral_table
+from moeq.format.tiled import TileEntry, build_tile_table, pack_sides, views
 from moeq.kernels.packed import PackedLayer, PackedMatrix, kernel_facts
 from moeq.kernels.rows import spectral_facts
 from moeq.kernels.spectral import SpectralLayer, read_layer
+from moeq.kernels.tiled import TiledLayer
 from moeq.quantizers.rtn import Rtn
 from moeq.spec import QuantSpec, sections, stored_bytes
+from moeq.tiling import FACTOR, TileForm, side_sections
 
 SpecOf = Callable[[int, int], QuantSpec]
 """(expert, position of the projection) -> how its matrix is stored."""
@@ -27,7 +30,8 @@ def random_record(spec: QuantSpec, shape: tuple[int, int], generator: torch.Gene
     record = torch.randint(0, 256, (stored_bytes(spec, shape),), generator=generator).byte()
     where = sections(spec, shape)
     offset, size = where.scales
-    scale = (torch.rand(size // 2, generator=generator) + 0.5) / (2**spec.bits * shape[1] ** 0.5)
+    top = 2**spec.bits if spec.codebooks is None else 80  # what codes, or entries of codebooks, are about as large as
+    scale = (torch.rand(size // 2, generator=generator) + 0.5) / (top * shape[1] ** 0.5)
     record[offset : offset + size] = scale.half().view(torch.uint8)
     if spec.levels == "asym16":
         offset, size = where.zeros
@@ -91,6 +95,44 @@ def spectral_layer(
     return replace(layer, facts=facts)
 
 
+def tiled_layer_of(residual: PackedLayer, form: TileForm, generator: torch.Generator) -> TiledLayer:
+    """A layer with random sides of one form."""
+    num_experts = residual.num_experts
+    sides, tiles, start = [], {}, 0
+    for name, shape in residual.shapes.items():
+        places = torch.randperm(form.rows * form.columns, generator=generator)[:num_experts]
+        cells = torch.stack([places // form.columns, places % form.columns], 1)
+        owners = form.order_owners(num_experts)
+        orders = torch.stack([torch.randperm(shape[1], generator=generator) for _ in range(owners)]) if owners else None
+        scales = torch.rand(num_experts, shape[1], generator=generator) + 0.5 if form.scales == "expert" else None
+        where = side_sections(form, num_experts, shape)
+        plain = replace(form, rank=0, scales="none") if form.rank else form
+        data = torch.zeros(where.total, dtype=torch.uint8)
+        packed = pack_sides(plain, shape, cells, None, None, orders)
+        for section, mine in (("cells", where.cells), ("orders", where.orders)):
+            at, count = getattr(side_sections(plain, num_experts, shape), section)
+            if count:
+                data[mine[0] : mine[0] + mine[1]] = packed[at : at + count]
+        if form.rank:
+            data[: where.cells[1]] = cells.flatten().to(torch.int16).view(torch.uint8)
+            for place, count, width in ((where.inputs, form.rows, shape[1]), (where.outputs, form.columns, shape[0])):
+                record = random_record(FACTOR, (count * form.rank, width), generator)
+                data[place[0] : place[0] + place[1]] = record
+        if scales is not None:
+            data[where.scales[0] : where.scales[0] + where.scales[1]] = scales.half().view(torch.uint8).flatten()
+        sides.append(data)
+        tiles[name] = TileEntry(offset=start, form=form)
+        start += where.total
+    blob = torch.cat(sides)
+    forms = dict.fromkeys(residual.shapes, form)
+    return TiledLayer(
+        residual=residual,
+        sides=views(blob, tiles, num_experts, residual.shapes),
+        side_data=blob,
+        tiles=build_tile_table(forms, num_experts, residual.shapes),
+    )
+
+
 def mixtral(hidden: int, inner: int, num_experts: int, hidden_act: str = "silu") -> nn.Module:
     """A module with plain gating; its own weights are not looked at."""
     config = AutoConfig.for_model(
@@ -102,6 +144,22 @@ def mixtral(hidden: int, inner: int, num_experts: int, hidden_act: str = "silu")
         hidden_act=hidden_act,
     )
     return MixtralExperts(config)
+
+
+def rounded(x_SK: Tensor) -> Tensor:
+    """What rounding activations to 8 bits in runs of 128 makes of them."""
+    columns = x_SK.shape[-1]
+    runs = nn.functional.pad(x_SK, (0, -columns % 128)).view(-1, (columns + 127) // 128, 128)
+    top = runs.abs().amax(-1, keepdim=True)
+    most = torch.full_like(top, 127)  # a division: 127 / top would be the product with a rounded inverse
+    back = torch.where(top > 0, (runs * (most / top)).round() * (top / most), 0.0)
+    return back.view(len(x_SK), -1)[:, :columns]
+
+
+def worst(found: Tensor, wanted: Tensor, x_SK: Tensor, w_NK: Tensor) -> float:
+    """The largest error, as a share of the lengths of vector and row, of which no code is worth less than 1."""
+    lengths = x_SK.norm(dim=1)[:, None] * w_NK.norm(dim=1).clamp(min=1)[None]
+    return float(((found - wanted).abs() / lengths).max())
 
 
 def relative_error(answer: Tensor, wanted: Tensor) -> float:

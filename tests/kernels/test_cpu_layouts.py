@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packing_help import mixtral, random_record
+from packing_help import mixtral, random_record, tiled_layer_of
 from torch import Tensor, nn
 
 from moeq import native
@@ -23,13 +23,12 @@ from moeq.format.spectral import (
     pack_map,
     parse_spectral_table,
 )
-from moeq.format.tiled import TileEntry, build_tile_table, pack_sides, views
 from moeq.kernels import cpu, cpu_layouts, dispatch, spectral, tiled
 from moeq.kernels.packed import PackedLayer
 from moeq.kernels.spectral import SpectralLayer, read_layer, spectral_tables
 from moeq.kernels.tiled import TiledLayer
 from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, QuantSpec, stored_bytes
-from moeq.tiling import FACTOR, TileForm, side_sections
+from moeq.tiling import TileForm
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="moeq was installed without its compiled kernels")
 EXPERTS = 6
@@ -107,42 +106,10 @@ def tiled_layer(seed: int, form: TileForm, size: tuple[int, int] = SIZES[0]) -> 
             row.append((offset, spec))
             offset += stored_bytes(spec, shape)
         entries.append(tuple(row))
-    sides, tiles, start = [], {}, 0
-    for name, shape in shapes.items():
-        places = torch.randperm(form.rows * form.columns, generator=generator)[:EXPERTS]
-        cells = torch.stack([places // form.columns, places % form.columns], 1)
-        owners = form.order_owners(EXPERTS)
-        orders = torch.stack([torch.randperm(shape[1], generator=generator) for _ in range(owners)]) if owners else None
-        scales = torch.rand(EXPERTS, shape[1], generator=generator) + 0.5 if form.scales == "expert" else None
-        where = side_sections(form, EXPERTS, shape)
-        plain = replace(form, rank=0, scales="none") if form.rank else form
-        data = torch.zeros(where.total, dtype=torch.uint8)
-        packed = pack_sides(plain, shape, cells, None, None, orders)
-        for section, mine in (("cells", where.cells), ("orders", where.orders)):
-            at, count = getattr(side_sections(plain, EXPERTS, shape), section)
-            if count:
-                data[mine[0] : mine[0] + mine[1]] = packed[at : at + count]
-        if form.rank:
-            data[: where.cells[1]] = cells.flatten().to(torch.int16).view(torch.uint8)
-            for place, count, width in ((where.inputs, form.rows, shape[1]), (where.outputs, form.columns, shape[0])):
-                record = random_record(FACTOR, (count * form.rank, width), generator)
-                data[place[0] : place[0] + place[1]] = record
-        if scales is not None:
-            data[where.scales[0] : where.scales[0] + where.scales[1]] = scales.half().view(torch.uint8).flatten()
-        sides.append(data)
-        tiles[name] = TileEntry(offset=start, form=form)
-        start += where.total
     residual = PackedLayer(
         data=torch.cat(records), entries=tuple(entries), shapes=shapes, table=table_of(tuple(entries))
     )
-    blob = torch.cat(sides)
-    forms = dict.fromkeys(shapes, form)
-    return TiledLayer(
-        residual=residual,
-        sides=views(blob, tiles, EXPERTS, shapes),
-        side_data=blob,
-        tiles=build_tile_table(forms, EXPERTS, shapes),
-    )
+    return tiled_layer_of(residual, form, generator)
 
 
 def exactly(layer: Layer, exact: bool | None) -> Layer:

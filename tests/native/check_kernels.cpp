@@ -19,6 +19,10 @@ namespace {
 
 std::vector<float> decoded(const moeq::Matrix& m, const moeq::Run& run) {
   std::vector<float> w((size_t)(m.rows * m.columns));
+  if (m.books) {
+    moeq::look_up({&m, 0, m.rows, w.data(), moeq::Dtype::float32}, run);
+    return w;
+  }
   moeq::DecodeJob job{};
   for (int plane = 0; plane < 2; plane++)
     if (m.widths[plane]) job.planes[job.num_planes++] = {m.planes[plane], m.widths[plane]};
@@ -42,8 +46,9 @@ void fail(const char* what, const Spec& spec, int64_t rows, int64_t columns, dou
 }
 
 void check_linear(moeq::Isa isa) {
-  const Spec spec = any_spec();
-  const int64_t rows = pick(1, 70), columns = pick(0, 3) ? pick(1, 600) : 128 * pick(1, 9), tokens = pick(1, 9);
+  const int64_t columns = pick(0, 3) ? pick(1, 600) : 128 * pick(1, 9), tokens = pick(1, 9);
+  const Spec spec = any_spec(columns);
+  const int64_t rows = pick(1, spec.levels == kVector ? 300 : 70);
   const std::vector<uint8_t> record = record_of(spec, rows, columns);
   moeq::LinearJob job{};
   job.matrix = moeq::matrix_at(record.data(), (int64_t)record.size(), 0, spec.bits, spec.group_size, spec.levels, rows,
@@ -81,7 +86,7 @@ void check_experts(moeq::Isa isa) {
   std::vector<int64_t> table, index;
   for (int64_t expert = 0; expert < num; expert++)
     for (int at = 0; at < 3; at++) {
-      const Spec spec = any_spec();
+      const Spec spec = any_spec(at == 2 ? inner : hidden);
       const std::vector<uint8_t> record = record_of(spec, at == 2 ? hidden : inner, at == 2 ? inner : hidden);
       for (const int64_t value : {(int64_t)data.size(), (int64_t)spec.bits, spec.group_size, (int64_t)spec.levels})
         table.push_back(value);

@@ -115,7 +115,7 @@ void check_spectral(moeq::Isa isa) {
         rows += mine;
         starts.push_back(rows);
       }
-      Spec spec = any_spec();
+      Spec spec = any_spec(call.inner, true);
       spec.bits = width;
       for (const int64_t value : {(int64_t)data.size(), (int64_t)width, spec.group_size, (int64_t)spec.levels, rows})
         table.push_back(value);
@@ -143,7 +143,7 @@ void check_tiled(moeq::Isa isa) {
   std::vector<int64_t> table, tiles;
   for (int64_t expert = 0; expert < call.experts; expert++)
     for (int at = 0; at < 3; at++) {
-      const Spec spec = any_spec();
+      const Spec spec = any_spec(at == 2 ? call.inner : call.hidden);
       for (const int64_t value : {(int64_t)data.size(), (int64_t)spec.bits, spec.group_size, (int64_t)spec.levels})
         table.push_back(value);
       append(data, record_of(spec, at == 2 ? call.hidden : call.inner, at == 2 ? call.inner : call.hidden));

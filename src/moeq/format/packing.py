@@ -212,8 +212,6 @@ def decode_matrix(
 
     The compiled kernel gives the same bits as `decode_in_chunks`.
     """
-    if spec.codebooks is not None:
-        return _decode_vectors(record, spec, shape, dtype, rows)
     plain = record.device.type == "cpu" and record.is_contiguous() and record.data_ptr() % 2 == 0
     if native.available() and plain and dtype in native.DTYPES and record.numel() >= sections(spec, shape).total:
         return native.decode_matrix(record.detach(), spec, shape, dtype, rows=rows)
@@ -229,6 +227,8 @@ def decode_in_chunks(
     rows: tuple[int, int] | None = None,
 ) -> Tensor:
     """`decode_matrix` with torch alone. This is the truth every kernel is tested against."""
+    if spec.codebooks is not None:
+        return _decode_vectors(record, spec, shape, dtype, rows)
     columns = shape[1]
     first, last = rows or (0, shape[0])
     scale_NG, zero_NG = unpack_scales(record, spec, shape)
@@ -249,7 +249,7 @@ def decode_in_chunks(
 def _decode_vectors(
     record: Tensor, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype, rows: tuple[int, int] | None
 ) -> Tensor:
-    """`decode_matrix` for the level set "vector"; whole blocks of rows are decoded."""
+    """`decode_in_chunks` for the level set "vector"; whole blocks of rows are decoded."""
     books = spec.codebooks
     assert books is not None
     scale_NG, zero_NG = unpack_scales(record, spec, shape)

@@ -57,7 +57,7 @@ torch.library.register_fake("moeq::packed_experts", lambda x, *_: torch.empty_li
 
 def linear(x_SK: Tensor, matrix: PackedMatrix) -> Tensor | None:
     """As `reference.linear`; None for what the kernels do not do."""
-    if not serves(x_SK, matrix.record) or matrix.spec.codebooks is not None:
+    if not serves(x_SK, matrix.record):
         return None
     if x_SK.shape[0] > FEW:
         return _decode_and_multiply(x_SK, matrix)
@@ -70,7 +70,7 @@ def experts(
     """As `reference.experts`; None for what the kernels do not do."""
     if not serves(hidden_states, layer.data) or (torch.is_grad_enabled() and top_k_weights.requires_grad):
         return None
-    if layer.table is None:  # codebooks: no kernel yet
+    if layer.table is None:
         return None
     few = _is_few(top_k_index, layer)
     if few and top_k_weights.dtype in native.DTYPES and _is_plain(module, layer):

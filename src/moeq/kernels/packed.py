@@ -59,7 +59,7 @@ def current_facts(
 ) -> KernelFacts | None:
     """The facts of bytes where they are now, made again only after a move.
 
-    None on a CPU, whose kernels read the table on disk, and where there are codebooks, which have no kernels yet.
+    None on a CPU, whose kernels read the table on disk, and where there are codebooks, which have kernels on CPUs only.
     """
     if data.device.type == "cpu":
         return None
@@ -108,7 +108,7 @@ class PackedLayer:
         data: the layer's blob, uint8.
         entries: expert -> projection (storage order) -> (offset in the blob, spec).
         shapes: projection -> (N, K).
-        table: `entries` as on disk, int64, (E, P, 4), on the CPU; None if only the reference reads all records.
+        table: `entries` as on disk, int64, (E, P, 4), on the CPU; None if nobody gave it to kernels.
         exact: whether kernels keep activations in floats: always, never, or (None) unless few tokens are computed.
         facts: for kernels on a device; None if nobody made them.
     """

@@ -11,7 +11,7 @@ from moeq.format.packing import decode_matrix
 from moeq.format.spectral import SpectralShape
 from moeq.format.tiled import TileEntry, build_tile_table, read_sides, views
 from moeq.kernels import dispatch
-from moeq.kernels.packed import KernelFacts, PackedLayer, PackedMatrix, current_facts, has_codebooks
+from moeq.kernels.packed import KernelFacts, PackedLayer, PackedMatrix, current_facts
 from moeq.kernels.rows import side_facts
 from moeq.kernels.spectral import SpectralLayer, spectral_tables
 from moeq.kernels.tiled import TiledLayer
@@ -41,8 +41,7 @@ class PackedExperts(nn.Module):
         self.data = data
         self.entries = entries
         self._layer = None
-        # Codebooks have no kernels yet: only the torch reference reads them.
-        self._table = None if has_codebooks(entries) else blob.table_of(entries)
+        self._table = blob.table_of(entries)
 
     @property
     def layer(self) -> PackedLayer:
@@ -167,7 +166,7 @@ class TiledExperts(nn.Module):
             data=data,
             entries=self.entries,
             shapes=self.shapes,
-            table=None if has_codebooks(self.entries) else blob.table_of(self.entries),
+            table=blob.table_of(self.entries),
             exact=self.exact,
             facts=facts,
         )
