@@ -41,6 +41,8 @@ class PackedExperts(nn.Module):
         self.entries = entries
         # Codebooks have no kernels yet: only the torch reference reads them.
         self._table = None if has_codebooks(entries) else blob.table_of(entries)
+        # Now, not in the first call: that may be a graph's, whose memory does not last.
+        self._facts = current_facts(None, data, entries, list(self.shapes.values()))
 
     @property
     def layer(self) -> PackedLayer:
@@ -142,8 +144,8 @@ class TiledExperts(nn.Module):
         """
         self.data, self.entries = data, entries
         self.side_data, self.tiles = sides, tiles
-        self._layer = None
         read_sides(sides, tiles, len(entries), self.shapes, path)
+        self._layer = self._made(data, sides)  # with the facts, see `PackedExperts.bind`
 
     @property
     def layer(self) -> TiledLayer:
@@ -211,6 +213,7 @@ class PackedLinear(nn.Module):
         """Take the matrix record (uint8) and its spec."""
         self.data = data
         self.spec = spec
+        self._facts = current_facts(None, data, (((0, spec),),), [(self.out_features, self.in_features)])
 
     @property
     def matrix(self) -> PackedMatrix:
