@@ -10,7 +10,7 @@ Layers have random codes in groups of 128. One CUDA graph runs several copies of
 weights come from memory and not from the second-level cache; times are medians of replays, divided by the copies.
 Answers on tiny shapes are checked before anything is timed. The page is written again after every row: what was
 measured is kept whatever happens later, and `--minutes` stops between rows. Without a GPU the page says "not yet
-measured" and nothing else. It needs torch with CUDA, triton and transformers, and PYTHONPATH=src if moeq is not installed.
+measured" and nothing else. It needs torch with CUDA, triton and transformers; PYTHONPATH=src will do to find moeq.
 """
 
 import argparse
