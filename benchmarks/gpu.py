@@ -1,19 +1,23 @@
 """The Triton kernels on a GPU: correctness, time, share of the copy bandwidth, against bfloat16 grouped_mm.
 
     python benchmarks/gpu.py                      # checks, times and writes benchmarks/gpu.md
+    python benchmarks/gpu.py --quick              # two shapes, 3 bits and mixed: what targets ask for
     python benchmarks/gpu.py --tune tiles.json    # looks for better tiles first and writes them down; compiles for long
     python benchmarks/gpu.py --smoke              # tiny shapes, no times: does this script still run? On a CPU with
                                                   # TRITON_INTERPRET=1
 
 Layers have random codes in groups of 128. One CUDA graph runs several copies of a layer after one another, so that the
 weights come from memory and not from the second-level cache; times are medians of replays, divided by the copies.
-Without a GPU the page says "not yet measured" and nothing else.
+Answers on tiny shapes are checked before anything is timed. The page is written again after every row: what was
+measured is kept whatever happens later, and `--minutes` stops between rows. Without a GPU the page says "not yet
+measured" and nothing else. It needs torch with CUDA, triton and transformers; PYTHONPATH=src will do to find moeq.
 """
 
 import argparse
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +65,9 @@ as many bytes, and as `tiled` residuals: the same grouped records with factors o
 reference, which decodes each expert once; that is not timed. Sums of components scale and round every weight before the
 product, unlike the products of grouped records.
 """
+QUICK_SHAPES = ("Mixtral", "Qwen3-30B-A3B")
+QUICK_PLANS = ("3", "mixed 2, 3, 4")
+QUICK_TOKENS = (1, 4, 64, 4096)
 LAYOUT_TOKENS = (1, 4, 16, 64)
 LAYOUT_COLUMNS = (
     "shape", "tokens", "grouped us", "spectral us", "ratio", "tiled us", "ratio", "error of spectral", "error of tiled",
@@ -189,22 +196,30 @@ def tune_layer(
             print(f"  left out: {type(error).__name__}", file=sys.stderr)
             return float("inf")
 
-    products = ("gated", (inner, hidden), tokens * top_k, num_experts), (
-        "plain", (hidden, inner), tokens * top_k, num_experts,
+    name = torch.cuda.get_device_name()
+    products = (name, "gated", (inner, hidden), tokens * top_k, num_experts), (
+        name, "plain", (hidden, inner), tokens * top_k, num_experts,
     )  # fmt: skip
     return {tuning.key(*product): tuning.tune(*product, seconds) for product in products}
 
 
-def measure(tune: Path | None, device: torch.device) -> tuple[list[tuple[object, ...]], float]:
-    copy = copy_gigabytes(device)
-    rows: list[tuple[object, ...]] = []
+def measure(
+    tune: Path | None, device: torch.device, copy: float, rows: list[tuple[object, ...]], keep: Callable[[], None], *,
+    quick: bool, until: float,
+) -> None:  # fmt: skip
+    """Append rows of the page to `rows` and call `keep` after each, until time.monotonic() says `until`."""
     tiles: dict[str, tuning.Tile] = {}
-    for name, shape in SHAPES.items():
+    for name in QUICK_SHAPES if quick else SHAPES:
+        shape = SHAPES[name]
         module = module_of(shape)
         dense_times: dict[int, float] = {}
-        for plan, widths in PLANS.items():
+        for plan in QUICK_PLANS if quick else PLANS:
+            widths = PLANS[plan]
             first = random_layer(shape, widths, device)
-            for tokens in TOKENS:
+            for tokens in QUICK_TOKENS if quick else TOKENS:
+                if time.monotonic() > until:
+                    print("out of time", flush=True)
+                    return
                 arguments = choices(shape, tokens, device)
                 used = chosen_bytes(first, arguments[1])
                 copies = max(1, min(16, CACHE_BYTES // used))
@@ -228,17 +243,21 @@ def measure(tune: Path | None, device: torch.device) -> tuple[list[tuple[object,
                     f"{dense_times[tokens] / packed:.2f}", f"{speed:.0f}", f"{speed / copy:.0%}", f"{error:.1e}",
                 ))  # fmt: skip
                 print(*rows[-1], flush=True)
+                keep()
                 del layers, each
-    return rows, copy
 
 
-def measure_layouts(device: torch.device) -> list[tuple[object, ...]]:
-    """Rows of the page: one measurement of each layout after another, three times, medians."""
-    rows: list[tuple[object, ...]] = []
+def measure_layouts(
+    device: torch.device, rows: list[tuple[object, ...]], keep: Callable[[], None], until: float
+) -> None:
+    """As `measure`: one measurement of each layout after another, three times, medians."""
     for name, shape in SHAPES.items():
         module = module_of(shape)
         first = gpu_layouts.trio(shape, random_layer(shape, (3,), device))
         for tokens in LAYOUT_TOKENS:
+            if time.monotonic() > until:
+                print("out of time", flush=True)
+                return
             arguments = choices(shape, tokens, device)
             used = chosen_bytes(first.grouped, arguments[1])
             copies = max(1, min(16, CACHE_BYTES // used))
@@ -252,8 +271,8 @@ def measure_layouts(device: torch.device) -> list[tuple[object, ...]]:
                 f"{tiled:.1f}", f"{tiled / grouped:.2f}", *(f"{error:.1e}" for error in errors),
             ))  # fmt: skip
             print(*rows[-1], flush=True)
+            keep()
             del named
-    return rows
 
 
 def smoke() -> None:
@@ -277,6 +296,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=PAGE)
     parser.add_argument("--tune", type=Path, metavar="FILE", help="time candidates for tiles and write the best")
     parser.add_argument("--tiles", type=Path, metavar="FILE", help="use the tiles of an earlier --tune")
+    parser.add_argument("--quick", action="store_true", help="only what the targets ask for; no layouts, no model")
+    parser.add_argument(
+        "--minutes", type=float, help="start no row after this time (default: 4 with --quick, else none)"
+    )
     parser.add_argument("--smoke", action="store_true", help="only run the checks, on tiny shapes")
     options = parser.parse_args()
     if options.smoke:
@@ -288,18 +311,44 @@ def main() -> None:
         rows = [(name, plan, tokens, *[NOTE] * 6) for name in SHAPES for plan in PLANS for tokens in TOKENS]
         layouts = [(name, tokens, *[NOTE] * 7) for name in SHAPES for tokens in LAYOUT_TOKENS]
         model = [(name, NOTE, NOTE) for name in ("bfloat16, grouped_mm", "3 bits, Triton")]
-        where = "No GPU was at hand: every time below is still to be measured."
-    else:
-        device = torch.device("cuda")
-        rows, copy = measure(options.tune, device)
-        layouts = measure_layouts(device)
-        model = decode_rows(lambda shape: random_layer(shape, (3,), device), device)
-        import triton
+        write(options.output, "No GPU was at hand: every time below is still to be measured.", rows, layouts, model)
+        return
+    minutes = options.minutes or (4.0 if options.quick else float("inf"))
+    run(options.output, options.tune, quick=options.quick, until=time.monotonic() + 60 * minutes)
 
-        where = (
-            f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; "
-            f"a copy moves {copy:.0f} GB/s."
-        )
+
+def run(output: Path, tune: Path | None, *, quick: bool, until: float) -> None:
+    """Check, time, and keep the page up to date."""
+    import triton
+
+    device = torch.device("cuda")
+    smoke()
+    copy = copy_gigabytes(device)
+    where = (
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; "
+        f"a copy moves {copy:.0f} GB/s."
+    )
+    print(where, flush=True)
+    rows: list[tuple[object, ...]] = []
+    layouts: list[tuple[object, ...]] = []
+    model: list[tuple[object, ...]] = []
+
+    def keep() -> None:
+        write(output, where, rows, layouts, model)
+
+    measure(tune, device, copy, rows, keep, quick=quick, until=until)
+    if quick:
+        return
+    measure_layouts(device, layouts, keep, until)
+    if time.monotonic() < until:
+        model += decode_rows(lambda shape: random_layer(shape, (3,), device), device)
+        keep()
+
+
+def write(
+    output: Path, where: str, rows: list[tuple[object, ...]], layouts: list[tuple[object, ...]],
+    model: list[tuple[object, ...]],
+) -> None:  # fmt: skip
     text = INTRO.format(where=where)
     text += "\n## Layers\n\n" + markdown_table(COLUMNS, rows)
     text += (
@@ -307,7 +356,7 @@ def main() -> None:
     )
     text += "\n\n## A model of OLMoE's shape, one token at a time, one CUDA graph\n\n"
     text += markdown_table(("experts", "ms per token", "experts' bytes"), model) + "\n"
-    options.output.write_text(text, encoding="utf-8")
+    output.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ GATED = CHOICES | {
     "POSITION": 0,
     "GATED": True,
     "LOW": False,
+    "MASKED": False,
     "SPLITS": 1,
     "BLOCK_M": 16,
     "BLOCK_N": 32,
@@ -25,33 +26,36 @@ GATED = CHOICES | {
 PLAIN = GATED | {"GATED": False, "POSITION": 2, "SPLITS": 2, "OUT_UNIT": 0}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gated": ("multiply_rows", "bf16", GATED | {
-        "N": 768, "K": 2048, "WIDTHS": 1 << 2 | 1 << 3, "SPAN": 128, "UNIT": 128, "OUT_UNIT": 32}),
+        "K": 2048, "WIDTHS": 1 << 2 | 1 << 3, "SPAN": 128, "UNIT": 128, "OUT_UNIT": 32}),
     "down": ("multiply_rows", "fp16", PLAIN | {
-        "N": 2048, "K": 768, "WIDTHS": 1 << 4 | 1 << 8, "SPAN": 128, "UNIT": 32}),
+        "K": 768, "WIDTHS": 1 << 4 | 1 << 8, "SPAN": 128, "UNIT": 32}),
     "ragged": ("multiply_rows", "bf16", PLAIN | {
-        "N": 72, "K": 200, "WIDTHS": 1 << 1 | 1 << 6, "SPAN": 32, "UNIT": 32, "EXPERTS": 0}),
+        "MASKED": True, "K": 200, "WIDTHS": 1 << 1 | 1 << 6, "SPAN": 32, "UNIT": 32, "EXPERTS": 0}),
     "many rows": ("multiply_rows", "bf16", PLAIN | {
-        "N": 768, "K": 2048, "WIDTHS": 1 << 5, "SPAN": 64, "UNIT": 64, "BLOCK_M": 64, "BLOCK_N": 64}),
-    "float32": ("multiply_rows", "fp32", PLAIN | {"N": 64, "K": 256, "WIDTHS": 1 << 4, "SPAN": 128, "UNIT": 128}),
+        "K": 2048, "WIDTHS": 1 << 5, "SPAN": 64, "UNIT": 64, "BLOCK_M": 64, "BLOCK_N": 64}),
+    "float32": ("multiply_rows", "fp32", PLAIN | {"K": 256, "WIDTHS": 1 << 4, "SPAN": 128, "UNIT": 128}),
     "decode": ("decode", "bf16", {
         "PROJECTIONS": 3, "POSITION": 0, "MATRICES": 2, "N": 768, "K": 2048, "BLOCK_N": 16}),
     "decoded": ("multiply_decoded", "bf16", {
         "COUNT": 8, "EXPERTS": 8, "PER_ROW": 2, "GATED": True, "N": 768, "K": 2048,
         "BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}),
+    "decoded float32": ("multiply_decoded", "fp32", {
+        "COUNT": 8, "EXPERTS": 8, "PER_ROW": 2, "GATED": True, "N": 768, "K": 2048,
+        "BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}),
     "prepare": ("prepare", "bf16", {"K": 2048, "UNIT": 128, "CHUNK": 1024}),
     "low rank": ("multiply_rows", "bf16", GATED | {
-        "LOW": True, "N": 768, "K": 2048, "WIDTHS": 1 << 3, "SPAN": 128, "UNIT": 128, "OUT_UNIT": 32}),
+        "LOW": True, "K": 2048, "WIDTHS": 1 << 3, "SPAN": 128, "UNIT": 128, "OUT_UNIT": 32}),
     "combine": ("combine", "bf16", {"TOP_K": 2, "SPLITS": 2, "N": 768, "BLOCK_N": 256}),
     "components": ("combine_rows", "bf16", CHOICES | {
-        "X_COLUMNS": 2048, "K": 768, "WIDTHS": 0b101111110, "SPAN": 128, "SPLITS": 1, "BLOCK_M": 16, "BLOCK_N": 32}),
+        "K": 768, "WIDTHS": 0b101111110, "SPAN": 128, "SPLITS": 1, "BLOCK_M": 16, "BLOCK_N": 32}),
     "split components": ("combine_rows", "fp16", CHOICES | {
-        "X_COLUMNS": 2048, "K": 1408, "WIDTHS": 1 << 2 | 1 << 3, "SPAN": 32, "SPLITS": 4, "BLOCK_M": 64,
+        "K": 1408, "WIDTHS": 1 << 2 | 1 << 3, "SPAN": 32, "SPLITS": 4, "BLOCK_M": 64,
         "BLOCK_N": 32}),
     "output factors": ("combine_rows", "bf16", {
-        "E": 1, "EXPERTS": 0, "PER_ROW": 1, "X_COLUMNS": 64, "K": 72, "WIDTHS": 1 << 8, "SPAN": 128, "SPLITS": 1,
+        "E": 1, "EXPERTS": 0, "PER_ROW": 1, "K": 72, "WIDTHS": 1 << 8, "SPAN": 128, "SPLITS": 1,
         "BLOCK_M": 16, "BLOCK_N": 32}),
     "dots": ("dot_rows", "bf16", CHOICES | {
-        "PER_ROW": 1, "OUT_COLUMNS": 2048, "K": 768, "WIDTHS": 1 << 2 | 1 << 3, "SPAN": 128, "UNIT": 128, "BLOCK_M": 16,
+        "PER_ROW": 1, "K": 768, "WIDTHS": 1 << 2 | 1 << 3, "SPAN": 128, "UNIT": 128, "BLOCK_M": 16,
         "BLOCK_N": 32}),
     "permute": ("permute", "bf16", {"OWNED": True, "PER_ROW": 8, "K": 2048, "BLOCK_K": 1024}),
 }  # fmt: skip
@@ -90,3 +94,15 @@ def test_kernel_compiles_for_an_h100(case: str) -> None:
         ttgir = compiled.asm["ttgir"]
         assert "async_copy_global_to_local" in ttgir, "loads do not run ahead of the products"
         assert "warp_group_dot" in ttgir or "nvidia_mma" in ttgir, "no tensor cores"
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _, _ in CASES.values()}))
+def test_no_number_of_tokens_is_compiled(name: str) -> None:
+    pytest.importorskip("triton")
+    from moeq.kernels import triton_kernels, triton_rows
+
+    kernel = getattr(triton_kernels if hasattr(triton_kernels, name) else triton_rows, name)
+    of_calls = {"rows", "S", "E", "FIRST", "x_columns", "out_columns"}
+    given = [parameter for parameter in kernel.params if parameter.name in of_calls and not parameter.is_constexpr]
+    assert given
+    assert all(parameter.do_not_specialize for parameter in given)

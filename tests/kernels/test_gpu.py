@@ -3,9 +3,12 @@
 import pytest
 import torch
 from packing_help import mixtral, packed_layer, packed_matrix, relative_error
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
+from moeq.arch import hooks
 from moeq.kernels import gpu, reference
 from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, QuantSpec
 
@@ -121,6 +124,23 @@ def test_a_family_with_biases_and_a_gate_of_its_own(triton_device: torch.device)
     arguments = module, layer, x_TH, index_Tk, torch.rand(4, 2, device=triton_device)
     with torch.no_grad():
         assert relative_error(gpu.run_experts(*arguments), reference.experts(*arguments)) < TOLERANCE[torch.float32]
+
+
+def test_one_graph_serves_any_number_of_tokens(triton_device: torch.device) -> None:
+    layer = packed_layer(2, 40, 24, lambda *_: uniform(4, 32), triton_device)
+    matrix = packed_matrix((8, 40), uniform(4, 32), triton_device)
+    module = mixtral(40, 24, 2)
+    assert hooks.gates_by_silu(module, 24)  # asked with numbers, once
+
+    def run(x_TH: Tensor, index_Tk: Tensor, weights_Tk: Tensor) -> tuple[Tensor, ...]:
+        whole = gpu.run_experts(module, layer, x_TH, index_Tk, weights_Tk)
+        return whole, gpu.product(layer, x_TH, index_Tk, "up"), gpu.run_linear(x_TH, matrix)
+
+    x_TH, index_Tk = torch.randn(3, 40, device=triton_device), torch.zeros(3, 2, dtype=torch.int64).to(triton_device)
+    trace = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)
+    graph = trace(x_TH, index_Tk, torch.rand(3, 2).to(x_TH)).graph
+    for answer in graph.output_node().args[0]:
+        assert not isinstance(answer.meta["val"].shape[0], int)
 
 
 def test_operators_obey_their_schemas(triton_device: torch.device) -> None:

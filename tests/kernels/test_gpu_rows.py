@@ -10,6 +10,7 @@ import torch
 from packing_help import mixtral, relative_error, spectral_layer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
@@ -169,6 +170,21 @@ def test_rotation(block: int, triton_device: torch.device) -> None:
     index = torch.zeros(2, dtype=torch.int64, device=triton_device)
     answer = gpu_rows.rotate(x_RI, index, form, side_facts(side))
     torch.testing.assert_close(answer, tiled.rotate(x_RI, order_I, block, 3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["spectral", "tiled"])
+def test_one_graph_serves_any_number_of_tokens(layout: str, triton_device: torch.device) -> None:
+    module = mixtral(HIDDEN, INNER, EXPERTS)
+    if layout == "spectral":
+        layer: Any = components(triton_device, joint=True, basis_bits=8, group_size=64, given=(0, 2))
+    else:
+        layer = tiles("everything", triton_device)
+    run = gpu_spectral.run_experts if layout == "spectral" else gpu_tiled.run_experts
+    trace = make_fx(
+        lambda *arguments: run(module, layer, *arguments), tracing_mode="symbolic", _allow_non_fake_inputs=True
+    )
+    answer = trace(*routed(triton_device)).graph.output_node().args[0]
+    assert not isinstance(answer.meta["val"].shape[0], int)
 
 
 @pytest.mark.parametrize("layout", ["spectral", "tiled"])

@@ -3,6 +3,8 @@
 Nothing here imports triton; the first call with CUDA tensors does (`_launch`). Without triton, on other devices, for
 other dtypes, and where a gradient is wanted, the candidates refuse.
 
+Fakes ask tensors for `shape[0]`: `len` of a tensor is a number, and would make a graph for every number of tokens.
+
 Legend: T tokens, k experts per token, S = T * k choices, H hidden, I expert width, R rows, N outputs, K inputs.
 """
 
@@ -19,8 +21,8 @@ from moeq.kernels.packed import KernelFacts, PackedLayer, PackedMatrix
 
 AVAILABLE: Final = find_spec("triton") is not None
 """Whether there is a triton to import."""
-AMPERE: Final = (8, 0)
-"""The first GPUs whose tensor cores take bfloat16."""
+AMPERE: Final = 8
+"""The first GPUs whose tensor cores take bfloat16, by major number."""
 DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -42,7 +44,10 @@ def linear(x_SK: Tensor, matrix: PackedMatrix) -> Tensor | None:
 
 def wanted(x: Tensor, *others: Tensor) -> bool:
     """Whether Triton can compute with x, and nobody asks for a gradient."""
-    if not (AVAILABLE and x.is_cuda and x.dtype in DTYPES and torch.cuda.get_device_capability(x.device) >= AMPERE):
+    if not (AVAILABLE and x.is_cuda and x.dtype in DTYPES):
+        return False
+    # Not `get_device_capability`: `torch.compile` folds the properties into a constant, and breaks its graph there.
+    if torch.cuda.get_device_properties(x.device).major < AMPERE:
         return False
     return not (torch.is_grad_enabled() and (x.requires_grad or any(other.requires_grad for other in others)))
 
@@ -117,7 +122,7 @@ def _(
     x_TH: Tensor, index_Tk: Tensor, weights_Tk: Tensor, data: Tensor, table: Tensor,
     widths: list[int], spans: list[int], inner: int, low_S2I: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    return torch.empty_like(x_TH)
+    return x_TH.new_empty(x_TH.shape)
 
 
 @torch.library.custom_op("moeq::triton_product", mutates_args=())
@@ -147,4 +152,4 @@ def linear_op(x_RK: Tensor, data: Tensor, table: Tensor, widths: list[int], span
 
 @linear_op.register_fake
 def _(x_RK: Tensor, data: Tensor, table: Tensor, widths: list[int], spans: list[int], outputs: int) -> Tensor:
-    return x_RK.new_empty(len(x_RK), outputs)
+    return x_RK.new_empty(x_RK.shape[0], outputs)

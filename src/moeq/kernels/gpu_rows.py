@@ -81,7 +81,7 @@ def _(
     x_SK: Tensor, index: Tensor, data: Tensor, table: Tensor, firsts: Tensor, where: Tensor,
     numbers: list[int], places: int,
 ) -> Tensor:  # fmt: skip
-    return x_SK.new_empty(len(x_SK), places)
+    return x_SK.new_empty(x_SK.shape[0], places)
 
 
 @torch.library.custom_op("moeq::triton_rotate", mutates_args=())
@@ -97,4 +97,4 @@ def rotate_op(
 def _(
     x_RI: Tensor, index: Tensor, orders: Tensor, owner_E: Tensor | None, mixing: Tensor | None, block: int, plain: int
 ) -> Tensor:
-    return x_RI.new_empty(len(x_RI) if owner_E is None else index.numel(), x_RI.shape[1])
+    return x_RI.new_empty(x_RI.shape[0] if owner_E is None else index.numel(), x_RI.shape[1])

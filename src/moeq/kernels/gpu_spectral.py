@@ -68,4 +68,4 @@ def _back(layer: SpectralLayer, sum_TR: Tensor) -> Tensor:
     assert layer.facts is not None
     if layer.facts.back is None:
         return sum_TR @ layer.basis("down", sum_TR.dtype)
-    return gpu_rows.combine(sum_TR, None, layer.data, layer.facts.back, len(sum_TR))
+    return gpu_rows.combine(sum_TR, None, layer.data, layer.facts.back, sum_TR.shape[0])

@@ -83,15 +83,15 @@ def _narrow(layer: TiledLayer, projection: str, x_RI: Tensor, expert_S: Tensor) 
     """Each choice's row of x through its input factor, (S, R): through all of them, then one is taken."""
     sides, facts = layer.sides[projection], _facts(layer, projection)
     rows, rank = sides.form.rows, sides.form.rank
-    row_S = torch.arange(len(expert_S), device=x_RI.device) // (len(expert_S) // max(1, len(x_RI)) or 1)
+    row_S = torch.arange(expert_S.shape[0], device=x_RI.device) // (expert_S.shape[0] // max(1, x_RI.shape[0]) or 1)
     if facts.scales is not None:  # every choice has inputs of its own
         x_RI = (x_RI[row_S].float() / facts.scales[expert_S]).to(x_RI.dtype)
-        row_S = torch.arange(len(expert_S), device=x_RI.device)
+        row_S = torch.arange(expert_S.shape[0], device=x_RI.device)
     factors = facts.inputs
     assert factors is not None
     all_RMr = gpu.linear_op(
         x_RI.contiguous(), sides.data, factors.table, list(factors.widths), list(factors.spans), rows * rank
-    ).view(len(x_RI), rows, rank)
+    ).view(x_RI.shape[0], rows, rank)
     return all_RMr[row_S, facts.row_E[expert_S]]
 
 
@@ -102,7 +102,7 @@ def _widen(layer: TiledLayer, projection: str, z_SR: Tensor, index_Tk: Tensor) -
     chosen_S = index_Tk.view(-1)
     column_S = facts.column_E[chosen_S.clamp(max=layer.residual.num_experts - 1)]
     column_S = torch.where(chosen_S < layer.residual.num_experts, column_S, sides.form.columns)
-    return gpu_rows.combine(z_SR, column_S, sides.data, facts.outputs, len(z_SR))
+    return gpu_rows.combine(z_SR, column_S, sides.data, facts.outputs, z_SR.shape[0])
 
 
 def _shared_down(layer: TiledLayer, q_SR: Tensor, index_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
@@ -117,5 +117,5 @@ def _shared_down(layer: TiledLayer, q_SR: Tensor, index_Tk: Tensor, weights_Tk: 
     # A product with ones and zeros, not a scatter: sums always run in the same order.
     lies_TNk = (column_Tk.unsqueeze(1) == torch.arange(columns, device=q_SR.device).view(1, -1, 1)).float()
     sum_TNR = torch.bmm(lies_TNk, weighted_TkR)
-    sum_T = sum_TNR.view(len(index_Tk), columns * rank).to(q_SR.dtype)
-    return gpu_rows.combine(sum_T, None, sides.data, facts.all_outputs, len(sum_T))
+    sum_T = sum_TNR.view(index_Tk.shape[0], columns * rank).to(q_SR.dtype)
+    return gpu_rows.combine(sum_T, None, sides.data, facts.all_outputs, sum_T.shape[0])

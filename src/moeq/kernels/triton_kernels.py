@@ -4,6 +4,9 @@ Four launches make a layer: `prepare`, `multiply_rows` for gate and up with the 
 `combine`. Who gets which tile follows from counts that stay on the device: nothing here waits for the host, so that
 a layer can be captured in a CUDA graph.
 
+Numbers that follow from the tokens of a call (`do_not_specialize`) never cost a compilation: Triton would make one
+kernel for 1, one for multiples of 16, and one for the rest.
+
 Legend: T tokens, k experts per token, S = T * k choices, E experts, N output rows, K input columns, M rows of a tile.
 """
 
@@ -13,7 +16,7 @@ import triton.language as tl
 from moeq.kernels.triton_tiles import BLOCK, FACTS, block_weights, full_blocks, multiply, open_record, product, tail_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "E"])
 def prepare(
     index, order, starts, counts, x, sums, S, E,
     K: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr,
@@ -80,12 +83,12 @@ def rows_of(rows, order, starts, counts, E: tl.constexpr, EXPERTS: tl.constexpr,
     return expert, row_M, col_M
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def multiply_rows(
-    x, sums, data, table, order, starts, counts, low, out, out_sums, rows,
+    x, sums, data, table, order, starts, counts, low, out, out_sums, rows, N,
     E: tl.constexpr, EXPERTS: tl.constexpr, PER_ROW: tl.constexpr,
     PROJECTIONS: tl.constexpr, POSITION: tl.constexpr, GATED: tl.constexpr, LOW: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr,
+    K: tl.constexpr, MASKED: tl.constexpr,
     WIDTHS: tl.constexpr, SPAN: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -101,7 +104,9 @@ def multiply_rows(
         low: if LOW, what is added to gate and up before the activation, (rows, 2, N).
         out, out_sums: results.
         rows: rows of `out`.
+        N: not a constant, because bases of spectral layers differ in it from layer to layer.
         E, EXPERTS: experts, and the next power of two; EXPERTS = 0 for one matrix and no choice.
+        MASKED: whether N is no multiple of BLOCK_N.
         POSITION: of the projection, the gate's if GATED.
         WIDTHS, SPAN: see `product` and `plane_block`.
     """
@@ -119,7 +124,6 @@ def multiply_rows(
         split = tl.program_id(2)
         first = split * SHARE
         last = tl.minimum(first + SHARE, BLOCKS)
-        MASKED: tl.constexpr = N % BLOCK_N != 0
         gate_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         acc_NM = gate_NM
         for matrix in tl.range(2 if GATED else 1):  # one loop, not two copies: it halves the time to compile
@@ -147,7 +151,7 @@ def multiply_rows(
             tl.store(where_RM, sum_RM, mask=(run_R < N // OUT_UNIT)[:, None] & col_M[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["FIRST"])
 def multiply_decoded(
     x, weights, order, starts, counts, out, FIRST,
     COUNT: tl.constexpr, EXPERTS: tl.constexpr, PER_ROW: tl.constexpr,
@@ -180,7 +184,7 @@ def multiply_decoded(
         tl.store(out + choice_M.to(tl.int64)[None, :] * N + row[:, None], acc_NM.to(out.dtype.element_ty), mask=mask_NM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["FIRST"])
 def decode(
     data, table, counts, weights, FIRST,
     PROJECTIONS: tl.constexpr, POSITION: tl.constexpr, MATRICES: tl.constexpr,
@@ -234,7 +238,7 @@ def store_block(
         tl.store(where_NK, w_NK.to(out_N.dtype.element_ty), mask=mask_NK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "E"])
 def combine(
     parts, index, weights, out, rows, E,
     TOP_K: tl.constexpr, SPLITS: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -6,13 +6,14 @@ Legend: T tokens, k experts per token, S = T * k choices, E experts, H hidden, I
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from moeq.kernels import triton_kernels as kernels
 from moeq.kernels.packed import KernelFacts
-from moeq.kernels.tuning import Tile, decoded_tile, experts_at_once, packed_tile, power_of_two
+from moeq.kernels.tuning import DECODED_BYTES, Tile, decoded_tile, experts_at_once, packed_tile, power_of_two
 from moeq.spec import BLOCK
 
 _CHUNK = 1024
@@ -33,6 +34,12 @@ class Routing:
     starts: Tensor
     counts: Tensor
     sums: Tensor
+
+
+@cache
+def gpu_name(device: torch.device) -> str:
+    """What tables of tiles call a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def prepare(x_RK: Tensor, index_S: Tensor, num_experts: int, unit: int) -> Routing:
@@ -82,10 +89,10 @@ def multiply(
     if tiles:
         kernels.multiply_rows[(tiles, -(-outputs // tile.outputs), tile.splits)](
             x_RK, routing.sums, data, facts.table, routing.order, routing.starts, routing.counts,
-            out if low is None else low, out, sums, rows,
+            out if low is None else low, out, sums, rows, outputs,
             E=max(1, num_experts), EXPERTS=power_of_two(num_experts) if num_experts else 0,
             PER_ROW=max(1, rows // max(1, len(x_RK))), PROJECTIONS=facts.table.shape[1], POSITION=position,
-            GATED=gated, LOW=low is not None, N=outputs, K=columns,
+            GATED=gated, LOW=low is not None, K=columns, MASKED=outputs % tile.outputs != 0,
             WIDTHS=facts.widths[position] | (facts.widths[position + 1] if gated else 0),
             SPAN=min(facts.spans[position : position + 1 + gated]), UNIT=unit, OUT_UNIT=out_unit,
             SPLITS=tile.splits, BLOCK_M=tile.rows, BLOCK_N=tile.outputs,
@@ -117,7 +124,8 @@ def experts(
     if chunk and low_S2I is None:
         parts = _decoded_experts(x_TH, routing, data, facts, inner, rows, chunk)
         return combine(parts, index_Tk, weights_Tk, x_TH, num_experts)
-    tile = packed_tile("gated", (inner, hidden), rows, num_experts)
+    gpu = gpu_name(x_TH.device)
+    tile = packed_tile(gpu, "gated", (inner, hidden), rows, num_experts)
     out_unit = min(tile.outputs, down_span)
     inner_SI, sums = multiply(
         x_TH, routing, data, facts, tile,
@@ -125,7 +133,7 @@ def experts(
     )  # fmt: skip
     down = Routing(order=routing.order, starts=routing.starts, counts=routing.counts, sums=sums)
     parts, _ = multiply(
-        inner_SI, down, data, facts, packed_tile("plain", (hidden, inner), rows, num_experts),
+        inner_SI, down, data, facts, packed_tile(gpu, "plain", (hidden, inner), rows, num_experts),
         rows=rows, outputs=hidden, position=2, gated=False, unit=out_unit,
     )  # fmt: skip
     return combine(parts, index_Tk, weights_Tk, x_TH, num_experts)
@@ -154,7 +162,8 @@ def _decoded_experts(
             kernels.multiply_decoded[(rows // tile.rows + count, -(-outputs // tile.outputs))](
                 x_RK, scratch, routing.order, routing.starts, routing.counts, out, first,
                 COUNT=count, EXPERTS=power_of_two(count), PER_ROW=rows // len(x_RK), GATED=matrices == 2,
-                N=outputs, K=columns, BLOCK_M=tile.rows, BLOCK_N=tile.outputs, BLOCK_K=64,
+                N=outputs, K=columns, BLOCK_M=tile.rows, BLOCK_N=tile.outputs,
+                BLOCK_K=DECODED_BYTES // x_TH.element_size(),
                 num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
             )  # fmt: skip
     return parts_SH
@@ -190,7 +199,7 @@ def product(x_RK: Tensor, index_Tk: Tensor, data: Tensor, facts: KernelFacts, po
     rows = index_Tk.numel()
     unit = facts.spans[position]
     routing = prepare(x_RK, index_Tk, num_experts, unit)
-    tile = packed_tile("plain", (outputs, x_RK.shape[1]), rows, num_experts)
+    tile = packed_tile(gpu_name(x_RK.device), "plain", (outputs, x_RK.shape[1]), rows, num_experts)
     out, _ = multiply(
         x_RK, routing, data, facts, tile, rows=rows, outputs=outputs, position=position, gated=False, unit=unit
     )
@@ -204,7 +213,7 @@ def linear(x_RK: Tensor, data: Tensor, facts: KernelFacts, outputs: int) -> Tens
     unit = facts.spans[0]
     nobody = x_RK.new_empty(0, dtype=torch.int64)
     routing = prepare(x_RK, nobody, 0, unit)
-    tile = packed_tile("linear", (outputs, x_RK.shape[1]), len(x_RK), 1)
+    tile = packed_tile(gpu_name(x_RK.device), "linear", (outputs, x_RK.shape[1]), len(x_RK), 1)
     out, _ = multiply(
         x_RK, routing, data, facts, tile, rows=len(x_RK), outputs=outputs, position=0, gated=False, unit=unit
     )

@@ -80,10 +80,10 @@ def add_rows(
     return acc_KM
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "x_columns"])
 def combine_rows(
-    x, data, table, firsts, places, order, starts, counts, out, rows,
-    E: tl.constexpr, EXPERTS: tl.constexpr, PER_ROW: tl.constexpr, X_COLUMNS: tl.constexpr, K: tl.constexpr,
+    x, data, table, firsts, places, order, starts, counts, out, rows, x_columns,
+    E: tl.constexpr, EXPERTS: tl.constexpr, PER_ROW: tl.constexpr, K: tl.constexpr,
     WIDTHS: tl.constexpr, SPAN: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Each choice's sum over the rows of its group, every row times the number of x that is its place.
@@ -92,18 +92,19 @@ def combine_rows(
     rows. Rows of choices of groups that do not exist are left as they are.
 
     Args:
-        x: (rows / PER_ROW, X_COLUMNS).
+        x: (rows / PER_ROW, x_columns).
         data, table, firsts, places: the blob and its `RowFacts`.
         order, starts, counts: from `prepare`; unused if EXPERTS is 0, when all rows of x belong to the only group.
         out: result.
         rows: rows of `out`.
+        x_columns: not a constant, because bases of spectral layers differ in it from layer to layer.
         E, EXPERTS: groups, and the next power of two, or 0.
         WIDTHS, SPAN: as in `RowFacts`.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     expert, choice_M, col_M = rows_of(rows, order, starts, counts, E, EXPERTS, BLOCK_M)
     if expert < E:
-        x_M = x + (choice_M // PER_ROW).to(tl.int64) * X_COLUMNS
+        x_M = x + (choice_M // PER_ROW).to(tl.int64) * x_columns
         block = tl.program_id(1)
         split = tl.program_id(2)
         acc_KM = tl.zeros((128, BLOCK_M), tl.float32)
@@ -157,16 +158,16 @@ def dots_of_slab(
     return left - blocks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "out_columns"])
 def dot_rows(
-    x, sums, data, table, firsts, places, order, starts, counts, out, rows,
-    E: tl.constexpr, EXPERTS: tl.constexpr, PER_ROW: tl.constexpr, OUT_COLUMNS: tl.constexpr, K: tl.constexpr,
+    x, sums, data, table, firsts, places, order, starts, counts, out, rows, out_columns,
+    E: tl.constexpr, EXPERTS: tl.constexpr, PER_ROW: tl.constexpr, K: tl.constexpr,
     WIDTHS: tl.constexpr, SPAN: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Each choice's dot products with the rows of its group, written where the places of the rows say.
 
     Arguments as in `combine_rows`, but x is (rows / PER_ROW, K), `sums` has sums of UNIT inputs each, and `out` is
-    (rows, OUT_COLUMNS). What is no row's place is left as it is.
+    (rows, out_columns). What is no row's place is left as it is.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     expert, choice_M, col_M = rows_of(rows, order, starts, counts, E, EXPERTS, BLOCK_M)
@@ -174,7 +175,7 @@ def dot_rows(
         x_row_M = (choice_M // PER_ROW).to(tl.int64)
         x_M = x + x_row_M * K
         sums_M = sums + x_row_M * (K // UNIT)
-        out_M = out + choice_M.to(tl.int64) * OUT_COLUMNS
+        out_M = out + choice_M.to(tl.int64) * out_columns
         left = tl.program_id(1)
         if (WIDTHS >> 8) & 1:
             left = dots_of_slab(left, x_M, sums_M, col_M, data, table, firsts, places, out_M, expert,
@@ -199,7 +200,7 @@ def dot_rows(
                                 6, E, K, 1, 0, SPAN, UNIT, BLOCK_N, BLOCK_M, DTYPE)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E"])
 def permute(
     x, index, owners, orders, out, E,
     OWNED: tl.constexpr, PER_ROW: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -40,8 +40,8 @@ def combine(x_RC: Tensor, index: Tensor | None, data: Tensor, facts: RowFacts, r
     out = x_RC.new_zeros(shape, dtype=x_RC.dtype if tile.splits == 1 else torch.float32)
     kernels.combine_rows[(_tiles(rows, tile.rows, index, facts), -(-columns // BLOCK), tile.splits)](
         x_RC, data, facts.table, facts.firsts, facts.places, routing.order, routing.starts, routing.counts, out, rows,
-        E=facts.groups, EXPERTS=0 if index is None else power_of_two(facts.groups), PER_ROW=rows // len(x_RC),
-        X_COLUMNS=x_RC.shape[1], K=columns, WIDTHS=facts.widths, SPAN=facts.span, SPLITS=tile.splits,
+        x_RC.shape[1], E=facts.groups, EXPERTS=0 if index is None else power_of_two(facts.groups),
+        PER_ROW=rows // len(x_RC), K=columns, WIDTHS=facts.widths, SPAN=facts.span, SPLITS=tile.splits,
         BLOCK_M=tile.rows, BLOCK_N=tile.outputs, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out if tile.splits == 1 else out.sum(0).to(x_RC.dtype)
@@ -65,8 +65,8 @@ def dots(x_SK: Tensor, index: Tensor, data: Tensor, facts: RowFacts, places: int
     side = rows_in_tile(rows, facts.groups)
     kernels.dot_rows[(_tiles(rows, side, index, facts), facts.blocks)](
         x_SK, routing.sums, data, facts.table, facts.firsts, facts.places, routing.order, routing.starts,
-        routing.counts, out, rows,
-        E=facts.groups, EXPERTS=power_of_two(facts.groups), PER_ROW=1, OUT_COLUMNS=places, K=facts.columns,
+        routing.counts, out, rows, places,
+        E=facts.groups, EXPERTS=power_of_two(facts.groups), PER_ROW=1, K=facts.columns,
         WIDTHS=facts.widths, SPAN=facts.span, UNIT=facts.span, BLOCK_M=side, BLOCK_N=DOT_ROWS,
         num_warps=DOT_ROWS // 16, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip

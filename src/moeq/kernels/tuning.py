@@ -1,7 +1,7 @@
 """How the Triton kernels cut their products into tiles: a rule, a shipped table of measured exceptions, and yours.
 
 `benchmarks/gpu.py --tune FILE` times the candidates on a GPU and writes a table; `use` reads one. A tile is chosen by
-kind of product, shape and rows per expert, rounded up to a power of two, so that no number of tokens costs a search.
+GPU, kind of product, shape and rows, rounded up to a power of two, so that no number of tokens costs a search.
 """
 
 import json
@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
+from moeq.checkpoint.write import write_file_atomic
 from moeq.errors import ArtifactError
 from moeq.spec import BLOCK
 
@@ -20,6 +21,8 @@ PROGRAMS: Final = 264
 """Programs that keep a large GPU busy: two for each of an H100's 132 processors."""
 DECODE_FROM: Final = 512
 """Rows per expert from which experts are decoded once instead of in every tile."""
+DECODED_BYTES: Final = 128
+"""Of a row of x or of decoded weights that one step multiplies: 64 numbers of 16 bits; more of 32 would not fit."""
 SCRATCH_BYTES: Final = 1 << 29
 """Memory for decoded experts."""
 SHIPPED: Final = Path(__file__).with_name("tiles.json")
@@ -48,16 +51,17 @@ class Tile:
             raise ArtifactError(f"{self} cannot be a tile", fix="measure again: benchmarks/gpu.py --tune FILE")
 
 
-def packed_tile(kind: str, shape: tuple[int, int], rows: int, num_experts: int) -> Tile:
+def packed_tile(gpu: str, kind: str, shape: tuple[int, int], rows: int, num_experts: int) -> Tile:
     """The tile of a product with packed weights: the table's, else the rule's.
 
     Args:
+        gpu: its name; what was measured on one model is not used on another.
         kind: one of `KINDS`.
         shape: (N, K).
         rows: rows of the result.
         num_experts: E.
     """
-    found = _table().get(key(kind, shape, rows, num_experts))
+    found = _table().get(key(gpu, kind, shape, rows, num_experts))
     return found or rule(kind, shape, rows, num_experts)
 
 
@@ -92,7 +96,9 @@ def combined_tile(columns: int, rows: int, num_groups: int, group_rows: int) -> 
     side, step = rows_in_tile(rows, num_groups), 32
     bucket = power_of_two(rows)
     programs = min(bucket, num_groups) * -(-bucket // (num_groups * side)) * -(-columns // BLOCK)
-    splits = max(1, min(16, power_of_two(-(-PROGRAMS // programs)), group_rows // (2 * step)))
+    # A power of two: largest groups differ from layer to layer, and every number of splits is compiled.
+    most = 1 << max(1, group_rows // (2 * step)).bit_length() - 1
+    splits = min(16, power_of_two(-(-PROGRAMS // programs)), most)
     return Tile(rows=side, outputs=step, splits=splits, warps=4, stages=3)
 
 
@@ -112,14 +118,16 @@ def candidates(kind: str, shape: tuple[int, int], rows: int, num_experts: int) -
     return tuple(dict.fromkeys((first, *others)))
 
 
-def tune(kind: str, shape: tuple[int, int], rows: int, num_experts: int, seconds: Callable[[], float]) -> Tile:
+def tune(
+    gpu: str, kind: str, shape: tuple[int, int], rows: int, num_experts: int, seconds: Callable[[], float]
+) -> Tile:
     """Time the candidates, keep the fastest for this process and return it.
 
     Args:
-        kind, shape, rows, num_experts: as `packed_tile`.
+        gpu, kind, shape, rows, num_experts: as `packed_tile`.
         seconds: the time of a call that looks the tile up; infinity for a tile that does not fit the GPU.
     """
-    name = key(kind, shape, rows, num_experts)
+    name = key(gpu, kind, shape, rows, num_experts)
     times = {}
     for tile in candidates(kind, shape, rows, num_experts):
         _table()[name] = tile
@@ -129,13 +137,13 @@ def tune(kind: str, shape: tuple[int, int], rows: int, num_experts: int, seconds
     return best
 
 
-def key(kind: str, shape: tuple[int, int], rows: int, num_experts: int) -> str:
+def key(gpu: str, kind: str, shape: tuple[int, int], rows: int, num_experts: int) -> str:
     """The name of a tile in a table."""
-    return f"{kind} {shape[0]}x{shape[1]} {num_experts} experts {power_of_two(rows)} rows"
+    return f"{gpu}: {kind} {shape[0]}x{shape[1]} {num_experts} experts {power_of_two(rows)} rows"
 
 
 def use(path: str | Path) -> None:
-    """Add a table that was measured on this kind of GPU, for this process.
+    """Add a table for this process; of its tiles, those of other GPUs are never looked up.
 
     Raises:
         ArtifactError: it is not a table of tiles.
@@ -144,13 +152,13 @@ def use(path: str | Path) -> None:
 
 
 def save(path: str | Path, tiles: Mapping[str, Tile]) -> None:
-    """Write a table for `use`."""
+    """Write a table for `use`; whatever happens, the file is never half a table."""
     text = json.dumps({name: asdict(tile) for name, tile in sorted(tiles.items())}, indent=1)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    write_file_atomic(Path(path), text.encode() + b"\n")
 
 
 def decoded_tile(*, gated: bool) -> Tile:
-    """The tile of a product with weights that were decoded first."""
+    """The tile of a product with weights that were decoded first, in steps of `DECODED_BYTES` of a row."""
     return Tile(rows=128, outputs=64 if gated else 128, splits=1, warps=8, stages=3)
 
 

@@ -42,6 +42,8 @@ class PackedExperts(nn.Module):
         self.entries = entries
         self._layer = None
         self._table = blob.table_of(entries)
+        # Now, not in the first call: that may be a graph's, whose memory does not last.
+        self._facts = current_facts(None, data, entries, list(self.shapes.values()))
 
     @property
     def layer(self) -> PackedLayer:
@@ -146,8 +148,8 @@ class TiledExperts(nn.Module):
         """
         self.data, self.entries = data, entries
         self.side_data, self.tiles = sides, tiles
-        self._layer = None
         read_sides(sides, tiles, len(entries), self.shapes, path)
+        self._layer = self._made(data, sides)  # with the facts, see `PackedExperts.bind`
 
     @property
     def layer(self) -> TiledLayer:
@@ -208,6 +210,7 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
         self.spec: QuantSpec | None = None
         self.exact: bool | None = None
+        self._facts: KernelFacts | None = None
         self._matrix: PackedMatrix | None = None
         self.register_buffer("data", None, persistent=False)
 
@@ -216,6 +219,7 @@ class PackedLinear(nn.Module):
         self.data = data
         self.spec = spec
         self._matrix = None
+        self._facts = current_facts(None, data, (((0, spec),),), [(self.out_features, self.in_features)])
 
     @property
     def matrix(self) -> PackedMatrix:
@@ -225,9 +229,10 @@ class PackedLinear(nn.Module):
         known = self._matrix
         if known is None or known.record is not self.data or known.exact != self.exact:  # first use, or moved
             shape = self.out_features, self.in_features
-            facts = current_facts(None, self.data, (((0, self.spec),),), [shape])
-            known = PackedMatrix(record=self.data, spec=self.spec, shape=shape, exact=self.exact, facts=facts)
-            self._matrix = known
+            self._facts = current_facts(self._facts, self.data, (((0, self.spec),),), [shape])
+            known = self._matrix = PackedMatrix(
+                record=self.data, spec=self.spec, shape=shape, exact=self.exact, facts=self._facts
+            )
         return known
 
     @property
