@@ -13,7 +13,18 @@ Legend: T tokens, k experts per token, S = T * k choices, E experts, N output ro
 import triton
 import triton.language as tl
 
-from moeq.kernels.triton_tiles import BLOCK, FACTS, block_weights, full_blocks, multiply, open_record, product, tail_of
+from moeq.kernels.triton_tiles import (
+    BLOCK,
+    FACTS,
+    block_weights,
+    full_blocks,
+    high_of,
+    low_of,
+    multiply,
+    open_record,
+    product,
+    tail_of,
+)
 
 
 @triton.jit(do_not_specialize=["S", "E"])
@@ -202,20 +213,10 @@ def decode(
         facts = table + ((FIRST + expert) * PROJECTIONS + POSITION + matrix) * FACTS
         bits = tl.load(facts + 4)
         out_N = weights + tl.program_id(2).to(tl.int64) * (N * K) + row.to(tl.int64) * K
-        if bits == 1:
-            store_block(out_N, data, facts, block, row, N, K, 1, 0)
-        elif bits == 2:
-            store_block(out_N, data, facts, block, row, N, K, 2, 0)
-        elif bits == 3:
-            store_block(out_N, data, facts, block, row, N, K, 2, 1)
-        elif bits == 4:
-            store_block(out_N, data, facts, block, row, N, K, 4, 0)
-        elif bits == 5:
-            store_block(out_N, data, facts, block, row, N, K, 4, 1)
-        elif bits == 6:
-            store_block(out_N, data, facts, block, row, N, K, 4, 2)
-        else:
-            store_block(out_N, data, facts, block, row, N, K, 8, 0)
+        for width in tl.static_range(1, 9):
+            if width != 7:
+                if bits == width:
+                    store_block(out_N, data, facts, block, row, N, K, high_of(width), low_of(width))
 
 
 @triton.jit

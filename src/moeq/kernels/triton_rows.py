@@ -10,10 +10,27 @@ import triton
 import triton.language as tl
 
 from moeq.kernels.triton_kernels import rows_of
-from moeq.kernels.triton_tiles import BLOCK, block_weights, full_blocks, multiply, open_record, tail_of, walk, zeros_of
+from moeq.kernels.triton_tiles import (
+    BLOCK,
+    block_weights,
+    full_blocks,
+    high_of,
+    low_of,
+    multiply,
+    open_record,
+    tail_of,
+    walk,
+    zeros_of,
+)
 
 LINE: tl.constexpr = tl.constexpr(9)
 """Columns of `moeq.kernels.rows.RowFacts.table`."""
+
+
+@triton.constexpr_function
+def bits_of(slab):
+    """Width of a slab, `moeq.components.SLAB_WIDTHS`."""
+    return 8 if slab == 0 else 7 - slab
 
 
 @triton.jit
@@ -108,27 +125,11 @@ def combine_rows(
         block = tl.program_id(1)
         split = tl.program_id(2)
         acc_KM = tl.zeros((128, BLOCK_M), tl.float32)
-        if (WIDTHS >> 8) & 1:
-            acc_KM = add_rows(acc_KM, x_M, col_M, data, table, firsts, places, expert, block, split,
-                              0, E, K, 8, 0, SPAN, SPLITS, BLOCK_N, DTYPE)  # fmt: skip
-        if (WIDTHS >> 6) & 1:
-            acc_KM = add_rows(acc_KM, x_M, col_M, data, table, firsts, places, expert, block, split,
-                              1, E, K, 4, 2, SPAN, SPLITS, BLOCK_N, DTYPE)  # fmt: skip
-        if (WIDTHS >> 5) & 1:
-            acc_KM = add_rows(acc_KM, x_M, col_M, data, table, firsts, places, expert, block, split,
-                              2, E, K, 4, 1, SPAN, SPLITS, BLOCK_N, DTYPE)  # fmt: skip
-        if (WIDTHS >> 4) & 1:
-            acc_KM = add_rows(acc_KM, x_M, col_M, data, table, firsts, places, expert, block, split,
-                              3, E, K, 4, 0, SPAN, SPLITS, BLOCK_N, DTYPE)  # fmt: skip
-        if (WIDTHS >> 3) & 1:
-            acc_KM = add_rows(acc_KM, x_M, col_M, data, table, firsts, places, expert, block, split,
-                              4, E, K, 2, 1, SPAN, SPLITS, BLOCK_N, DTYPE)  # fmt: skip
-        if (WIDTHS >> 2) & 1:
-            acc_KM = add_rows(acc_KM, x_M, col_M, data, table, firsts, places, expert, block, split,
-                              5, E, K, 2, 0, SPAN, SPLITS, BLOCK_N, DTYPE)  # fmt: skip
-        if (WIDTHS >> 1) & 1:
-            acc_KM = add_rows(acc_KM, x_M, col_M, data, table, firsts, places, expert, block, split,
-                              6, E, K, 1, 0, SPAN, SPLITS, BLOCK_N, DTYPE)  # fmt: skip
+        for slab in tl.static_range(7):
+            if (WIDTHS >> bits_of(slab)) & 1:
+                acc_KM = add_rows(acc_KM, x_M, col_M, data, table, firsts, places, expert, block, split,
+                                  slab, E, K, high_of(bits_of(slab)), low_of(bits_of(slab)), SPAN, SPLITS,
+                                  BLOCK_N, DTYPE)  # fmt: skip
         at_K = block * BLOCK + tl.arange(0, 128)
         where_KM = out + (split.to(tl.int64) * rows + choice_M)[None, :] * K + at_K[:, None]
         tl.store(where_KM, acc_KM.to(out.dtype.element_ty), mask=(at_K < K)[:, None] & col_M[None, :])
@@ -177,27 +178,11 @@ def dot_rows(
         sums_M = sums + x_row_M * (K // UNIT)
         out_M = out + choice_M.to(tl.int64) * out_columns
         left = tl.program_id(1)
-        if (WIDTHS >> 8) & 1:
-            left = dots_of_slab(left, x_M, sums_M, col_M, data, table, firsts, places, out_M, expert,
-                                0, E, K, 8, 0, SPAN, UNIT, BLOCK_N, BLOCK_M, DTYPE)  # fmt: skip
-        if (WIDTHS >> 6) & 1:
-            left = dots_of_slab(left, x_M, sums_M, col_M, data, table, firsts, places, out_M, expert,
-                                1, E, K, 4, 2, SPAN, UNIT, BLOCK_N, BLOCK_M, DTYPE)  # fmt: skip
-        if (WIDTHS >> 5) & 1:
-            left = dots_of_slab(left, x_M, sums_M, col_M, data, table, firsts, places, out_M, expert,
-                                2, E, K, 4, 1, SPAN, UNIT, BLOCK_N, BLOCK_M, DTYPE)  # fmt: skip
-        if (WIDTHS >> 4) & 1:
-            left = dots_of_slab(left, x_M, sums_M, col_M, data, table, firsts, places, out_M, expert,
-                                3, E, K, 4, 0, SPAN, UNIT, BLOCK_N, BLOCK_M, DTYPE)  # fmt: skip
-        if (WIDTHS >> 3) & 1:
-            left = dots_of_slab(left, x_M, sums_M, col_M, data, table, firsts, places, out_M, expert,
-                                4, E, K, 2, 1, SPAN, UNIT, BLOCK_N, BLOCK_M, DTYPE)  # fmt: skip
-        if (WIDTHS >> 2) & 1:
-            left = dots_of_slab(left, x_M, sums_M, col_M, data, table, firsts, places, out_M, expert,
-                                5, E, K, 2, 0, SPAN, UNIT, BLOCK_N, BLOCK_M, DTYPE)  # fmt: skip
-        if (WIDTHS >> 1) & 1:
-            left = dots_of_slab(left, x_M, sums_M, col_M, data, table, firsts, places, out_M, expert,
-                                6, E, K, 1, 0, SPAN, UNIT, BLOCK_N, BLOCK_M, DTYPE)  # fmt: skip
+        for slab in tl.static_range(7):
+            if (WIDTHS >> bits_of(slab)) & 1:
+                left = dots_of_slab(left, x_M, sums_M, col_M, data, table, firsts, places, out_M, expert,
+                                    slab, E, K, high_of(bits_of(slab)), low_of(bits_of(slab)), SPAN, UNIT,
+                                    BLOCK_N, BLOCK_M, DTYPE)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["E"])

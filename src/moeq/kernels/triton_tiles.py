@@ -25,6 +25,18 @@ INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.constexpr_function
+def high_of(bits):
+    """Width of the plane of the most significant bits of codes: the largest power of two that fits."""
+    return 8 if bits == 8 else 4 if bits >= 4 else 2 if bits >= 2 else 1
+
+
+@triton.constexpr_function
+def low_of(bits):
+    """Width of the other plane, or 0."""
+    return bits - high_of(bits)
+
+
+@triton.constexpr_function
 def offset_of(width, dtype):
     """What `floats` adds to every code."""
     if dtype == tl.float16:
@@ -231,32 +243,9 @@ def product(
 ):  # fmt: skip
     """`walk` for the width that the record has; WIDTHS has a bit set for each width that there can be."""
     bits = tl.load(facts + 4)
-    if (WIDTHS >> 1) & 1:
-        if bits == 1:
-            acc_NM = walk(acc_NM, data, facts, x_M, sums_M, row, row_N, col_M, first, last,
-                          K, 1, 0, SPAN, UNIT, MASKED, DTYPE)  # fmt: skip
-    if (WIDTHS >> 2) & 1:
-        if bits == 2:
-            acc_NM = walk(acc_NM, data, facts, x_M, sums_M, row, row_N, col_M, first, last,
-                          K, 2, 0, SPAN, UNIT, MASKED, DTYPE)  # fmt: skip
-    if (WIDTHS >> 3) & 1:
-        if bits == 3:
-            acc_NM = walk(acc_NM, data, facts, x_M, sums_M, row, row_N, col_M, first, last,
-                          K, 2, 1, SPAN, UNIT, MASKED, DTYPE)  # fmt: skip
-    if (WIDTHS >> 4) & 1:
-        if bits == 4:
-            acc_NM = walk(acc_NM, data, facts, x_M, sums_M, row, row_N, col_M, first, last,
-                          K, 4, 0, SPAN, UNIT, MASKED, DTYPE)  # fmt: skip
-    if (WIDTHS >> 5) & 1:
-        if bits == 5:
-            acc_NM = walk(acc_NM, data, facts, x_M, sums_M, row, row_N, col_M, first, last,
-                          K, 4, 1, SPAN, UNIT, MASKED, DTYPE)  # fmt: skip
-    if (WIDTHS >> 6) & 1:
-        if bits == 6:
-            acc_NM = walk(acc_NM, data, facts, x_M, sums_M, row, row_N, col_M, first, last,
-                          K, 4, 2, SPAN, UNIT, MASKED, DTYPE)  # fmt: skip
-    if (WIDTHS >> 8) & 1:
-        if bits == 8:
-            acc_NM = walk(acc_NM, data, facts, x_M, sums_M, row, row_N, col_M, first, last,
-                          K, 8, 0, SPAN, UNIT, MASKED, DTYPE)  # fmt: skip
+    for width in tl.static_range(1, 9):
+        if (WIDTHS >> width) & 1:
+            if bits == width:
+                acc_NM = walk(acc_NM, data, facts, x_M, sums_M, row, row_N, col_M, first, last,
+                              K, high_of(width), low_of(width), SPAN, UNIT, MASKED, DTYPE)  # fmt: skip
     return acc_NM
