@@ -68,9 +68,7 @@ def experts(
     module: nn.Module, layer: PackedLayer, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor | None:
     """As `reference.experts`; None for what the kernels do not do."""
-    if not serves(hidden_states, layer.data) or (torch.is_grad_enabled() and top_k_weights.requires_grad):
-        return None
-    if layer.table is None:
+    if layer.table is None or not serves(hidden_states, layer.data, top_k_weights):
         return None
     few = _is_few(top_k_index, layer)
     if few and top_k_weights.dtype in native.DTYPES and _is_plain(module, layer):
@@ -86,11 +84,11 @@ def experts(
     return answer.to(dtype)
 
 
-def serves(x: Tensor, data: Tensor) -> bool:
-    """Whether a call is one for these kernels; says once if it would be with a compiler."""
+def serves(x: Tensor, data: Tensor, *others: Tensor) -> bool:
+    """Whether a call is one for these kernels, and nobody asks for a gradient; says once if a compiler is missing."""
     if x.device.type != "cpu" or data.device.type != "cpu" or x.dtype not in native.DTYPES:
         return False
-    if torch.is_grad_enabled() and x.requires_grad:
+    if torch.is_grad_enabled() and (x.requires_grad or any(other.requires_grad for other in others)):
         return False
     if not native.available():
         native.warn_missing()

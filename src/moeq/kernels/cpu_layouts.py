@@ -74,9 +74,7 @@ def spectral_experts(
 ) -> Tensor | None:
     """As `moeq.kernels.spectral.experts`; None for what the kernels do not do."""
     tables = layer.tables
-    if tables is None or len(layer.entries) < 3 or not cpu.serves(hidden_states, layer.data):
-        return None
-    if torch.is_grad_enabled() and top_k_weights.requires_grad:
+    if tables is None or len(layer.entries) < 3 or not cpu.serves(hidden_states, layer.data, top_k_weights):
         return None
     inner = layer.shape.inner
     if not _is_fused(module, inner, hidden_states, top_k_weights):
@@ -105,9 +103,7 @@ def tiled_experts(
     residual = layer.residual
     if residual.table is None or layer.side_data is None or layer.tiles is None:
         return None
-    if not cpu.serves(hidden_states, residual.data) or not layer.side_data.is_contiguous():
-        return None
-    if torch.is_grad_enabled() and top_k_weights.requires_grad:
+    if not cpu.serves(hidden_states, residual.data, top_k_weights) or not layer.side_data.is_contiguous():
         return None
     forms = [sides.form for sides in layer.sides.values()]
     if all(form.rank == 0 and form.orders == "none" for form in forms):  # a grouped layer

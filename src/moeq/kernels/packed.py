@@ -54,18 +54,14 @@ def kernel_facts(
     )
 
 
-def current_facts(
-    known: KernelFacts | None, data: Tensor, entries: Entries, shapes: Sequence[tuple[int, int]]
-) -> KernelFacts | None:
-    """The facts of bytes where they are now, made again only after a move.
+def device_facts(data: Tensor, entries: Entries, shapes: Sequence[tuple[int, int]]) -> KernelFacts | None:
+    """The facts of bytes where they are now.
 
     None on a CPU, whose kernels read the table on disk, and where there are codebooks, which have kernels on CPUs only.
     """
-    if data.device.type == "cpu":
+    if data.device.type == "cpu" or has_codebooks(entries):
         return None
-    if known is not None and known.table.device == data.device:
-        return known
-    return None if has_codebooks(entries) else kernel_facts(entries, shapes, data.device)
+    return kernel_facts(entries, shapes, data.device)
 
 
 def has_codebooks(entries: Entries) -> bool:

@@ -11,7 +11,7 @@ from moeq.format.packing import decode_matrix
 from moeq.format.spectral import SpectralShape
 from moeq.format.tiled import TileEntry, build_tile_table, read_sides, views
 from moeq.kernels import dispatch
-from moeq.kernels.packed import KernelFacts, PackedLayer, PackedMatrix, current_facts
+from moeq.kernels.packed import PackedLayer, PackedMatrix, device_facts
 from moeq.kernels.rows import side_facts
 from moeq.kernels.spectral import SpectralLayer, spectral_tables
 from moeq.kernels.tiled import TiledLayer
@@ -32,7 +32,6 @@ class PackedExperts(nn.Module):
         self.entries: Entries = ()
         self.exact: bool | None = None
         self._table: Tensor | None = None
-        self._facts: KernelFacts | None = None
         self._layer: PackedLayer | None = None
         self.register_buffer("data", None, persistent=False)
 
@@ -40,27 +39,24 @@ class PackedExperts(nn.Module):
         """Take the layer's blob (uint8) and what its table says."""
         self.data = data
         self.entries = entries
-        self._layer = None
         self._table = blob.table_of(entries)
         # Now, not in the first call: that may be a graph's, whose memory does not last.
-        self._facts = current_facts(None, data, entries, list(self.shapes.values()))
+        self._layer = self._made(data)
 
     @property
     def layer(self) -> PackedLayer:
         """The packed weights, as views."""
         assert self.data is not None, "used before loading"
         known = self._layer
-        if known is None or known.data is not self.data or known.exact != self.exact:  # first use, or moved
-            self._facts = current_facts(self._facts, self.data, self.entries, list(self.shapes.values()))
-            known = self._layer = PackedLayer(
-                data=self.data,
-                entries=self.entries,
-                shapes=self.shapes,
-                table=self._table,
-                exact=self.exact,
-                facts=self._facts,
-            )
+        if known is None or known.data is not self.data or known.exact != self.exact:
+            known = self._layer = self._made(self.data)
         return known
+
+    def _made(self, data: Tensor) -> PackedLayer:
+        facts = device_facts(data, self.entries, list(self.shapes.values()))
+        return PackedLayer(
+            data=data, entries=self.entries, shapes=self.shapes, table=self._table, exact=self.exact, facts=facts
+        )
 
     def weights(self, expert: int, projection: str) -> Tensor:
         """What the bytes of one matrix decode to, (N, K) float32 on the CPU."""
@@ -158,12 +154,12 @@ class TiledExperts(nn.Module):
         assert self.side_data is not None
         known = None if self._layer is None else self._layer.residual
         if self._layer is None or known is None or known.data is not self.data or known.exact != self.exact:
-            # First use, or moved since it was last used.
+            # Changed since it was last used.
             self._layer = self._made(self.data, self.side_data)
         return self._layer
 
     def _made(self, data: Tensor, side_data: Tensor) -> TiledLayer:
-        facts = current_facts(None, data, self.entries, list(self.shapes.values()))
+        facts = device_facts(data, self.entries, list(self.shapes.values()))
         residual = PackedLayer(
             data=data,
             entries=self.entries,
@@ -210,7 +206,6 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
         self.spec: QuantSpec | None = None
         self.exact: bool | None = None
-        self._facts: KernelFacts | None = None
         self._matrix: PackedMatrix | None = None
         self.register_buffer("data", None, persistent=False)
 
@@ -218,8 +213,7 @@ class PackedLinear(nn.Module):
         """Take the matrix record (uint8) and its spec."""
         self.data = data
         self.spec = spec
-        self._matrix = None
-        self._facts = current_facts(None, data, (((0, spec),),), [(self.out_features, self.in_features)])
+        self._matrix = self._made(data, spec)  # with the facts, see `PackedExperts.bind`
 
     @property
     def matrix(self) -> PackedMatrix:
@@ -227,13 +221,14 @@ class PackedLinear(nn.Module):
         assert self.data is not None, "used before loading"
         assert self.spec is not None
         known = self._matrix
-        if known is None or known.record is not self.data or known.exact != self.exact:  # first use, or moved
-            shape = self.out_features, self.in_features
-            self._facts = current_facts(self._facts, self.data, (((0, self.spec),),), [shape])
-            known = self._matrix = PackedMatrix(
-                record=self.data, spec=self.spec, shape=shape, exact=self.exact, facts=self._facts
-            )
+        if known is None or known.record is not self.data or known.exact != self.exact:
+            known = self._matrix = self._made(self.data, self.spec)
         return known
+
+    def _made(self, data: Tensor, spec: QuantSpec) -> PackedMatrix:
+        shape = self.out_features, self.in_features
+        facts = device_facts(data, (((0, spec),),), [shape])
+        return PackedMatrix(record=data, spec=spec, shape=shape, exact=self.exact, facts=facts)
 
     @property
     def weight(self) -> Tensor:
