@@ -42,7 +42,7 @@ struct LinearTask {
   }
 
   void operator()() {
-    for (int64_t t; (t = loading.take()) < job.tokens; loaded.done()) load(kernels, run, job.x, job.dtype, x, t);
+    for (int64_t t; (t = loading.take()) < job.tokens; loaded.done()) load(kernels, job.x, job.dtype, x, t);
     loaded.wait_for(job.tokens);
     const int64_t rows = job.matrix.rows;
     for (int64_t piece; (piece = multiplying.take()) < num_pieces(rows, each);) {
@@ -132,7 +132,7 @@ struct ExpertsTask {
   }
 
   void operator()() {
-    for (int64_t t; (t = loading.take()) < job.tokens; loaded.done()) load(kernels, run, job.x, job.dtype, x, t);
+    for (int64_t t; (t = loading.take()) < job.tokens; loaded.done()) load(kernels, job.x, job.dtype, x, t);
     loaded.wait_for(job.tokens);
     const int64_t pieces = (int64_t)matrices.size() * num_pieces(job.inner, gate_rows);
     for (int64_t piece; (piece = gating.take()) < pieces;) gate(piece);

@@ -257,7 +257,7 @@ struct SpectralTask {
 
   void operator()() {
     const int64_t experts = (int64_t)routing.chosen.size();
-    loading.run(job.tokens, [this](int64_t t) { load(kernels, run, job.x, job.dtype, x, t); });
+    loading.run(job.tokens, [this](int64_t t) { load(kernels, job.x, job.dtype, x, t); });
     projecting.run(num_pieces(width, basis_rows) * (joint ? 1 : 2), [this](int64_t piece) { project(piece); });
     picking.run(2 * experts, [this](int64_t piece) { choose(piece); });
     gating.run(experts * num_pieces(job.inner, gate_columns), [this](int64_t piece) { open(piece); });

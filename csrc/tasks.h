@@ -130,10 +130,9 @@ void on_threads(int threads, Task& task) {
 inline size_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 // Takes a vector in its dtype and prepares it for the kernels.
-inline void load(const Kernels& kernels, const Run& run, const void* from, Dtype dtype, const Vectors& to, int64_t i) {
+inline void load(const Kernels& kernels, const void* from, Dtype dtype, const Vectors& to, int64_t i) {
   kernels.to_float((const char*)from + (size_t)(i * to.columns()) * size_of(dtype), dtype, to.x(i), to.columns());
   kernels.quantize(to[i], to.columns());
-  (void)run;
 }
 
 inline int64_t aligned(int64_t size) { return (size + 63) / 64 * 64; }

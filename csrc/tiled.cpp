@@ -325,7 +325,7 @@ struct TiledTask {
   void operator()() {
     const int64_t pieces = num_pieces(rank, kFactorRows);
     const auto size = [](const auto& list) { return (int64_t)list.size(); };
-    loading.run(job.tokens, [this](int64_t t) { load(kernels, run, job.x, job.dtype, x, t); });
+    loading.run(job.tokens, [this](int64_t t) { load(kernels, job.x, job.dtype, x, t); });
     forming.run(size(forms), [this](int64_t i) { make(forms[(size_t)i], made, i); });
     entering.run(size(factors) * pieces, [this](int64_t piece) { enter_factor(factors, piece); });
     gating.run(size(routing.chosen) * num_pieces(job.inner, gate_rows), [this](int64_t piece) { open(piece); });
