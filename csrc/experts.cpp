@@ -25,7 +25,8 @@ struct LinearTask {
   std::vector<const Activations*> in;
   std::vector<float*> out;
   int64_t each;
-  Counter loading, loaded, multiplying;
+  Phase loading;
+  Counter multiplying;
 
   LinearTask(const LinearJob& job, const Run& run)
       : job(job),
@@ -42,8 +43,7 @@ struct LinearTask {
   }
 
   void operator()() {
-    for (int64_t t; (t = loading.take()) < job.tokens; loaded.done()) load(kernels, job.x, job.dtype, x, t);
-    loaded.wait_for(job.tokens);
+    loading.run(job.tokens, [this](int64_t t) { load(kernels, job.x, job.dtype, x, t); });
     const int64_t rows = job.matrix.rows;
     for (int64_t piece; (piece = multiplying.take()) < num_pieces(rows, each);) {
       const int64_t first = piece * each, last = std::min(first + each, rows);
@@ -73,7 +73,8 @@ struct ExpertsTask {
   std::vector<float*> gate_out, up_out, down_out;
   std::unique_ptr<Counter[]> left;  // pieces of each expert that are done
   int64_t gate_rows, down_rows;
-  Counter loading, loaded, gating, gated, adding;
+  Phase loading;
+  Counter gating, gated, adding;
 
   ExpertsTask(const ExpertsJob& job, const Run& run)
       : job(job), run(run), kernels(kernels_of(run.isa)), routing(route(kernels, job)), x(job.tokens, job.hidden) {
@@ -125,15 +126,11 @@ struct ExpertsTask {
         kernels.add_scaled(down_out[i] + first, routing.choices[i].weight, sum->floats() + routing.choices[i].token * job.hidden + first,
                            last - first);
     }
-    for (int64_t t = 0; t < job.tokens; t++) {
-      const int64_t at = t * job.hidden + first;
-      kernels.from_float(sum->floats() + at, job.dtype, (char*)job.y + (size_t)at * size_of(job.dtype), last - first);
-    }
+    write_answers(kernels, job, sum->floats(), first, last);
   }
 
   void operator()() {
-    for (int64_t t; (t = loading.take()) < job.tokens; loaded.done()) load(kernels, job.x, job.dtype, x, t);
-    loaded.wait_for(job.tokens);
+    loading.run(job.tokens, [this](int64_t t) { load(kernels, job.x, job.dtype, x, t); });
     const int64_t pieces = (int64_t)matrices.size() * num_pieces(job.inner, gate_rows);
     for (int64_t piece; (piece = gating.take()) < pieces;) gate(piece);
     gated.wait_for((int64_t)matrices.size());

@@ -249,10 +249,7 @@ struct SpectralTask {
       std::fill(out.back() + first, out.back() + last, 0.0f);
     }
     if (down.rank()) down.map_back(kernels, run.exact, first, last, a.data(), out.data(), job.tokens);
-    for (int64_t t = 0; t < job.tokens; t++) {
-      const int64_t at = t * job.hidden + first;
-      kernels.from_float(y.floats() + at, job.dtype, (char*)job.y + (size_t)at * size_of(job.dtype), last - first);
-    }
+    write_answers(kernels, job, y.floats(), first, last);
   }
 
   void operator()() {

@@ -135,6 +135,14 @@ inline void load(const Kernels& kernels, const void* from, Dtype dtype, const Ve
   kernels.quantize(to[i], to.columns());
 }
 
+// Writes columns first .. last - 1 of all tokens' answers, tokens x hidden, in the dtype that is wanted.
+inline void write_answers(const Kernels& kernels, const ExpertsJob& job, const float* y, int64_t first, int64_t last) {
+  for (int64_t t = 0; t < job.tokens; t++) {
+    const int64_t at = t * job.hidden + first;
+    kernels.from_float(y + at, job.dtype, (char*)job.y + (size_t)at * size_of(job.dtype), last - first);
+  }
+}
+
 inline int64_t aligned(int64_t size) { return (size + 63) / 64 * 64; }
 
 inline int64_t plane_bytes(int64_t rows, int64_t columns, int width) {

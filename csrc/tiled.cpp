@@ -316,10 +316,7 @@ struct TiledTask {
       const Matrix factor = rows_of(column.side->out, column.at * column.side->rank, column.side->rank);
       combination(kernels, run.exact, factor, first, last, a.data(), to.data(), (int64_t)to.size());
     }
-    for (int64_t t = 0; t < job.tokens; t++) {
-      const int64_t at = t * job.hidden + first;
-      kernels.from_float(y.floats() + at, job.dtype, (char*)job.y + (size_t)at * size_of(job.dtype), last - first);
-    }
+    write_answers(kernels, job, y.floats(), first, last);
   }
 
   void operator()() {
