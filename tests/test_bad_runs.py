@@ -234,7 +234,13 @@ def test_ctrl_c_on_the_command_line(demo_dir: Path, calibration_text: Path, tmp_
     # Without data the run would be over before the signal arrives.
     words = ["quantize", str(demo_dir), str(out), "--bits", "3.7", "--quantizer", "gptq", "--device", "cpu"]
     words += ["--calibration", str(calibration_text), "--nsamples", "32", "--seqlen", "128"]
-    with subprocess.Popen([sys.executable, "-m", "moeq.cli", *words], stderr=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(
+        [sys.executable, "-m", "moeq.cli", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Shells start what runs in the background deaf to this signal, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    ) as run:
         journal = partial_of(out) / JOURNAL_NAME
         while run.poll() is None and not (journal.exists() and json.loads(journal.read_bytes())["finished"]):
             time.sleep(0.01)
