@@ -135,8 +135,10 @@ def multiply_rows(
         split = tl.program_id(2)
         first = split * SHARE
         last = tl.minimum(first + SHARE, BLOCKS)
+        # Two calls of `zeros`: Triton carries a name through a loop only if the loop changes its value, and names that
+        # begin as one value look unchanged where one of them is assigned the other.
         gate_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        acc_NM = gate_NM
+        acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for matrix in tl.range(2 if GATED else 1):  # one loop, not two copies: it halves the time to compile
             gate_NM = acc_NM
             acc_NM = product(
