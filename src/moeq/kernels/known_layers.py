@@ -23,9 +23,11 @@ from moeq.kernels.tiled import TiledLayer
 from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, VECTORS, WHOLE_ROW, QuantSpec, sections, stored_bytes
 from moeq.tiling import FACTOR, INDEX_BYTES, TileForm, side_sections
 
-HIDDEN: Final = 264
-INNER: Final = 72
-"""Both are ragged: two blocks of 128 and 8 columns, and less than a block."""
+HIDDEN: Final = 244
+INNER: Final = 104
+"""Both are ragged, with more than half a block of 128 behind the last whole one: vectors reach into it."""
+ODD_WIDTHS: Final = (8, 32, 60, 72, 128, 264)
+"""Inputs of linears beside `HIDDEN`: all lengths of what is left behind whole vectors, and none."""
 TOKENS: Final = 33
 """So many that kernels choose another tile, or decode first, than for few."""
 TOP_K: Final = 2
@@ -64,11 +66,11 @@ class Calls:
     weights_Tk: Tensor
 
 
-def calls(num_experts: int) -> Calls:
-    """Inputs of `TOKENS` tokens, for a layer of this many experts."""
+def calls(num_experts: int, width: int = HIDDEN) -> Calls:
+    """Inputs of `TOKENS` tokens of a width, for a layer of this many experts."""
     generator = _generator(num_experts)
     # So large that gates lie where SiLU is curved.
-    x_TH = (4 * torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float32)).bfloat16().float()
+    x_TH = (4 * torch.randn(TOKENS, width, generator=generator, dtype=torch.float32)).bfloat16().float()
     index_Tk = (torch.arange(TOKENS).unsqueeze(1) + torch.tensor([0, 1])) % num_experts
     index_Tk[1, 1] = num_experts
     weights_Tk = torch.rand(TOKENS, TOP_K, generator=generator, dtype=torch.float32) + 0.1
@@ -76,27 +78,30 @@ def calls(num_experts: int) -> Calls:
 
 
 def matrices() -> dict[str, PackedMatrix]:
-    """Matrices of every width, level set and group size."""
+    """Matrices of every width, level set and group size, and of many lengths of rows."""
     generator = _generator(1)
     found = {}
     for at, bits in enumerate(BITS):
         # Powers of two and the others meet all level sets and group sizes in turn.
         spec = QuantSpec(bits=bits, group_size=GROUP_SIZES[(at + 2) % 4], levels=SCALAR_LEVELS[at % 4])
-        shape = 40, HIDDEN
-        record = _record(spec, shape, generator)
         group = "whole rows" if spec.group_size == WHOLE_ROW else f"groups of {spec.group_size}"
-        found[f"{bits} bits {spec.levels} in {group}"] = PackedMatrix(record=record, spec=spec, shape=shape)
+        for columns in (HIDDEN, ODD_WIDTHS[at % len(ODD_WIDTHS)]):
+            shape = 40, columns
+            name = f"{bits} bits {spec.levels} in {group} of {columns} inputs"
+            found[name] = PackedMatrix(record=_record(spec, shape, generator), spec=spec, shape=shape)
     return found
 
 
 def codebook_matrices() -> dict[str, PackedMatrix]:
-    """Matrices of every kind of codebook, with more than one block down and across."""
+    """Matrices of every kind of codebook, one with more than one block down, and of many lengths of rows."""
     generator = _generator(2)
     found = {}
     for bits in VECTORS:
-        spec, shape = _codebook_spec(bits), (264, HIDDEN)
-        record = _record(spec, shape, generator)
-        found[f"codebooks of {bits} bits"] = PackedMatrix(record=record, spec=spec, shape=shape)
+        spec = _codebook_spec(bits)
+        for at, columns in enumerate((*ODD_WIDTHS, HIDDEN)):
+            shape = 264 if at == len(ODD_WIDTHS) else 40, columns
+            name = f"codebooks of {bits} bits of {columns} inputs"
+            found[name] = PackedMatrix(record=_record(spec, shape, generator), spec=spec, shape=shape)
     return found
 
 
@@ -121,10 +126,11 @@ def tiled_layers() -> dict[str, TiledLayer]:
     layers = grouped_layers()
     usual = TileForm(rank=8, rows=2, columns=4)
     none = TileForm(rank=0, rows=2, columns=4)
-    full = TileForm(rank=4, rows=2, columns=2, scales="expert", orders="tile", block=64, plain=8)
+    full = TileForm(rank=4, rows=2, columns=2, scales="expert", orders="tile", block=32, plain=HIDDEN % 32)
+    inner = replace(full, plain=INNER % 32)
     return {
         "factors": _tiled(layers["mixed groups"], {"gate": usual, "up": usual, "down": none}),
-        "factors and rotation": _tiled(layers["groups of 128"], dict.fromkeys(("gate", "up", "down"), full)),
+        "factors and rotation": _tiled(layers["groups of 128"], {"gate": full, "up": full, "down": inner}),
     }
 
 

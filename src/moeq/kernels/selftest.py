@@ -17,7 +17,7 @@ from functools import cache, partial
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeq import native
 from moeq.format import blob, packing
@@ -43,10 +43,13 @@ PATHS: Final = ("native", "triton")
 SUBJECTS: Final = ("decode", "linear", "grouped", "spectral", "tiled", "codebooks")
 """What is tested on its own. "decode" is weights from bytes, which all of the native path builds on."""
 EXACT: Final = 1e-4
-"""Most that an answer in float32 may be off: a thousand roundings, a thousandth of what a wrong code costs."""
+"""Most that an answer in float32 may be off: hundreds of its roundings."""
+SAME_ROUNDING: Final = 1e-2
+"""If the reference rounds activations to 8 bits as well: those few may differ that lie between two codes."""
 ROUNDED: Final = 6e-2
-"""Most that an answer may be off whose activations are rounded to 8 bits, or that is computed in bfloat16: about twice
-what is found."""
+"""If it does not, or if answers are computed in bfloat16: about twice what is found."""
+RUN: Final = 128
+"""Activations that share a scale of 8 bits."""
 FEW: Final = (1, 5)
 """Tokens of the calls of few; calls of many have `known_layers.TOKENS`."""
 COMPILED_WIDTHS: Final = (4, 6, 8)
@@ -201,21 +204,54 @@ def _cases(path: str, subject: str, device: torch.device) -> Iterator[_Case]:
         yield from _grouped_cases(path, known_layers.codebook_layers(), device)
 
 
-def _ways(path: str, layer: str) -> Iterator[tuple[str, torch.dtype, bool | None, float]]:
-    """(name, dtype, exact, tolerance) of the calls to try: on CPUs with activations as they are, and rounded."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Way:
+    """One way to call a layer.
+
+    Attributes:
+        name: what is special about it.
+        dtype: of the inputs.
+        exact: as in `PackedLayer`.
+        rounds: whether activations are rounded to 8 bits.
+        counts: numbers of tokens.
+    """
+
+    name: str
+    dtype: torch.dtype
+    exact: bool | None
+    rounds: bool
+    counts: tuple[int, ...]
+
+    def tolerance(self, alike: bool) -> float:
+        """Most that answers may be off; `alike` if the reference rounds what the path rounds."""
+        if self.rounds:
+            return SAME_ROUNDING if alike else ROUNDED
+        return EXACT if self.dtype == torch.float32 else ROUNDED
+
+
+def _ways(path: str, position: int, *, many: bool = True) -> tuple[_Way, ...]:
+    """The calls of the layer at a position; few or many tokens in turn where every layer costs a compilation."""
+    more = (known_layers.TOKENS,) if many else ()
     if path == "triton":
-        yield layer, torch.bfloat16, None, ROUNDED
-        return
-    yield f"{layer}, float32", torch.float32, True, EXACT
-    yield f"{layer}, float32 in 8 bits", torch.float32, False, ROUNDED
-    yield f"{layer}, bfloat16", torch.bfloat16, None, ROUNDED
+        counts = FEW if position % 2 == 0 else (known_layers.TOKENS,)
+        return (_Way(name="bfloat16", dtype=torch.bfloat16, exact=None, rounds=False, counts=counts),)
+    return (
+        _Way(name="float32", dtype=torch.float32, exact=True, rounds=False, counts=(*FEW, *more)),
+        _Way(name="float32 in 8 bits", dtype=torch.float32, exact=False, rounds=True, counts=FEW),
+        _Way(name="bfloat16 in 8 bits", dtype=torch.bfloat16, exact=None, rounds=True, counts=FEW),
+        _Way(name="bfloat16", dtype=torch.bfloat16, exact=None, rounds=False, counts=more),
+    )
 
 
-def _counts(path: str, position: int) -> tuple[int, ...]:
-    """Tokens of the calls of the layer at a position: all, or few and many in turn where each costs a compilation."""
-    if path == "native":
-        return *FEW, known_layers.TOKENS
-    return FEW if position % 2 == 0 else (known_layers.TOKENS,)
+def _rounded(x_SK: Tensor) -> Tensor:
+    """What kernels for CPUs make of activations: 8 bits, in runs that share a scale."""
+    runs = nn.functional.pad(x_SK, (0, -x_SK.shape[1] % RUN)).view(len(x_SK), -1, RUN)
+    top = runs.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((runs * (127 / top)).round() * (top / 127)).view(len(x_SK), -1)[:, : x_SK.shape[1]]
+
+
+def _rounded_linear(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
+    return reference.linear(_rounded(x_SK), matrix)
 
 
 def _decode_cases() -> Iterator[_Case]:
@@ -232,45 +268,54 @@ def _decode_cases() -> Iterator[_Case]:
 
 
 def _linear_cases(path: str, matrices: dict[str, PackedMatrix], device: torch.device) -> Iterator[_Case]:
-    x_TH = known_layers.calls(3).x_TH
     if path == "triton":
         matrices = {name: each for name, each in matrices.items() if each.spec.bits in COMPILED_WIDTHS}
     for position, (layer, matrix) in enumerate(matrices.items()):
-        wanted_TN = reference.linear(x_TH.double(), matrix)
+        x_SK = known_layers.calls(3, matrix.shape[1]).x_TH
         facts = _facts((((0, matrix.spec),),), [matrix.shape], device) if path == "triton" else None
         there = replace(matrix, record=matrix.record.to(device), facts=facts)
-
-        def answer(exact: bool | None, x_SK: Tensor, there: PackedMatrix = there) -> Tensor | None:
-            return gpu.run_linear(x_SK, there) if path == "triton" else cpu.linear(x_SK, replace(there, exact=exact))
-
-        for name, dtype, exact, tolerance in _ways(path, layer):
-            for count in _counts(path, position):
+        for way in _ways(path, position):
+            wanted_SN = (_rounded_linear if way.rounds else reference.linear)(x_SK.double(), matrix)
+            for count in way.counts:
+                x = x_SK[:count].to(device, way.dtype)
+                kernel = gpu.run_linear if path == "triton" else cpu.linear
                 yield _Case(
-                    name=f"{name}, {count} tokens",
-                    answer=partial(answer, exact, x_TH[:count].to(device, dtype)),
-                    wanted=wanted_TN[:count],
-                    tolerance=tolerance,
+                    name=f"{layer}, {way.name}, {count} tokens",
+                    answer=partial(kernel, x, replace(there, exact=way.exact)),
+                    wanted=wanted_SN[:count],
+                    tolerance=way.tolerance(alike=True),
                 )
 
 
-Answer = Callable[[bool | None, Tensor, Tensor, Tensor], Tensor | None]
-"""(exact, x, choices, weights) -> what a path answers."""
+Experts = Callable[[Tensor, Tensor, Tensor], Tensor | None]
+"""(x, choices, weights) -> the answer of a layer."""
 
 
-def _routed_cases(
-    path: str, layer: str, call: known_layers.Calls, wanted_TH: Tensor, device: torch.device, answer: Answer,
-    counts: tuple[int, ...],
+def _expert_cases(
+    name: str, call: known_layers.Calls, device: torch.device, ways: tuple[_Way, ...],
+    kernel: Callable[[bool | None], Experts], wanted: Callable[[bool], tuple[Tensor, bool]],
 ) -> Iterator[_Case]:  # fmt: skip
-    """The calls of a layer of experts."""
-    for name, dtype, exact, tolerance in _ways(path, layer):
-        for count in counts:
-            x_TH = call.x_TH[:count].to(device, dtype)
-            index_Tk, weights_Tk = call.index_Tk[:count].to(device), call.weights_Tk[:count].to(device)
+    """The calls of a layer of experts.
+
+    Args:
+        name: of the layer.
+        call: its inputs.
+        device: where the kernels are.
+        ways: to call it.
+        kernel: exact -> what is tested.
+        wanted: (activations are rounded) -> the reference's answers to all tokens, and whether it rounds as well.
+    """
+    answers = {rounds: wanted(rounds) for rounds in {way.rounds for way in ways}}
+    for way in ways:
+        wanted_TH, alike = answers[way.rounds]
+        for count in way.counts:
+            x_TH = call.x_TH[:count].to(device, way.dtype)
+            routed = call.index_Tk[:count].to(device), call.weights_Tk[:count].to(device)
             yield _Case(
-                name=f"{name}, {count} tokens",
-                answer=partial(answer, exact, x_TH, index_Tk, weights_Tk),
+                name=f"{name}, {way.name}, {count} tokens",
+                answer=partial(kernel(way.exact), x_TH, *routed),
                 wanted=wanted_TH[:count],
-                tolerance=tolerance,
+                tolerance=way.tolerance(alike),
             )
 
 
@@ -278,21 +323,20 @@ def _grouped_cases(path: str, layers: dict[str, PackedLayer], device: torch.devi
     module = known_layers.Gated()
     for position, (name, layer) in enumerate(layers.items()):
         call = known_layers.calls(layer.num_experts)
-        wanted_TH = reference.experts(module, layer, call.x_TH.double(), call.index_Tk, call.weights_Tk)
+        inputs = call.x_TH.double(), call.index_Tk, call.weights_Tk
         there = _ready(path, layer, device)
 
-        def answer(
-            exact: bool | None,
-            x: Tensor,
-            index: Tensor,
-            weights: Tensor,
-            there: PackedLayer = there,
-        ) -> Tensor | None:
-            if path == "triton":
-                return gpu.run_experts(module, there, x, index, weights)
-            return cpu.experts(module, replace(there, exact=exact), x, index, weights)
+        def kernel(exact: bool | None, there: PackedLayer = there) -> Experts:
+            run = gpu.run_experts if path == "triton" else cpu.experts
+            return partial(run, module, replace(there, exact=exact))
 
-        yield from _routed_cases(path, name, call, wanted_TH, device, answer, _counts(path, position))
+        def wanted(
+            rounds: bool, layer: PackedLayer = layer, inputs: tuple[Tensor, Tensor, Tensor] = inputs
+        ) -> tuple[Tensor, bool]:
+            linear = _rounded_linear if rounds else reference.linear
+            return reference.experts(module, layer, *inputs, linear=linear), True
+
+        yield from _expert_cases(name, call, device, _ways(path, position), kernel, wanted)
 
 
 def _spectral_cases(path: str, device: torch.device) -> Iterator[_Case]:
@@ -306,37 +350,40 @@ def _spectral_cases(path: str, device: torch.device) -> Iterator[_Case]:
         else:
             there = replace(layer, tables=spectral.spectral_tables(layer))
 
-        def answer(
-            exact: bool | None, x: Tensor, index: Tensor, weights: Tensor, there: SpectralLayer = there
-        ) -> Tensor | None:
-            if path == "triton":
-                return gpu_spectral.run_experts(module, there, x, index, weights)
-            return cpu_layouts.spectral_experts(module, replace(there, exact=exact), x, index, weights)
+        def kernel(exact: bool | None, there: SpectralLayer = there) -> Experts:
+            run = gpu_spectral.run_experts if path == "triton" else cpu_layouts.spectral_experts
+            return partial(run, module, replace(there, exact=exact))
+
+        def wanted(rounds: bool, wanted_TH: Tensor = wanted_TH) -> tuple[Tensor, bool]:
+            return wanted_TH, not rounds  # what kernels round is not only activations
 
         # Many tokens are left to the reference on CPUs.
-        counts = _counts(path, position) if path == "triton" else FEW
-        yield from _routed_cases(path, name, call, wanted_TH, device, answer, counts)
+        ways = _ways(path, position, many=path == "triton")
+        yield from _expert_cases(name, call, device, ways, kernel, wanted)
 
 
 def _tiled_cases(path: str, device: torch.device) -> Iterator[_Case]:
     module = known_layers.Gated()
     for position, (name, layer) in enumerate(known_layers.tiled_layers().items()):
         call = known_layers.calls(layer.residual.num_experts)
-        wanted_TH = tiled.experts(module, layer, call.x_TH.double(), call.index_Tk, call.weights_Tk)
+        inputs = call.x_TH.double(), call.index_Tk, call.weights_Tk
         there = known_layers.on(layer, device)
         there = replace(there, residual=_ready(path, there.residual, device))
         if path == "triton":
             there = replace(there, facts={side: rows.side_facts(sides) for side, sides in there.sides.items()})
 
-        def answer(
-            exact: bool | None, x: Tensor, index: Tensor, weights: Tensor, there: TiledLayer = there
-        ) -> Tensor | None:
-            if path == "triton":
-                return gpu_tiled.run_experts(module, there, x, index, weights)
-            residual = replace(there.residual, exact=exact)
-            return cpu_layouts.tiled_experts(module, replace(there, residual=residual), x, index, weights)
+        def kernel(exact: bool | None, there: TiledLayer = there) -> Experts:
+            run = gpu_tiled.run_experts if path == "triton" else cpu_layouts.tiled_experts
+            return partial(run, module, replace(there, residual=replace(there.residual, exact=exact)))
 
-        yield from _routed_cases(path, name, call, wanted_TH, device, answer, _counts(path, position))
+        def wanted(
+            rounds: bool, layer: TiledLayer = layer, inputs: tuple[Tensor, Tensor, Tensor] = inputs
+        ) -> tuple[Tensor, bool]:
+            # Inputs of the factors are rounded by the kernels, not by the reference.
+            linear = _rounded_linear if rounds else reference.linear
+            return tiled.experts(module, layer, *inputs, linear=linear), not rounds
+
+        yield from _expert_cases(name, call, device, _ways(path, position), kernel, wanted)
 
 
 def _ready(path: str, layer: PackedLayer, device: torch.device) -> PackedLayer:
