@@ -92,7 +92,7 @@ def rotate(
     size = min(1024, power_of_two(inputs))
     kernels.permute[(rows, -(-inputs // size))](
         x_RI, index, orders if owner_E is None else owner_E, orders, out, 0 if owner_E is None else len(owner_E),
-        OWNED=owner_E is not None, PER_ROW=rows // len(x_RI), K=inputs, BLOCK_K=size,
+        OWNED=owner_E is not None, PER_ROW=rows // len(x_RI), K=inputs, BLOCK_K=size, enable_fp_fusion=True,
     )  # fmt: skip
     if block > 1 and plain < inputs:
         mixed = out[:, plain:].reshape(-1, block)
