@@ -22,13 +22,22 @@ class KernelFacts:
 
     Attributes:
         table: one line for each record, int64, (E, P, len(KERNEL_COLUMNS)), on the device of the bytes.
-        widths: for each projection, a bit 1 << b for each width b that its records have.
+        widths: for each projection, a bit for each kind of record that there is, see `kind_of`.
         spans: for each projection, inputs that share a scale in all of its records, at most 128.
     """
 
     table: Tensor
     widths: tuple[int, ...]
     spans: tuple[int, ...]
+
+    def widths_of(self, position: int, *, gated: bool) -> int:
+        """The kinds of a projection, or of it and the next if `gated`."""
+        return self.widths[position] | (self.widths[position + 1] if gated else 0)
+
+
+def kind_of(spec: QuantSpec) -> int:
+    """The bit of a kind of record that kernels on a device have code for: its width, 16 more for codebooks."""
+    return 1 << spec.bits + (0 if spec.codebooks is None else 16)
 
 
 def kernel_facts(
@@ -49,7 +58,7 @@ def kernel_facts(
     specs = [{expert[position][1] for expert in entries} for position in range(len(shapes))]
     return KernelFacts(
         table=table,
-        widths=tuple(sum({1 << spec.bits for spec in each}) for each in specs),
+        widths=tuple(sum({kind_of(spec) for spec in each}) for each in specs),
         spans=tuple(min(BLOCK if spec.group_size == WHOLE_ROW else spec.group_size for spec in each) for each in specs),
     )
 
@@ -57,16 +66,11 @@ def kernel_facts(
 def device_facts(data: Tensor, entries: Entries, shapes: Sequence[tuple[int, int]]) -> KernelFacts | None:
     """The facts of bytes where they are now.
 
-    None on a CPU, whose kernels read the table on disk, and where there are codebooks, which have kernels on CPUs only.
+    None on a CPU, whose kernels read the table on disk.
     """
-    if data.device.type == "cpu" or has_codebooks(entries):
+    if data.device.type == "cpu":
         return None
     return kernel_facts(entries, shapes, data.device)
-
-
-def has_codebooks(entries: Entries) -> bool:
-    """Whether some records are of the level set "vector"."""
-    return any(spec.codebooks is not None for expert in entries for _, spec in expert)
 
 
 def _line(offset: int, spec: QuantSpec, shape: tuple[int, int]) -> list[int]:
