@@ -3,14 +3,19 @@
 What the compiler made is looked at as well: what its loops carry, and how often it stores.
 """
 
+import ast
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+import moeq.kernels
 import ttir
 
+KERNELS = Path(moeq.kernels.__path__[0])
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter does not compile")
 
 POINTERS = {
@@ -147,7 +152,9 @@ def test_kernel_compiles_for_an_h100(name: str) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_stages": 3, "enable_fp_fusion": True})
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_stages": 3, "enable_fp_fusion": True}
+    )
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= 227 * 1024
     whole = case.constants["K"] % 128 == 0 if "K" in case.constants else True
@@ -168,6 +175,45 @@ def test_loops_carry_what_they_must(name: str) -> None:
     carried = tuple(len(op.results) for op in every(body, "scf.for"))
     assert carried == case.carried
     assert len(list(every(body, "tt.store"))) == case.stores
+
+
+def twins_in_loops(function: ast.FunctionDef) -> Iterator[tuple[int, str, str]]:
+    """Assignments of one plain name to another before a loop that gives both new values: line, names."""
+    for block in (node.body for node in ast.walk(function) if hasattr(node, "body") and isinstance(node.body, list)):
+        names: dict[str, tuple[int, str]] = {}
+        for statement in block:
+            if isinstance(statement, ast.For):
+                given = {
+                    node.id
+                    for inner in statement.body
+                    for node in ast.walk(inner)
+                    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+                }
+                yield from ((line, a, b) for a, (line, b) in names.items() if a in given and b in given)
+            if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+                name = statement.targets[0].id
+                names.pop(name, None)
+                if isinstance(statement.value, ast.Name):
+                    names[name] = statement.lineno, statement.value.id
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("triton_*.py")), ids=lambda path: path.stem)
+def test_no_two_names_of_one_value_enter_a_loop(path: Path) -> None:
+    """Triton sees what a loop changes by comparing values: a name given that of another looks unchanged."""
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    assert functions
+    assert not [found for function in functions for found in twins_in_loops(function)]
+
+
+def test_the_gate_of_old_is_found() -> None:
+    old = """def f():
+        gate = zeros()
+        acc = gate
+        for matrix in range(2):
+            gate = acc
+            acc = product()
+    """
+    assert list(twins_in_loops(ast.parse(old).body[0])) == [(3, "acc", "gate")]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", sorted({case.kernel for case in CASES.values()}))

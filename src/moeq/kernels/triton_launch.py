@@ -156,7 +156,8 @@ def multiply(
             E=max(1, num_experts), EXPERTS=power_of_two(num_experts) if num_experts else 0,
             PER_ROW=max(1, rows // max(1, len(x_RK))), PROJECTIONS=facts.table.shape[1], POSITION=position,
             GATED=gated, LOW=low is not None, K=columns, MASKED=outputs % tile.outputs != 0,
-            WIDTHS=facts.widths_of(position, gated=gated), SPAN=min(facts.spans[position : position + 1 + gated]), UNIT=unit, OUT_UNIT=out_unit,
+            WIDTHS=facts.widths_of(position, gated=gated), SPAN=min(facts.spans[position : position + 1 + gated]),
+            UNIT=unit, OUT_UNIT=out_unit,
             SPLITS=tile.splits, BLOCK_M=tile.rows, BLOCK_N=tile.outputs,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

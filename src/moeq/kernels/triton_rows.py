@@ -138,7 +138,7 @@ def combine_rows(
 
 @triton.jit
 def some_rows(part, firsts, group, E: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The rows of part `part` of a group, whose rows in each slab are cut into parts of BLOCK_N: slab, rows, which exist.
+    """Part `part` of a group, whose rows are cut, slab by slab, into parts of BLOCK_N: slab, rows, which of them exist.
 
     The slab is -1 behind the last part.
     """

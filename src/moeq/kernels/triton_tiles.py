@@ -129,7 +129,7 @@ def walk_plane(
 ):  # fmt: skip
     """As `walk`, for one plane, 0 or 1, of WIDTH bits of a record; `top` and `lift` as in `plane_block`."""
     pitch: tl.constexpr = pitch_of(K, WIDTH)
-    high_N, low_N, record = open_record(data, facts, row, pitch, pitch)
+    _, _, record = open_record(data, facts, row, pitch, pitch)
     plane_N = data + tl.multiple_of(tl.load(facts + plane), 16) + row.to(tl.int64) * pitch
     group_size = tl.load(facts + 5).to(tl.int32)
     levels_N = tl.where(row_N & (lift == 1.0), tl.load(facts + 6).to(tl.int32), -1)

@@ -1,7 +1,7 @@
 """Triton device functions for the level set "vector"; needs triton, so only `moeq.kernels.gpu` imports it.
 
-A code names some weights that are neighbours (`moeq.spec.VECTORS`). One gather fetches them as the bytes of a word; each
-of them meets inputs that lie as far apart as vectors do, so that codes stay in the lanes that read them.
+A code names some weights that are neighbours (`moeq.spec.VECTORS`). One gather fetches them as the bytes of a word;
+each of them meets inputs that lie as far apart as vectors do, so that codes stay in the lanes that read them.
 
 Legend: N output rows, K input columns, M rows of x, V vectors of a block of 128 inputs.
 """
@@ -9,7 +9,16 @@ Legend: N output rows, K input columns, M rows of x, V vectors of a block of 128
 import triton
 import triton.language as tl
 
-from moeq.kernels.triton_records import BLOCK, block_bytes, full_blocks, high_of, low_of, multiply, open_record, pitch_of
+from moeq.kernels.triton_records import (
+    BLOCK,
+    block_bytes,
+    full_blocks,
+    high_of,
+    low_of,
+    multiply,
+    open_record,
+    pitch_of,
+)
 
 
 @triton.constexpr_function
@@ -39,7 +48,7 @@ def vector_words(data, facts, row, row_N, block, K: tl.constexpr, BITS: tl.const
     LOW: tl.constexpr = low_of(WIDTH)
     CODES: tl.constexpr = K // DIM
     STEP: tl.constexpr = BLOCK // DIM
-    high_N, low_N, record = open_record(data, facts, row, pitch_of(CODES, HIGH), pitch_of(CODES, LOW))
+    high_N, low_N, _ = open_record(data, facts, row, pitch_of(CODES, HIGH), pitch_of(CODES, LOW))
     at = block * STEP
     code_V = at + tl.arange(0, STEP)
     here_NV = row_N[:, None] & (code_V < CODES)[None, :]

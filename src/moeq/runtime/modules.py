@@ -11,7 +11,7 @@ from moeq.format.packing import decode_matrix
 from moeq.format.spectral import SpectralShape
 from moeq.format.tiled import TileEntry, build_tile_table, read_sides, views
 from moeq.kernels import dispatch
-from moeq.kernels.packed import PackedLayer, PackedMatrix, device_facts
+from moeq.kernels.packed import Kinds, PackedLayer, PackedMatrix, device_facts
 from moeq.kernels.rows import side_facts
 from moeq.kernels.spectral import SpectralLayer, spectral_tables
 from moeq.kernels.tiled import TiledLayer
@@ -32,12 +32,14 @@ class PackedExperts(nn.Module):
         self.entries: Entries = ()
         self.exact: bool | None = None
         self._table: Tensor | None = None
+        self._kinds: Kinds | None = None
         self._layer: PackedLayer | None = None
         self.register_buffer("data", None, persistent=False)
 
-    def bind(self, data: Tensor, entries: Entries) -> None:
-        """Take the layer's blob (uint8) and what its table says."""
+    def bind(self, data: Tensor, entries: Entries, kinds: Kinds | None = None) -> None:
+        """Take the layer's blob (uint8), what its table says, and what it has in common with other layers."""
         self.data = data
+        self._kinds = kinds
         self.entries = entries
         self._table = blob.table_of(entries)
         # Now, not in the first call: that may be a graph's, whose memory does not last.
@@ -53,7 +55,7 @@ class PackedExperts(nn.Module):
         return known
 
     def _made(self, data: Tensor) -> PackedLayer:
-        facts = device_facts(data, self.entries, list(self.shapes.values()))
+        facts = device_facts(data, self.entries, list(self.shapes.values()), self._kinds)
         return PackedLayer(
             data=data, entries=self.entries, shapes=self.shapes, table=self._table, exact=self.exact, facts=facts
         )
@@ -132,17 +134,26 @@ class TiledExperts(nn.Module):
         self.entries: Entries = ()
         self.tiles: dict[str, TileEntry] = {}
         self.exact: bool | None = None
+        self._kinds: Kinds | None = None
         self._layer: TiledLayer | None = None
         self.register_buffer("data", None, persistent=False)
         self.register_buffer("side_data", None, persistent=False)
 
-    def bind(self, data: Tensor, entries: Entries, sides: Tensor, tiles: dict[str, TileEntry], path: str) -> None:
-        """Take the residuals' blob (uint8) with its table, and the sides' with theirs.
+    def bind(
+        self,
+        data: Tensor,
+        entries: Entries,
+        sides: Tensor,
+        tiles: dict[str, TileEntry],
+        path: str,
+        kinds: Kinds | None = None,
+    ) -> None:
+        """Take the residuals' blob (uint8) with its table, the sides' with theirs, and `kinds` as `PackedExperts`.
 
         Raises:
             PackedError: cells or permutations are none.
         """
-        self.data, self.entries = data, entries
+        self.data, self.entries, self._kinds = data, entries, kinds
         self.side_data, self.tiles = sides, tiles
         read_sides(sides, tiles, len(entries), self.shapes, path)
         self._layer = self._made(data, sides)  # with the facts, see `PackedExperts.bind`
@@ -159,7 +170,7 @@ class TiledExperts(nn.Module):
         return self._layer
 
     def _made(self, data: Tensor, side_data: Tensor) -> TiledLayer:
-        facts = device_facts(data, self.entries, list(self.shapes.values()))
+        facts = device_facts(data, self.entries, list(self.shapes.values()), self._kinds)
         residual = PackedLayer(
             data=data,
             entries=self.entries,

@@ -1,22 +1,10 @@
-"""Runs Triton kernels without a GPU, from what Triton's compiler made of them.
+"""The operations of Triton's modules (TTIR) on CPU tensors, for `ttir`.
 
-Triton's interpreter runs the Python of a kernel; what the compiler's front end makes of that Python may mean something
-else, and did. Here a launch goes through Triton's own specialization and front end for an H100, and the module that
-comes out (TTIR, after inlining and folding) is run on the bytes of CPU tensors, one program after another:
-
-    with ttir.running() as launches: ...
-
-It is stricter than a GPU. A read or write outside of the tensor that was passed, a masked read without `other` whose
-number is used, an address or number that is not as divisible as was promised, and two programs that meet at the same
-bytes are errors or NaN, not luck.
-
-It knows the operations that our kernels use. Others raise `Unknown`, which names the line: add them to `OPERATIONS`.
+It knows what our kernels use. Anything else raises `UnknownError`, which names the line: add it to `OPERATIONS`.
 """
 
-import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,11 +18,11 @@ TYPES = {
 BITS = {torch.bool: 1, torch.int8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64}
 
 
-class Unknown(Exception):
+class UnknownError(Exception):
     """An operation or type that is not known here."""
 
 
-class Fault(Exception):
+class FaultError(Exception):
     """What a GPU would not tell: a wrong address, a broken promise, programs in each other's way."""
 
 
@@ -83,64 +71,6 @@ class Op:
     arguments: list[str] = field(default_factory=list)
 
 
-@dataclass
-class Launch:
-    """A launch that was run: the kernel's name and its module."""
-
-    name: str
-    module: str
-    key: str
-
-
-# ---------------------------------------------------------------------------------------------------------- parsing
-
-_LINE = re.compile(r'^(?:(?P<out>%[^=]*?)\s*=\s*)?"?(?P<name>[a-z]+\.[a-z_.0-9]+)"?\s*(?P<rest>.*)$')
-_NAME = re.compile(r"%[A-Za-z0-9_$.\-]+(?:#\d+)?")
-
-
-def parse(module: str) -> tuple[str, list[tuple[str, str]], list[Op]]:
-    """Name, arguments (name, attributes) and body of the only function of a module without locations."""
-    lines = [line.strip() for line in module.splitlines()]
-    start = next(number for number, line in enumerate(lines) if line.startswith("tt.func"))
-    head = lines[start]
-    name = re.search(r"@([\w.$]+)\(", head)[1]  # type: ignore[index]
-    arguments = re.findall(r"(%\w+): ([^%]*?)(?=, %|\) attributes|\) \{|$)", head)
-    body, _ = _block(lines, start + 1)
-    return name, arguments, body
-
-
-def _block(lines: Sequence[str], at: int) -> tuple[list[Op], int]:
-    """The operations from line `at` to the one that closes the block, and that line's number."""
-    ops: list[Op] = []
-    while not lines[at].startswith("}"):
-        line = lines[at]
-        at += 1
-        if not line or line.startswith("^"):
-            if line.startswith("^"):
-                ops.append(Op([], "block", _NAME.findall(line), line))
-            continue
-        found = _LINE.match(line)
-        if found is None:
-            raise Unknown(line)
-        op = _op(found)
-        while line.endswith("{"):
-            region, at = _block(lines, at)
-            op.regions.append(region)
-            line = lines[at]
-            at += 1
-        op.rest += " " + line if op.regions else ""
-        ops.append(op)
-    return ops, at
-
-
-def _op(found: re.Match[str]) -> Op:
-    results: list[str] = []
-    for out in re.findall(r"(%[\w$.\-]+)(?::(\d+))?", found["out"] or ""):
-        results += [out[0]] if not out[1] else [f"{out[0]}#{number}" for number in range(int(out[1]))]
-    rest = found["rest"]
-    return Op(results, found["name"], _NAME.findall(rest.split(" : ")[0] if found["name"] != "scf.for" else rest), rest)
-
-
 def type_of(text: str) -> tuple[torch.dtype, tuple[int, ...]]:
     """dtype and shape of `f32`, `tensor<4x8xf32>` or of what a pointer points to."""
     shape: tuple[int, ...] = ()
@@ -152,11 +82,8 @@ def type_of(text: str) -> tuple[torch.dtype, tuple[int, ...]]:
         shape = tuple(map(int, sides))
     inner = inner.removeprefix("!tt.ptr<").removesuffix(">") if inner.startswith("!tt.ptr<") else inner
     if inner not in TYPES:
-        raise Unknown(f"type {text}")
+        raise UnknownError(f"type {text}")
     return TYPES[inner], shape
-
-
-# -------------------------------------------------------------------------------------------------------- operations
 
 
 def _unsigned(value: Tensor) -> Tensor:
@@ -164,7 +91,7 @@ def _unsigned(value: Tensor) -> Tensor:
     bits = BITS[value.dtype]
     if bits == 64:
         if bool((value < 0).any()):
-            raise Unknown("unsigned numbers of 64 bits beyond 2^63")
+            raise UnknownError("unsigned numbers of 64 bits beyond 2^63")
         return value
     return value.to(torch.int64) & ((1 << bits) - 1)
 
@@ -247,7 +174,7 @@ class Program:
             elif op.name in CASTS:
                 results = (CASTS[op.name](env[op.operands[0]], type_of(op.rest.rpartition(" to ")[2])[0]),)
             else:
-                raise Unknown(f"{op.name} {op.rest}")
+                raise UnknownError(f"{op.name} {op.rest}")
             if op.results:
                 if "tt.divisibility" in op.rest:
                     _check_promise(op, results[0])
@@ -260,7 +187,7 @@ def _check_promise(op: Op, value: Value) -> None:
     given = int(re.search(r"tt\.divisibility = (?:dense<)?(\d+)", op.rest)[1])  # type: ignore[index]
     number = value.offset + value.buffer.align if isinstance(value, Pointer) else value
     if bool((number.reshape(-1)[:1] % given != 0).any()):
-        raise Fault(f"{op.results[0]} is not a multiple of {given}: {op.rest}")
+        raise FaultError(f"{op.results[0]} is not a multiple of {given}: {op.rest}")
 
 
 def _constant(_: Program, op: Op, env: Environment) -> tuple[Value]:
@@ -317,12 +244,12 @@ def _lanes(pointer: Pointer, mask: Tensor | None, op: Op) -> tuple[Tensor, Tenso
     if offset.numel():
         low, high = int(offset.min()), int(offset.max())
         if low < 0 or high + size > buffer.bytes.numel():
-            raise Fault(
+            raise FaultError(
                 f"{op.name} of bytes {low} to {high + size} of {buffer.name}, which has {buffer.bytes.numel()}: "
                 f"{op.operands[0]}"
             )
         if bool(((offset + buffer.align) % size != 0).any()):
-            raise Fault(f"{op.name} of {size} bytes at an odd address of {buffer.name}: {op.operands[0]}")
+            raise FaultError(f"{op.name} of {size} bytes at an odd address of {buffer.name}: {op.operands[0]}")
     return wanted, offset
 
 
@@ -333,9 +260,9 @@ def _load(program: Program, op: Op, env: Environment) -> tuple[Value]:
     buffer, dtype = pointer.buffer, pointer.dtype
     writers = buffer.writer[offset]
     if bool(((writers >= 0) & (writers != program.number)).any()):
-        raise Fault(f"{op.operands[0]} reads what another program of the launch wrote to {buffer.name}")
+        raise FaultError(f"{op.operands[0]} reads what another program of the launch wrote to {buffer.name}")
     if dtype == torch.bool:
-        raise Unknown("loads of single bits")
+        raise UnknownError("loads of single bits")
     # What nobody asked for is not zero on a GPU either.
     junk = float("nan") if dtype.is_floating_point else 85
     value = torch.full(pointer.offset.shape, junk, dtype=dtype) if len(more) < 2 else more[1].expand(
@@ -352,10 +279,10 @@ def _store(program: Program, op: Op, env: Environment) -> tuple[Value, ...]:
     for byte in range(size):
         writers = buffer.writer[offset + byte]
         if bool(((writers >= 0) & (writers != program.number)).any()):
-            raise Fault(f"{op.operands[0]}: two programs write to the same bytes of {buffer.name}")
+            raise FaultError(f"{op.operands[0]}: two programs write to the same bytes of {buffer.name}")
         buffer.writer[offset + byte] = program.number
     if len(torch.unique(offset)) != offset.numel():
-        raise Fault(f"{op.operands[0]}: one program writes to the same bytes of {buffer.name} twice at once")
+        raise FaultError(f"{op.operands[0]}: one program writes to the same bytes of {buffer.name} twice at once")
     buffer.view(pointer.dtype)[offset // size] = value.expand(pointer.offset.shape)[wanted]
     return ()
 
@@ -368,7 +295,7 @@ def _dot(_: Program, op: Op, env: Environment) -> tuple[Value]:
 def _combiner(op: Op) -> str:
     names = [inner.name for inner in op.regions[0] if inner.name not in ("block", "tt.reduce.return", "tt.scan.return")]
     if len(names) != 1:
-        raise Unknown(f"{op.name} by {names}")
+        raise UnknownError(f"{op.name} by {names}")
     return names[0]
 
 
@@ -378,12 +305,12 @@ def _reduce(_: Program, op: Op, env: Environment) -> tuple[Value]:
         return (value.sum(_axis(op), dtype=value.dtype),)
     if name in ("arith.maxsi", "arith.maxnumf"):
         return (value.amax(_axis(op)),)
-    raise Unknown(f"reduction by {name}")
+    raise UnknownError(f"reduction by {name}")
 
 
 def _scan(_: Program, op: Op, env: Environment) -> tuple[Value]:
     if _combiner(op) not in ("arith.addi", "arith.addf") or "reverse = true" in op.rest:
-        raise Unknown(f"scan by {_combiner(op)}")
+        raise UnknownError(f"scan by {_combiner(op)}")
     value = env[op.operands[0]]
     return (value.cumsum(_axis(op), dtype=value.dtype),)
 
@@ -455,112 +382,3 @@ def _compare(op: Op, env: Environment) -> Tensor:
     if predicate[0] == "u" and predicate != "une":
         a, b = _unsigned(a), _unsigned(b)
     return COMPARE[predicate](a, b)
-
-
-# ---------------------------------------------------------------------------------------------------------- launches
-
-
-class Kernel:
-    """What `triton.compile` returns, as far as a launch asks: it runs the module on CPU tensors."""
-
-    function = packed_metadata = None
-
-    def __init__(self, source: Any, module: str, launches: list[Launch]) -> None:
-        self.module = module
-        self.name, self.arguments, self.body = parse(module)
-        constant = {path[0] for path in source.constants}
-        self._parameters = source.fn.arg_names
-        self._places = [place for place in range(len(self._parameters)) if place not in constant]
-        assert len(self._places) == len(self.arguments), self.arguments
-        self._launches = launches
-        self._key = f"{source.signature} {source.constants} {source.attrs}"
-
-    def launch_metadata(self, *_: Any) -> None:
-        """Nobody profiles it."""
-
-    def run(self, x: int, y: int, z: int, *given: Any) -> None:
-        """Run all programs; `given` are stream, function, metadata and hooks, then the arguments."""
-        self._launches.append(Launch(self.name, self.module, self._key))
-        values = given[-len(self._parameters) :]
-        env: Environment = {}
-        for (name, described), place in zip(self.arguments, self._places, strict=True):
-            value = values[place]
-            if isinstance(value, Tensor):
-                dtype = torch.int8 if value.dtype == torch.uint8 else value.dtype
-                env[name] = Pointer(Buffer(self._parameters[place], value), torch.tensor(0), dtype)
-            else:
-                env[name] = torch.tensor(value, dtype=type_of(described.split(" ")[0])[0])
-            promised = re.search(r"tt\.divisibility = (\d+)", described)
-            number = value.data_ptr() if isinstance(value, Tensor) else value
-            if promised and number % int(promised[1]):
-                raise Fault(f"{self.name}: {name} is not a multiple of {promised[1]}")
-        places = [(a, b, c) for c in range(z) for b in range(y) for a in range(x)]
-        for number, place in enumerate(places):
-            Program(place, number, (x, y, z)).block(self.body, dict(env))
-
-
-class Driver:
-    """A driver of an H100 that is not there."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def module_of(source: Any, target: Any, options: Any) -> str:
-    """What Triton's front end and its first passes make of a kernel, without locations."""
-    from triton._C.libtriton import ir
-    from triton.compiler.compiler import make_backend
-
-    backend = make_backend(target)
-    parsed = backend.parse_options(dict(options or {}, **source.parse_options()))
-    stages: dict[str, Any] = {}
-    backend.add_stages(stages, parsed, source.language)
-    context = ir.context()
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    made = source.make_ir(
-        target, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context
-    )
-    return str(stages["ttir"](made, {}).str_nodebug())
-
-
-@contextmanager
-def running() -> Iterator[list[Launch]]:
-    """Launches of Triton kernels on CPU tensors run here; yields those that were made."""
-    import triton.compiler
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
-
-    launches: list[Launch] = []
-    known: dict[str, Kernel] = {}
-
-    def compile(src: Any, target: Any = None, options: Any = None, **_: Any) -> Kernel:
-        return Kernel(src, module_of(src, target, options), launches)
-
-    before, compiler = driver._active, triton.compiler.compile
-    caches: list[tuple[Any, Any]] = []
-    from moeq.kernels import triton_kernels, triton_rows
-
-    try:
-        driver.set_active(Driver())
-        triton.compiler.compile = compile
-        for module in (triton_kernels, triton_rows):
-            for kernel in vars(module).values():
-                if isinstance(kernel, JITFunction):
-                    caches.append((kernel, dict(kernel.device_caches)))
-                    kernel.device_caches.clear()
-        yield launches
-    finally:
-        driver._active, triton.compiler.compile = before, compiler
-        for kernel, cache in caches:
-            kernel.device_caches.clear()
-            kernel.device_caches.update(cache)
-    assert known is not None and math.pi
