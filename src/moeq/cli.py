@@ -147,18 +147,21 @@ def _eval(args: argparse.Namespace) -> Any:
             batch_size=args.batch_size,
             device=args.device,
             progress=lambda done, total: progress("windows", done, total),
+            compiled=lambda done, total: progress("kernels", done, total),
         )
 
 
 def _generate(args: argparse.Namespace) -> Any:
-    return generate_stage.run(
-        args.model,
-        args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        seed=args.seed,
-        device=args.device,
-    )
+    with _progress() as progress:
+        return generate_stage.run(
+            args.model,
+            args.prompt,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            seed=args.seed,
+            device=args.device,
+            compiled=lambda done, total: progress("kernels", done, total),
+        )
 
 
 def _bench(args: argparse.Namespace) -> Any:

@@ -32,6 +32,7 @@ class Bars:
         if what not in self._bars:
             self._bars[what] = self._stack.enter_context(tqdm(total=total, desc=what, leave=True))
         bar = self._bars[what]
+        bar.total = total  # kernels are asked for while others are compiled
         bar.update(done - bar.n)
 
 

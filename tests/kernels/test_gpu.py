@@ -30,6 +30,13 @@ def uniform(bits: int, group_size: int, levels: str = "asym") -> QuantSpec:
     return QuantSpec(bits=bits, group_size=group_size, levels=levels)
 
 
+def decode_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode experts before they are multiplied, as with many rows: five in three rounds, the last of one."""
+    for module in ("triton_launch", "triton_rows_launch"):
+        monkeypatch.setattr(f"moeq.kernels.{module}.DECODE_FROM", 1)
+        monkeypatch.setattr(f"moeq.kernels.{module}.experts_at_once", lambda *_: 2)
+
+
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("bits", BITS)
 def test_linear_of_every_width(bits: int, group_size: int, triton_device: torch.device) -> None:
@@ -106,8 +113,11 @@ def test_experts_with_many_tokens_are_decoded_once(
     x_TH = torch.randn(6, 136, device=triton_device)
     index_Tk = torch.randint(0, 6, (6, 2), device=triton_device)
     arguments = module, layer, x_TH, index_Tk, torch.rand(6, 2, device=triton_device)
-    monkeypatch.setattr("moeq.kernels.triton_launch.experts_at_once", lambda *_: 2)  # three rounds, the last of one
+    decode_first(monkeypatch)
     assert relative_error(gpu.run_experts(*arguments), reference.experts(*arguments)) < TOLERANCE[torch.float32]
+    wanted = gpu.product(layer, x_TH, index_Tk, "up")
+    monkeypatch.undo()
+    assert relative_error(gpu.product(layer, x_TH, index_Tk, "up"), wanted) < TOLERANCE[torch.float32]
 
 
 def test_a_family_with_biases_and_a_gate_of_its_own(triton_device: torch.device) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from packing_help import mixtral, relative_error, spectral_layer
+from test_gpu import decode_first
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -95,6 +96,16 @@ def test_components_of_many_tokens(triton_device: torch.device) -> None:
     compare(gpu_spectral.run_experts, spectral.experts, mixtral(HIDDEN, INNER, EXPERTS), layer, arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_components_are_decoded_once_for_many_tokens(
+    dtype: torch.dtype, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = components(triton_device, joint=False, basis_bits=8, group_size=32)
+    decode_first(monkeypatch)
+    arguments = routed(triton_device, tokens=5, dtype=dtype)
+    compare(gpu_spectral.run_experts, spectral.experts, mixtral(HIDDEN, INNER, EXPERTS), layer, arguments)
+
+
 def test_layers_without_components_are_silent(triton_device: torch.device) -> None:
     layer = components(triton_device, joint=False, basis_bits=8, group_size=64, given=(0,))
     arguments = routed(triton_device)
@@ -139,6 +150,17 @@ def tiles(name: str, device: torch.device) -> TiledLayer:
 )
 def test_tiles(name: str, dtype: torch.dtype, triton_device: torch.device) -> None:
     arguments = routed(triton_device, dtype=dtype)
+    compare(
+        gpu_tiled.run_experts, tiled.experts, mixtral(HIDDEN, INNER, EXPERTS), tiles(name, triton_device), arguments
+    )
+
+
+@pytest.mark.parametrize("name", ["usual", "everything", "rotation"])
+def test_tiles_are_decoded_once_for_many_tokens(
+    name: str, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode_first(monkeypatch)
+    arguments = routed(triton_device, tokens=5)
     compare(
         gpu_tiled.run_experts, tiled.experts, mixtral(HIDDEN, INNER, EXPERTS), tiles(name, triton_device), arguments
     )

@@ -3,7 +3,7 @@
 Tokens meet the basis once: a packed product where it has 8 bits, torch's own where it is float16 (converted to the
 dtype of the tokens in every call, as the reference does). Gate and up add up the components of the chosen experts, down
 takes dot products with them, and each choice's answers in the basis of the outputs are weighted and added up per token.
-From `DECODE_FROM` rows per expert on the candidate refuses: the torch reference decodes every expert once.
+From `DECODE_FROM` rows per expert on, what an expert has is decoded once.
 
 Legend: T tokens, k experts per token, S = T * k choices, H hidden, I expert width, R directions.
 """
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from moeq.arch import hooks
 from moeq.kernels import gpu, gpu_rows
 from moeq.kernels.spectral import SpectralLayer
-from moeq.kernels.tuning import DECODE_FROM
 
 
 def experts(
@@ -22,15 +21,13 @@ def experts(
     """`moeq.kernels.spectral.experts` on a GPU, or None if the call is not for Triton."""
     if not gpu.wanted(hidden_states, top_k_weights) or layer.facts is None or layer.data.device != hidden_states.device:
         return None
-    if top_k_index.numel() >= DECODE_FROM * layer.num_experts:
-        return None
     return run_experts(module, layer, hidden_states, top_k_index, top_k_weights)
 
 
 def run_experts(
     module: nn.Module, layer: SpectralLayer, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """As `experts`, without asking whether the tensors are on a GPU or too many."""
+    """As `experts`, without asking whether the tensors are on a GPU."""
     facts = layer.facts
     assert facts is not None
     x_TH, index_Tk = hidden_states.contiguous(), top_k_index.contiguous()

@@ -3,7 +3,7 @@
 All input factors of a projection are one packed product, of which each choice keeps its grid row; output factors are
 rows that are added up from packed bytes by grid column. Where only gate and up have factors and nothing is rotated, the
 residuals go through the same launches as a grouped layer, which add the factors' answers before the activation.
-From `DECODE_FROM` rows per expert on the candidate refuses: the torch reference decodes every expert once.
+From `DECODE_FROM` rows per expert on, what an expert has is decoded once.
 
 Legend: T tokens, k experts per token, S = T * k choices, I inputs, O outputs, M x N grid, R rank.
 """
@@ -15,7 +15,6 @@ from moeq.arch import hooks
 from moeq.kernels import gpu, gpu_rows
 from moeq.kernels.rows import SideFacts
 from moeq.kernels.tiled import TiledLayer
-from moeq.kernels.tuning import DECODE_FROM
 
 
 def experts(
@@ -25,7 +24,7 @@ def experts(
     residual = layer.residual
     if not gpu.wanted(hidden_states, top_k_weights) or residual.data.device != hidden_states.device:
         return None
-    if layer.facts is None or residual.facts is None or top_k_index.numel() >= DECODE_FROM * residual.num_experts:
+    if layer.facts is None or residual.facts is None:
         return None
     return run_experts(module, layer, hidden_states, top_k_index, top_k_weights)
 
@@ -33,7 +32,7 @@ def experts(
 def run_experts(
     module: nn.Module, layer: TiledLayer, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """As `experts`, without asking whether the tensors are on a GPU or too many."""
+    """As `experts`, without asking whether the tensors are on a GPU."""
     residual, sides = layer.residual, layer.sides
     x_TH, index_Tk = hidden_states.contiguous(), top_k_index.contiguous()
     forms = {name: sides[name].form for name in sides}

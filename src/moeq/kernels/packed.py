@@ -1,6 +1,6 @@
 """What kernels work on: views of packed bytes with the specs to read them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,7 +22,7 @@ class KernelFacts:
 
     Attributes:
         table: one line for each record, int64, (E, P, len(KERNEL_COLUMNS)), on the device of the bytes.
-        widths: for each projection, a bit 1 << b for each width b that its records have.
+        widths: for each projection, a bit for each kind of record that there is, see `kind_of`.
         spans: for each projection, inputs that share a scale in all of its records, at most 128.
     """
 
@@ -30,9 +30,54 @@ class KernelFacts:
     widths: tuple[int, ...]
     spans: tuple[int, ...]
 
+    def widths_of(self, position: int, *, gated: bool) -> int:
+        """The kinds of a projection, or of it and the next if `gated`."""
+        return self.widths[position] | (self.widths[position + 1] if gated else 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kinds:
+    """What kernels on a device are compiled for. Layers that have it in common share their kernels.
+
+    Attributes:
+        widths, spans: as in `KernelFacts`.
+    """
+
+    widths: tuple[int, ...]
+    spans: tuple[int, ...]
+
+    def __or__(self, other: "Kinds") -> "Kinds":
+        """What serves both."""
+        return Kinds(
+            widths=tuple(a | b for a, b in zip(self.widths, other.widths, strict=True)),
+            spans=tuple(min(a, b) for a, b in zip(self.spans, other.spans, strict=True)),
+        )
+
+
+def kinds_of(specs: Sequence[Iterable[QuantSpec]]) -> Kinds:
+    """The kinds of the records of each projection; where there are none, blocks of 128 inputs may share a scale."""
+    distinct = [set(each) for each in specs]
+    return Kinds(
+        widths=tuple(sum({kind_of(spec) for spec in each}) for each in distinct),
+        spans=tuple(min((span_of(spec) for spec in each), default=BLOCK) for each in distinct),
+    )
+
+
+def span_of(spec: QuantSpec) -> int:
+    """Inputs that share a scale, at most 128."""
+    return BLOCK if spec.group_size == WHOLE_ROW else spec.group_size
+
+
+def kind_of(spec: QuantSpec) -> int:
+    """The bit of a kind of record that kernels on a device have code for: its width, 16 more for codebooks."""
+    return 1 << spec.bits + (0 if spec.codebooks is None else 16)
+
 
 def kernel_facts(
-    entries: Sequence[Sequence[tuple[int, QuantSpec]]], shapes: Sequence[tuple[int, int]], device: torch.device
+    entries: Sequence[Sequence[tuple[int, QuantSpec]]],
+    shapes: Sequence[tuple[int, int]],
+    device: torch.device,
+    kinds: Kinds | None = None,
 ) -> KernelFacts:
     """The facts of a layer.
 
@@ -40,33 +85,33 @@ def kernel_facts(
         entries: expert -> projection (storage order) -> (offset in the blob, spec).
         shapes: projection, in the same order -> (N, K).
         device: where the blob is.
+        kinds: what this layer and others have; None for what it has itself.
     """
     table = torch.tensor(
         [[_line(*entry, shape) for entry, shape in zip(expert, shapes, strict=True)] for expert in entries],
         dtype=torch.int64,
         device=device,
     ).view(len(entries), len(shapes), len(KERNEL_COLUMNS))
-    specs = [{expert[position][1] for expert in entries} for position in range(len(shapes))]
-    return KernelFacts(
-        table=table,
-        widths=tuple(sum({1 << spec.bits for spec in each}) for each in specs),
-        spans=tuple(min(BLOCK if spec.group_size == WHOLE_ROW else spec.group_size for spec in each) for each in specs),
-    )
+    if kinds is None:
+        kinds = entry_kinds(entries, len(shapes))
+    return KernelFacts(table=table, widths=kinds.widths, spans=kinds.spans)
 
 
-def device_facts(data: Tensor, entries: Entries, shapes: Sequence[tuple[int, int]]) -> KernelFacts | None:
+def entry_kinds(entries: Sequence[Sequence[tuple[int, QuantSpec]]], projections: int) -> Kinds:
+    """The kinds of the records of a layer."""
+    return kinds_of([{expert[position][1] for expert in entries} for position in range(projections)])
+
+
+def device_facts(
+    data: Tensor, entries: Entries, shapes: Sequence[tuple[int, int]], kinds: Kinds | None = None
+) -> KernelFacts | None:
     """The facts of bytes where they are now.
 
-    None on a CPU, whose kernels read the table on disk, and where there are codebooks, which have kernels on CPUs only.
+    None on a CPU, whose kernels read the table on disk.
     """
-    if data.device.type == "cpu" or has_codebooks(entries):
+    if data.device.type == "cpu":
         return None
-    return kernel_facts(entries, shapes, data.device)
-
-
-def has_codebooks(entries: Entries) -> bool:
-    """Whether some records are of the level set "vector"."""
-    return any(spec.codebooks is not None for expert in entries for _, spec in expert)
+    return kernel_facts(entries, shapes, data.device, kinds)
 
 
 def _line(offset: int, spec: QuantSpec, shape: tuple[int, int]) -> list[int]:

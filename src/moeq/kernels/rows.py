@@ -17,8 +17,8 @@ from torch import Tensor
 from moeq.components import SLAB_WIDTHS, Widths, basis_spec
 from moeq.format.spectral import SpectralEntry, SpectralShape
 from moeq.format.tiled import Sides
-from moeq.kernels.packed import KernelFacts, kernel_facts
-from moeq.spec import BLOCK, WHOLE_ROW, QuantSpec
+from moeq.kernels.packed import KernelFacts, Kinds, kernel_facts, kinds_of
+from moeq.spec import QuantSpec
 from moeq.tiling import FACTOR, INDEX_BYTES, side_sections
 
 DOT_ROWS: Final = 32
@@ -105,6 +105,7 @@ def row_facts(
     firsts: Sequence[np.ndarray],
     places: Sequence[np.ndarray],
     device: torch.device,
+    kinds: Kinds | None = None,
 ) -> RowFacts:
     """The facts of some slabs.
 
@@ -114,6 +115,7 @@ def row_facts(
         firsts: for each of them, first row of each group and one past the last, (G + 1,).
         places: for each of them, see `RowFacts.places`.
         device: where the blob is.
+        kinds: what these rows and others have, as one projection; None for what they have themselves.
     """
     lines = torch.zeros(len(SLAB_WIDTHS), 9, dtype=torch.int64)
     first_LG = np.zeros((len(SLAB_WIDTHS), len(firsts[0]) if firsts else 1), dtype=np.int32)
@@ -125,14 +127,14 @@ def row_facts(
         first_LG[at] = first_G
         base += rows
     counts_LG = np.diff(first_LG, axis=1)
-    spans = [BLOCK if spec.group_size == WHOLE_ROW else spec.group_size for _, spec, _ in slabs]
+    kinds = kinds or kinds_of([{spec for _, spec, _ in slabs}])
     where = np.concatenate([*places, np.zeros(1)]).astype(np.int32)  # never empty: kernels get its address
     return RowFacts(
         table=lines.to(device),
         firsts=torch.from_numpy(first_LG).to(device),
         places=torch.from_numpy(where).to(device),
-        widths=sum(1 << spec.bits for _, spec, _ in slabs),
-        span=min(spans, default=BLOCK),
+        widths=kinds.widths[0] if slabs else 0,
+        span=kinds.spans[0],
         rows=int(counts_LG.sum(0).max(initial=0)),
         blocks=int((-(-counts_LG // DOT_ROWS)).sum(0).max(initial=0)),
         columns=columns,
@@ -150,6 +152,7 @@ def spectral_facts(
     starts: Mapping[str, np.ndarray],
     shape: SpectralShape,
     device: torch.device,
+    kinds: Mapping[str, Kinds] | None = None,
 ) -> SpectralFacts:
     """The facts of a spectral layer; arguments as the attributes of `moeq.kernels.spectral.SpectralLayer`."""
     factors, bases, back = {}, {}, None
@@ -157,7 +160,9 @@ def spectral_facts(
         slabs = [(slab.offset, slab.spec, slab.rows) for slab in entry.slabs]
         # Rows of a slab lie expert after expert, by rising direction: as numpy finds them.
         places = [np.nonzero(widths[name] == slab.spec.bits)[1] for slab in entry.slabs]
-        factors[name] = row_facts(slabs, shape.inner, list(starts[name]), places, device)
+        factors[name] = row_facts(
+            slabs, shape.inner, list(starts[name]), places, device, None if kinds is None else kinds[name]
+        )
         spec = basis_spec(entry.basis_bits)
         if spec is not None and entry.rank:
             bases[name] = kernel_facts([[(entry.basis, spec)]], [(entry.rank, shape.hidden)], device)

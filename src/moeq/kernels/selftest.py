@@ -9,11 +9,13 @@ ours takes part in: not even the one that decodes takes float64.
 """
 
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from importlib import import_module
 from typing import Final
 
 import torch
@@ -134,7 +136,10 @@ def _check(path: str, subject: str, device: torch.device) -> Check:
     # Whatever the caller has switched on: neither its devices nor its dtypes nor its gradients are ours.
     with torch.no_grad(), torch.device("cpu"), torch.autocast(device.type, enabled=False):
         try:
-            for case in _cases(path, subject, device):
+            cases = _cases(path, subject, device)
+            if device.type == "cuda":
+                cases = _compiled(list(cases))
+            for case in cases:
                 found, failure = _judge(case)
                 if failure is not None or found / case.tolerance >= (error or 0.0) / tolerance:
                     error, tolerance = found if math.isfinite(found) else None, case.tolerance
@@ -149,6 +154,15 @@ def _check(path: str, subject: str, device: torch.device) -> Check:
         path=path, subject=subject, device=str(device), error=error, tolerance=tolerance, seconds=seconds,
         failure=failure,
     )  # fmt: skip
+
+
+def _compiled(cases: list[_Case]) -> Iterator[_Case]:
+    """The cases, whose kernels are compiled side by side before the first one runs."""
+    launch = import_module("moeq.kernels.triton_launch")  # needs triton, an optional dependency
+    with launch.compiling(os.cpu_count() or 1):
+        for case in cases:
+            case.answer()
+    yield from cases
 
 
 OUT_OF_MEMORY: Final = "there was no memory left for the test"

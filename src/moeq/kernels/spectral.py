@@ -24,6 +24,7 @@ from moeq.format.spectral import (
     decode_map,
     packed_order,
 )
+from moeq.kernels.packed import Kinds, kinds_of
 from moeq.kernels.reference import product
 from moeq.kernels.rows import SpectralFacts, spectral_facts
 from moeq.spec import LEVELS
@@ -57,6 +58,7 @@ class SpectralLayer:
         exact: whether kernels keep activations in floats: always, never, or (None) unless few tokens are computed.
         tables: for kernels on a CPU; None if nobody made them.
         facts: for kernels on a device; None on a CPU.
+        kinds: projection -> what the components of this layer and others are; None for those of this one.
     """
 
     data: Tensor
@@ -67,6 +69,7 @@ class SpectralLayer:
     exact: bool | None = None
     tables: SpectralTables | None = None
     facts: SpectralFacts | None = None
+    kinds: dict[str, Kinds] | None = None
 
     @property
     def num_experts(self) -> int:
@@ -77,8 +80,12 @@ class SpectralLayer:
         """The layer with its bytes where they are now."""
         if data.device.type == "cpu":
             return replace(self, data=data, facts=None)
-        facts = spectral_facts(self.entries, self.widths, self.starts, self.shape, data.device)
+        facts = spectral_facts(self.entries, self.widths, self.starts, self.shape, data.device, self.kinds)
         return replace(self, data=data, facts=facts)
+
+    def own_kinds(self) -> dict[str, Kinds]:
+        """Projection -> what its components are."""
+        return {name: kinds_of([{slab.spec for slab in entry.slabs}]) for name, entry in self.entries.items()}
 
     def basis(self, projection: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The basis, (R, H): a direction in each row."""

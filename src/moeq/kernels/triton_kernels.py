@@ -13,18 +13,9 @@ Legend: T tokens, k experts per token, S = T * k choices, E experts, N output ro
 import triton
 import triton.language as tl
 
-from moeq.kernels.triton_tiles import (
-    BLOCK,
-    FACTS,
-    block_weights,
-    full_blocks,
-    high_of,
-    low_of,
-    multiply,
-    open_record,
-    product,
-    tail_of,
-)
+from moeq.kernels.triton_records import BLOCK, FACTS, block_weights, full_blocks, multiply, tail_of
+from moeq.kernels.triton_tiles import VECTOR, VECTOR_KINDS, product, scalar_widths
+from moeq.kernels.triton_vectors import dim_of, vector_numbers, vector_scales, vector_words
 
 
 @triton.jit(do_not_specialize=["S", "E"])
@@ -166,19 +157,24 @@ def multiply_rows(
 
 @triton.jit(do_not_specialize=["FIRST"])
 def multiply_decoded(
-    x, weights, order, starts, counts, out, FIRST,
+    x, weights, order, starts, counts, low, out, FIRST, N, K,
     COUNT: tl.constexpr, EXPERTS: tl.constexpr, PER_ROW: tl.constexpr,
-    GATED: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    GATED: tl.constexpr, LOW: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """As `multiply_rows`, with weights that `decode` wrote: (COUNT, 2 if GATED else 1, N, K), experts from FIRST on."""
+    """As `multiply_rows`, with weights that `decode` wrote: (COUNT, 2 if GATED else 1, N, K), experts from FIRST on.
+
+    N and K are no constants, because bases of spectral layers differ from layer to layer. TRANSPOSED weights are
+    (COUNT, K, N); they are not GATED.
+    """
     expert, choice_M, col_M = rows_of(0, order, starts + FIRST, counts + FIRST, COUNT, EXPERTS, BLOCK_M)
     if expert < COUNT:
         row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         row_N = row < N
         x_M = x + (choice_M // PER_ROW).to(tl.int64) * K
         matrices: tl.constexpr = 2 if GATED else 1
-        w_N = weights + expert.to(tl.int64) * (matrices * N * K) + row.to(tl.int64) * K
+        weights += expert.to(tl.int64) * matrices * N * K
+        w_N = weights + row if TRANSPOSED else weights + row.to(tl.int64) * K
         j_K = tl.arange(0, BLOCK_K)
         acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         up_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -186,14 +182,18 @@ def multiply_decoded(
             here_K = at + j_K < K
             x_KM = tl.load(x_M[None, :] + (at + j_K)[:, None], mask=here_K[:, None] & col_M[None, :], other=0.0)
             mask_NK = row_N[:, None] & here_K[None, :]
-            w_NK = tl.load(w_N[:, None] + (at + j_K)[None, :], mask=mask_NK, other=0.0)
-            acc_NM = multiply(w_NK, x_KM, acc_NM)
+            step_K = (at + j_K).to(tl.int64) * N if TRANSPOSED else at + j_K
+            acc_NM = multiply(tl.load(w_N[:, None] + step_K[None, :], mask=mask_NK, other=0.0), x_KM, acc_NM)
             if GATED:
-                w_NK = tl.load(w_N[:, None] + N * K + (at + j_K)[None, :], mask=mask_NK, other=0.0)
+                w_NK = tl.load(w_N[:, None] + N * K + step_K[None, :], mask=mask_NK, other=0.0)
                 up_NM = multiply(w_NK, x_KM, up_NM)
+        mask_NM = row_N[:, None] & col_M[None, :]
+        if LOW:
+            low_NM = low + choice_M.to(tl.int64)[None, :] * (2 * N) + row[:, None]
+            acc_NM += tl.load(low_NM, mask=mask_NM, other=0.0).to(tl.float32)
+            up_NM += tl.load(low_NM + N, mask=mask_NM, other=0.0).to(tl.float32)
         if GATED:
             acc_NM = acc_NM / (1.0 + tl.exp(-acc_NM)) * up_NM
-        mask_NM = row_N[:, None] & col_M[None, :]
         tl.store(out + choice_M.to(tl.int64)[None, :] * N + row[:, None], acc_NM.to(out.dtype.element_ty), mask=mask_NM)
 
 
@@ -201,44 +201,55 @@ def multiply_decoded(
 def decode(
     data, table, counts, weights, FIRST,
     PROJECTIONS: tl.constexpr, POSITION: tl.constexpr, MATRICES: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Decode whole matrices, (experts, MATRICES, N, K), of experts from FIRST on that have choices.
 
-    Program (a, b, c) writes block b of the inputs of rows from a * BLOCK_N on, of matrix c.
+    Program (a, b, c) writes block b of the inputs of rows from a * BLOCK_N on, of matrix c. WIDTHS as in `product`.
     """
     expert = tl.program_id(2) // MATRICES
     matrix = tl.program_id(2) % MATRICES
     if tl.load(counts + FIRST + expert) > 0:
         block = tl.program_id(1)
         row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        row_N = row < N
         facts = table + ((FIRST + expert) * PROJECTIONS + POSITION + matrix) * FACTS
-        bits = tl.load(facts + 4)
         out_N = weights + tl.program_id(2).to(tl.int64) * (N * K) + row.to(tl.int64) * K
-        for width in tl.static_range(1, 9):
-            if width != 7:
-                if bits == width:
-                    store_block(out_N, data, facts, block, row, N, K, high_of(width), low_of(width))
+        bits = tl.load(facts + 4)
+        scalar = tl.load(facts + 6) != VECTOR
+        if scalar_widths(WIDTHS) > 0:
+            if scalar:
+                store_block(out_N, data, facts, block, row, row_N, K)
+        for kind in tl.static_range(2, 4):
+            if (WIDTHS >> (VECTOR_KINDS + kind)) & 1:
+                if (bits == kind) & (scalar == 0):
+                    store_vectors(out_N, data, facts, block, row, row_N, K, kind)
 
 
 @triton.jit
-def store_block(
-    out_N, data, facts, block, row, N: tl.constexpr, K: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr
-):
+def store_block(out_N, data, facts, block, row, row_N, K: tl.constexpr):
     """Decode one block of 128 inputs, or the tail, of some rows."""
-    high_N, low_N, record = open_record(data, facts, row, K, HIGH, LOW)
-    group_size = tl.load(facts + 5).to(tl.int32)
-    levels = tl.load(facts + 6).to(tl.int32)
-    row_N = row < N
     at_K = block * BLOCK + tl.arange(0, 128)
     mask_NK = row_N[:, None] & (at_K < K)[None, :]
     where_NK = out_N[:, None] + at_K[None, :]
     if block < full_blocks(K):
-        w_NK = block_weights(high_N, low_N, record, block, row_N, levels, group_size, K, HIGH, LOW, True)
+        w_NK = block_weights(data, facts, block, row, row_N, K, True)
         tl.store(where_NK, w_NK.to(out_N.dtype.element_ty), mask=mask_NK)
     elif tail_of(K) > 0:
-        w_NK = block_weights(high_N, low_N, record, block, row_N, levels, group_size, K, HIGH, LOW, False)
+        w_NK = block_weights(data, facts, block, row, row_N, K, False)
         tl.store(where_NK, w_NK.to(out_N.dtype.element_ty), mask=mask_NK)
+
+
+@triton.jit
+def store_vectors(out_N, data, facts, block, row, row_N, K: tl.constexpr, BITS: tl.constexpr):
+    """As `store_block`, for the level set "vector"."""
+    DIM: tl.constexpr = dim_of(BITS)
+    words_NV, here_NV = vector_words(data, facts, row, row_N, block, K, BITS)
+    scale_N = vector_scales(data, facts, row, row_N)
+    at_V = block * BLOCK + tl.arange(0, BLOCK // DIM) * DIM
+    for place in tl.static_range(DIM):
+        w_NV = vector_numbers(words_NV, here_NV, place) * scale_N[:, None]
+        tl.store(out_N[:, None] + (at_V + place)[None, :], w_NV.to(out_N.dtype.element_ty), mask=here_NV)
 
 
 @triton.jit(do_not_specialize=["rows", "E"])

@@ -1,19 +1,34 @@
 """Launches the Triton kernels; needs triton, so only `moeq.kernels.gpu` imports it, when a call asks for it.
 
-Grids follow from shapes alone; programs without work end at once.
+Grids follow from shapes alone; programs without work end at once. Every launch goes through `launch`, so that the
+kernels of a model can be compiled side by side before its first token (`compiling`).
 
 Legend: T tokens, k experts per token, S = T * k choices, E experts, H hidden, I expert width, N outputs, K inputs.
 """
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from moeq.kernels import triton_kernels as kernels
 from moeq.kernels.packed import KernelFacts
-from moeq.kernels.tuning import DECODED_BYTES, Tile, decoded_tile, experts_at_once, packed_tile, power_of_two
+from moeq.kernels.tuning import (
+    DECODE_FROM,
+    DECODED_BYTES,
+    Tile,
+    decoded_tile,
+    experts_at_once,
+    packed_tile,
+    power_of_two,
+)
 from moeq.spec import BLOCK
 
 _CHUNK = 1024
@@ -36,6 +51,53 @@ class Routing:
     sums: Tensor
 
 
+_only_compile: ContextVar[bool] = ContextVar("only_compile", default=False)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch a kernel, or only compile it inside of `compiling`."""
+    if _only_compile.get():
+        kernel.warmup(*arguments, grid=grid, enable_fp_fusion=True, **options)
+    else:
+        kernel[grid](*arguments, enable_fp_fusion=True, **options)
+
+
+@contextmanager
+def compiling(workers: int, done: Callable[[int, int], None] | None = None) -> Iterator[None]:
+    """Inside, launches compile and do not run; at the end all kernels are there.
+
+    Triton's passes let go of the interpreter lock, so that threads are enough.
+
+    Args:
+        workers: kernels that are compiled at a time.
+        done: told of every kernel that is compiled: how many are, and how many were asked for so far.
+    """
+    counts = [0, 0]
+
+    class Executor(ThreadPoolExecutor):
+        def submit(self, *arguments: Any, **options: Any) -> Any:
+            counts[1] += 1
+            future = super().submit(*arguments, **options)
+            future.add_done_callback(tell)
+            return future
+
+    def tell(_: Any) -> None:
+        counts[0] += 1
+        if done is not None:
+            done(*counts)
+
+    token = _only_compile.set(True)
+    try:
+        mode = getattr(triton, "AsyncCompileMode", None)
+        if mode is None:
+            yield  # before 3.5: one after another
+            return
+        with Executor(workers) as executor, mode(executor):
+            yield
+    finally:
+        _only_compile.reset(token)
+
+
 @cache
 def gpu_name(device: torch.device) -> str:
     """What tables of tiles call a device."""
@@ -50,9 +112,9 @@ def prepare(x_RK: Tensor, index_S: Tensor, num_experts: int, unit: int) -> Routi
     sums = x_RK.new_empty((rows, columns // unit), dtype=torch.float32)
     programs = num_experts + (rows if columns >= unit else 0)
     if programs:
-        kernels.prepare[(programs,)](
+        launch(
+            kernels.prepare, (programs,),
             index_S, order, starts, counts, x_RK, sums, choices, num_experts, K=columns, UNIT=unit, CHUNK=_CHUNK,
-            enable_fp_fusion=True,
         )  # fmt: skip
     return Routing(order=order, starts=starts, counts=counts, sums=sums)
 
@@ -87,16 +149,17 @@ def multiply(
     sums = x_RK.new_empty((rows, outputs // out_unit if out_unit else 0), dtype=torch.float32)
     tiles = min(rows, rows // tile.rows + num_experts) if num_experts else -(-rows // tile.rows)
     if tiles:
-        kernels.multiply_rows[(tiles, -(-outputs // tile.outputs), tile.splits)](
+        launch(
+            kernels.multiply_rows, (tiles, -(-outputs // tile.outputs), tile.splits),
             x_RK, routing.sums, data, facts.table, routing.order, routing.starts, routing.counts,
             out if low is None else low, out, sums, rows, outputs,
             E=max(1, num_experts), EXPERTS=power_of_two(num_experts) if num_experts else 0,
             PER_ROW=max(1, rows // max(1, len(x_RK))), PROJECTIONS=facts.table.shape[1], POSITION=position,
             GATED=gated, LOW=low is not None, K=columns, MASKED=outputs % tile.outputs != 0,
-            WIDTHS=facts.widths[position] | (facts.widths[position + 1] if gated else 0),
-            SPAN=min(facts.spans[position : position + 1 + gated]), UNIT=unit, OUT_UNIT=out_unit,
+            WIDTHS=facts.widths_of(position, gated=gated), SPAN=min(facts.spans[position : position + 1 + gated]),
+            UNIT=unit, OUT_UNIT=out_unit,
             SPLITS=tile.splits, BLOCK_M=tile.rows, BLOCK_N=tile.outputs,
-            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out, sums
 
@@ -113,16 +176,18 @@ def experts(
         data: the blob.
         facts: of the layer: gate, up, down.
         inner: I.
-        low_S2I: what is added to gate and up of each choice before the activation; packed products only.
+        low_S2I: what is added to gate and up of each choice before the activation.
     """
     hidden, rows = x_TH.shape[1], index_Tk.numel()
     num_experts = facts.table.shape[0]
     per_expert = -(-rows // num_experts)
     unit, down_span = min(facts.spans[:2]), facts.spans[2]
     routing = prepare(x_TH, index_Tk, num_experts, unit)
-    chunk = experts_at_once(per_expert, 2 * inner * hidden * x_TH.element_size())
-    if chunk and low_S2I is None:
-        parts = _decoded_experts(x_TH, routing, data, facts, inner, rows, chunk)
+    if per_expert >= DECODE_FROM:
+        inner_SI = decoded(
+            x_TH, routing, data, facts, rows=rows, outputs=inner, position=0, gated=True, low=low_S2I,
+        )  # fmt: skip
+        parts = decoded(inner_SI, routing, data, facts, rows=rows, outputs=hidden, position=2, gated=False)
         return combine(parts, index_Tk, weights_Tk, x_TH, num_experts)
     gpu = gpu_name(x_TH.device)
     tile = packed_tile(gpu, "gated", (inner, hidden), rows, num_experts)
@@ -139,34 +204,43 @@ def experts(
     return combine(parts, index_Tk, weights_Tk, x_TH, num_experts)
 
 
-def _decoded_experts(
-    x_TH: Tensor, routing: Routing, data: Tensor, facts: KernelFacts, inner: int, rows: int, chunk: int
-) -> Tensor:
-    """Answers of the experts to their choices, (S, H): `chunk` experts at a time are decoded into a scratch buffer."""
-    hidden = x_TH.shape[1]
+def decoded(
+    x_RK: Tensor, routing: Routing, data: Tensor, facts: KernelFacts, *,
+    rows: int, outputs: int, position: int, gated: bool, low: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As `multiply` with one split, (rows, N) in the dtype of x, for many rows: some experts at a time are decoded."""
+    columns, matrices = x_RK.shape[1], 1 + gated
     num_experts = facts.table.shape[0]
-    chunk = min(chunk, num_experts)
-    inner_SI = x_TH.new_empty(rows, inner)
-    parts_SH = x_TH.new_empty(rows, hidden)
-    scratch = x_TH.new_empty(chunk * 2 * inner * hidden)
+    out_RN = x_RK.new_empty(rows, outputs)
+    chunk = min(num_experts, experts_at_once(matrices * outputs * columns * x_RK.element_size()))
+    scratch = x_RK.new_empty(chunk * matrices * outputs * columns)
     for first in range(0, num_experts, chunk):
         count = min(chunk, num_experts - first)
-        for x_RK, out, position, matrices in ((x_TH, inner_SI, 0, 2), (inner_SI, parts_SH, 2, 1)):
-            outputs, columns = out.shape[1], x_RK.shape[1]
-            kernels.decode[(-(-outputs // _SOME), -(-columns // BLOCK), count * matrices)](
-                data, facts.table, routing.counts, scratch, first,
-                PROJECTIONS=facts.table.shape[1], POSITION=position, MATRICES=matrices,
-                N=outputs, K=columns, BLOCK_N=_SOME, enable_fp_fusion=True,
-            )  # fmt: skip
-            tile = decoded_tile(gated=matrices == 2)
-            kernels.multiply_decoded[(rows // tile.rows + count, -(-outputs // tile.outputs))](
-                x_RK, scratch, routing.order, routing.starts, routing.counts, out, first,
-                COUNT=count, EXPERTS=power_of_two(count), PER_ROW=rows // len(x_RK), GATED=matrices == 2,
-                N=outputs, K=columns, BLOCK_M=tile.rows, BLOCK_N=tile.outputs,
-                BLOCK_K=DECODED_BYTES // x_TH.element_size(),
-                num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
-            )  # fmt: skip
-    return parts_SH
+        launch(
+            kernels.decode, (-(-outputs // _SOME), -(-columns // BLOCK), count * matrices),
+            data, facts.table, routing.counts, scratch, first,
+            PROJECTIONS=facts.table.shape[1], POSITION=position, MATRICES=matrices,
+            N=outputs, K=columns, WIDTHS=facts.widths_of(position, gated=gated), BLOCK_N=_SOME,
+        )  # fmt: skip
+        multiply_decoded(x_RK, scratch, routing, out_RN, first, count, gated=gated, low=low)
+    return out_RN
+
+
+def multiply_decoded(
+    x_RK: Tensor, scratch: Tensor, routing: Routing, out_RN: Tensor, first: int, count: int, *,
+    gated: bool = False, low: Tensor | None = None, transposed: bool = False,
+) -> None:  # fmt: skip
+    """Rows of x times the decoded matrices of `count` experts from `first` on: `kernels.multiply_decoded`."""
+    rows, outputs = out_RN.shape
+    tile = decoded_tile(gated=gated)
+    launch(
+        kernels.multiply_decoded, (rows // tile.rows + count, -(-outputs // tile.outputs)),
+        x_RK, scratch, routing.order, routing.starts, routing.counts, out_RN if low is None else low, out_RN,
+        first, outputs, x_RK.shape[1],
+        COUNT=count, EXPERTS=power_of_two(count), PER_ROW=rows // len(x_RK), GATED=gated, LOW=low is not None,
+        TRANSPOSED=transposed, BLOCK_M=tile.rows, BLOCK_N=tile.outputs, BLOCK_K=DECODED_BYTES // x_RK.element_size(),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 def combine(parts: Tensor, index_Tk: Tensor, weights_Tk: Tensor, like_TH: Tensor, num_experts: int) -> Tensor:
@@ -176,10 +250,10 @@ def combine(parts: Tensor, index_Tk: Tensor, weights_Tk: Tensor, like_TH: Tensor
     out_TH = like_TH.new_empty(num_tokens, hidden)
     if num_tokens:
         size = min(1024, power_of_two(hidden))
-        kernels.combine[(num_tokens, -(-hidden // size))](
+        launch(
+            kernels.combine, (num_tokens, -(-hidden // size)),
             parts, index_Tk, weights_Tk, out_TH, num_tokens * top_k, num_experts,
             TOP_K=top_k, SPLITS=1 if parts.dim() == 2 else len(parts), N=hidden, BLOCK_N=size,
-            enable_fp_fusion=True,
         )  # fmt: skip
     return out_TH
 
@@ -199,12 +273,14 @@ def product(x_RK: Tensor, index_Tk: Tensor, data: Tensor, facts: KernelFacts, po
     rows = index_Tk.numel()
     unit = facts.spans[position]
     routing = prepare(x_RK, index_Tk, num_experts, unit)
-    tile = packed_tile(gpu_name(x_RK.device), "plain", (outputs, x_RK.shape[1]), rows, num_experts)
-    out, _ = multiply(
-        x_RK, routing, data, facts, tile, rows=rows, outputs=outputs, position=position, gated=False, unit=unit
-    )
+    given: dict[str, Any] = {"rows": rows, "outputs": outputs, "position": position, "gated": False}
+    if rows >= DECODE_FROM * num_experts:
+        summed = decoded(x_RK, routing, data, facts, **given)
+    else:
+        tile = packed_tile(gpu_name(x_RK.device), "plain", (outputs, x_RK.shape[1]), rows, num_experts)
+        out, _ = multiply(x_RK, routing, data, facts, tile, unit=unit, **given)
+        summed = out.sum(0) if tile.splits > 1 else out
     here_S1 = (index_Tk.reshape(-1) < num_experts).unsqueeze(-1)
-    summed = out.sum(0) if tile.splits > 1 else out
     return torch.where(here_S1, summed, 0).to(x_RK.dtype)
 
 

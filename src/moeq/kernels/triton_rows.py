@@ -9,8 +9,8 @@ Legend: S choices, E groups, n rows, K columns of a row, M rows of x, L slabs.
 import triton
 import triton.language as tl
 
-from moeq.kernels.triton_kernels import rows_of
-from moeq.kernels.triton_tiles import (
+from moeq.kernels.triton_kernels import rows_of, store_block
+from moeq.kernels.triton_records import (
     BLOCK,
     block_weights,
     full_blocks,
@@ -18,10 +18,11 @@ from moeq.kernels.triton_tiles import (
     low_of,
     multiply,
     open_record,
+    pitch_of,
     tail_of,
-    walk,
     zeros_of,
 )
+from moeq.kernels.triton_tiles import product
 
 LINE: tl.constexpr = tl.constexpr(9)
 """Columns of `moeq.kernels.rows.RowFacts.table`."""
@@ -60,7 +61,7 @@ def full_weights(
     valid_NR = row_N[:, None] & (group_R >= 0)[None, :]
     scale_NR = tl.load(record[0][:, None] + group_R[None, :], mask=valid_NR, other=0.0).to(tl.float32)
     wide = record[0][:, None], record[1][:, None], record[2][:, None]
-    zero_NR = zeros_of(wide, group_R[None, :], tl.where(valid_NR, levels, -1), HIGH + LOW)
+    zero_NR = zeros_of(wide, group_R[None, :], tl.where(valid_NR, levels, -1), ((1 << HIGH + LOW) - 1) * 1.0)
     codes_NRS = tl.reshape(codes_NK.to(tl.float32), (N, RUNS, SPAN))
     return tl.reshape((codes_NRS - zero_NR[:, :, None]) * scale_NR[:, :, None], (N, 128))
 
@@ -81,18 +82,18 @@ def add_rows(
     for at in tl.range(start, last, SPLITS * BLOCK_N):
         row = at + tl.arange(0, BLOCK_N)
         row_N = row < last
-        high_N, low_N, record = open_record(data, facts, row, K, HIGH, LOW)
+        high_N, low_N, record = open_record(data, facts, row, pitch_of(K, HIGH), pitch_of(K, LOW))
         place_N = tl.load(places + base + row, mask=row_N, other=0)
         x_NM = tl.load(x_M[None, :] + place_N[:, None], mask=row_N[:, None] & col_M[None, :], other=0.0)
         if tail_of(K) == 0:
             w_NK = full_weights(high_N, low_N, record, block, row_N, levels, group_size, HIGH, LOW, SPAN, BLOCK_N)
         elif full_blocks(K) == 0:
-            w_NK = block_weights(high_N, low_N, record, block, row_N, levels, group_size, K, HIGH, LOW, False)
+            w_NK = block_weights(data, facts, block, row, row_N, K, False)
         else:
             if block < full_blocks(K):
                 w_NK = full_weights(high_N, low_N, record, block, row_N, levels, group_size, HIGH, LOW, SPAN, BLOCK_N)
             else:
-                w_NK = block_weights(high_N, low_N, record, block, row_N, levels, group_size, K, HIGH, LOW, False)
+                w_NK = block_weights(data, facts, block, row, row_N, K, False)
         acc_KM = multiply(tl.trans(w_NK.to(DTYPE)), x_NM, acc_KM)
     return acc_KM
 
@@ -136,27 +137,26 @@ def combine_rows(
 
 
 @triton.jit
-def dots_of_slab(
-    left, x_M, sums_M, col_M, data, table, firsts, places, out_M, expert,
-    SLAB: tl.constexpr, E: tl.constexpr, K: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
-    SPAN: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The dot products with block `left` of a group's rows in one slab, if there are so many; returns what is left."""
-    facts = table + SLAB * LINE
-    first = tl.load(firsts + SLAB * (E + 1) + expert)
-    last = tl.load(firsts + SLAB * (E + 1) + expert + 1)
-    blocks = (last - first + BLOCK_N - 1) // BLOCK_N
-    if (left >= 0) & (left < blocks):
-        row = first + left * BLOCK_N + tl.arange(0, BLOCK_N)
-        row_N = row < last
-        acc_NM = walk(
-            tl.zeros((BLOCK_N, BLOCK_M), tl.float32), data, facts, x_M, sums_M, row, row_N, col_M,
-            0, full_blocks(K + 127), K, HIGH, LOW, SPAN, UNIT, True, DTYPE,
-        )  # fmt: skip
-        place_N = tl.load(places + tl.load(facts + 8) + row, mask=row_N, other=0)
-        mask_NM = row_N[:, None] & col_M[None, :]
-        tl.store(out_M[None, :] + place_N[:, None], acc_NM.to(out_M.dtype.element_ty), mask=mask_NM)
-    return left - blocks
+def some_rows(part, firsts, group, E: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Part `part` of a group, whose rows are cut, slab by slab, into parts of BLOCK_N: slab, rows, which of them exist.
+
+    The slab is -1 behind the last part.
+    """
+    found = tl.full((), -1, tl.int32)
+    first = tl.zeros((), tl.int32)
+    end = tl.zeros((), tl.int32)
+    left = part
+    for slab in tl.range(7):
+        start = tl.load(firsts + slab * (E + 1) + group)
+        stop = tl.load(firsts + slab * (E + 1) + group + 1)
+        parts = (stop - start + BLOCK_N - 1) // BLOCK_N
+        here = (left >= 0) & (left < parts)
+        found = tl.where(here, slab, found)
+        first = tl.where(here, start + left * BLOCK_N, first)
+        end = tl.where(here, stop, end)
+        left -= parts
+    row = first + tl.arange(0, BLOCK_N)
+    return found, row, row < end
 
 
 @triton.jit(do_not_specialize=["rows", "out_columns"])
@@ -177,12 +177,35 @@ def dot_rows(
         x_M = x + x_row_M * K
         sums_M = sums + x_row_M * (K // UNIT)
         out_M = out + choice_M.to(tl.int64) * out_columns
-        left = tl.program_id(1)
-        for slab in tl.static_range(7):
-            if (WIDTHS >> bits_of(slab)) & 1:
-                left = dots_of_slab(left, x_M, sums_M, col_M, data, table, firsts, places, out_M, expert,
-                                    slab, E, K, high_of(bits_of(slab)), low_of(bits_of(slab)), SPAN, UNIT,
-                                    BLOCK_N, BLOCK_M, DTYPE)  # fmt: skip
+        slab, row, row_N = some_rows(tl.program_id(1), firsts, expert, E, BLOCK_N)
+        if slab >= 0:
+            facts = table + slab * LINE
+            acc_NM = product(
+                tl.zeros((BLOCK_N, BLOCK_M), tl.float32), data, facts, x_M, sums_M, row, row_N, col_M,
+                0, full_blocks(K + 127), K, WIDTHS, SPAN, UNIT, True, DTYPE,
+            )  # fmt: skip
+            place_N = tl.load(places + tl.load(facts + 8) + row, mask=row_N, other=0)
+            mask_NM = row_N[:, None] & col_M[None, :]
+            tl.store(out_M[None, :] + place_N[:, None], acc_NM.to(out_M.dtype.element_ty), mask=mask_NM)
+
+
+@triton.jit(do_not_specialize=["FIRST"])
+def decode_rows(
+    data, table, firsts, places, counts, weights, FIRST, PLACES,
+    E: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Decode the rows of groups from FIRST on that have choices, into (groups, PLACES, K), each where its place says.
+
+    Program (a, b, c) writes block b of the columns of part a of the rows of group c. What is no row's place stays.
+    """
+    group = FIRST + tl.program_id(2)
+    if tl.load(counts + group) > 0:
+        slab, row, row_N = some_rows(tl.program_id(0), firsts, group, E, BLOCK_N)
+        if slab >= 0:
+            facts = table + slab * LINE
+            place_N = tl.load(places + tl.load(facts + 8) + row, mask=row_N, other=0)
+            out_N = weights + (tl.program_id(2).to(tl.int64) * PLACES + place_N) * K
+            store_block(out_N, data, facts, tl.program_id(1), row, row_N, K)
 
 
 @triton.jit(do_not_specialize=["E"])

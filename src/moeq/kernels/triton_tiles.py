@@ -10,79 +10,45 @@ take it from registers, where its codes were made:
   them: scale * (sum c x - (z + offset) sum x). The sums of x are handed in.
 - The planes of 3, 5 and 6 bits are independent terms of that sum.
 
+Every width is a branch that is compiled, and Triton's passes take a time that grows with the square of what is in
+them. Up to three widths have a loop each that takes both planes of a block in turn (`walk`); more share four loops, one
+for each width of a plane, that go through the planes of a record one after the other (`walk_plane`).
+
 Legend: N output rows, K input columns, M rows of x, G groups per row.
 """
 
 import triton
 import triton.language as tl
 
-BLOCK: tl.constexpr = tl.constexpr(128)
-"""Codes that are interleaved together, `moeq.spec.BLOCK`."""
-FACTS: tl.constexpr = tl.constexpr(8)
-"""Columns of `moeq.kernels.packed.KernelFacts.table`."""
-INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
-"""The interpreter multiplies the bits of bfloat16 numbers as if they were integers: it gets float32 instead."""
+from moeq.kernels.triton_records import (
+    BLOCK,
+    block_weights,
+    floats,
+    full_blocks,
+    high_of,
+    high_width,
+    low_of,
+    multiply,
+    offset_of,
+    open_record,
+    pitch_of,
+    tail_of,
+    zeros_of,
+)
+from moeq.kernels.triton_vectors import walk_vectors
 
-
-@triton.constexpr_function
-def high_of(bits):
-    """Width of the plane of the most significant bits of codes: the largest power of two that fits."""
-    return 8 if bits == 8 else 4 if bits >= 4 else 2 if bits >= 2 else 1
-
-
-@triton.constexpr_function
-def low_of(bits):
-    """Width of the other plane, or 0."""
-    return bits - high_of(bits)
-
-
-@triton.constexpr_function
-def offset_of(width, dtype):
-    """What `floats` adds to every code."""
-    if dtype == tl.float16:
-        return 1024.0
-    return 128.0 if dtype == tl.bfloat16 and width < 8 else 0.0
-
-
-@triton.jit
-def floats(codes, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
-    """uint8 codes as numbers, `offset_of` too large; 8-bit codes do not fit beside an exact bfloat16 offset."""
-    if tl.float16 == DTYPE:
-        return (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
-    elif tl.bfloat16 == DTYPE and WIDTH < 8:
-        return (codes.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
-    else:
-        return codes.to(tl.float32).to(DTYPE)  # triton's interpreter cannot make bfloat16 of integers
-
-
-@triton.jit
-def multiply(w_NK, x_KM, acc_NM):
-    """acc + w x in float32."""
-    if INTERPRETED:
-        w_NK, x_KM = w_NK.to(tl.float32), x_KM.to(tl.float32)
-    return tl.dot(w_NK, x_KM, acc_NM, input_precision="ieee")
-
-
-@triton.jit
-def zeros_of(record, group, levels, BITS: tl.constexpr):
-    """The zeros of a group of each row in codes, float32: `moeq.format.packing.real_zeros`.
-
-    `levels` has the id of the level set, -1 where there is nothing to read.
-    """
-    TOP: tl.constexpr = (1 << BITS) - 1
-    byte = tl.load(record[1] + group, mask=levels == 0, other=0).to(tl.float32)
-    half = tl.load(record[2] + group, mask=levels == 1, other=0.0).to(tl.float32)
-    fixed = tl.where(levels == 2, (TOP + 1) * 0.5, tl.where(levels == 3, TOP * 0.5, 0.0))
-    return byte * (TOP / 255) + half + fixed
+VECTOR: tl.constexpr = tl.constexpr(4)
+"""The level set "vector", as `moeq.spec.LEVELS` counts."""
+VECTOR_KINDS: tl.constexpr = tl.constexpr(16)
+"""Bits of WIDTHS from here on are of codebooks, `moeq.kernels.packed.kind_of`."""
 
 
 @triton.jit
 def plane_block(
-    acc_NM, plane_N, record, x_M, sums_M, block, row_N, col_M, levels_N, group_size,
-    BITS: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr, OFFSET: tl.constexpr, LAST: tl.constexpr,
-    SPAN: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
+    acc_NM, plane_N, record, x_M, sums_M, block, row_N, col_M, levels_N, group_size, top, lift,
+    WIDTH: tl.constexpr, SPAN: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Add what one plane of one block of 128 inputs gives; the last plane of a record brings the zeros along.
+    """Add what one plane of one block of 128 inputs gives.
 
     Args:
         acc_NM: float32 sums so far.
@@ -93,18 +59,18 @@ def plane_block(
         block: which block.
         row_N: rows that exist; looked at if MASKED.
         col_M: rows of x that exist.
-        levels_N: see `zeros_of`.
+        levels_N: see `zeros_of`; -1 for all planes but the last of a record, which brings the zeros along.
         group_size: inputs that share a scale.
-        BITS: of a code.
-        WIDTH, SHIFT: of the plane.
-        OFFSET: what `floats` adds, over all planes.
-        LAST: the least significant plane.
+        top: the largest code of the record, float32.
+        lift: what a step of the plane is worth in codes, float32.
+        WIDTH: of the plane.
         SPAN: inputs that are known to share a scale, at most 128.
         UNIT: inputs that share a sum; divides SPAN.
     """
     BYTES: tl.constexpr = 16 * WIDTH
     RUN: tl.constexpr = BYTES if BYTES < SPAN else SPAN
     RUNS: tl.constexpr = SPAN // RUN
+    OFFSET: tl.constexpr = offset_of(WIDTH, DTYPE)
     j_K = tl.arange(0, RUN)
     for chunk in tl.static_range(BYTES // RUN):
         where_NK = plane_N[:, None] + (block * BYTES + chunk * RUN + j_K)[None, :]
@@ -121,86 +87,14 @@ def plane_block(
             if (field + 1) % RUNS == 0:
                 span = block * (BLOCK // SPAN) + (field * BYTES + chunk * RUN) // SPAN
                 group = span * SPAN // group_size
-                scale_N = tl.load(record[0] + group, mask=row_N, other=0.0).to(tl.float32)
-                acc_NM += part_NM * (scale_N * (1 << SHIFT))[:, None]
+                scale_N = tl.load(record[0] + group, mask=row_N, other=0.0).to(tl.float32) * lift
+                zero_N = zeros_of(record, group, levels_N, top) + OFFSET
+                sum_M = tl.load(sums_M + span * (SPAN // UNIT), mask=col_M, other=0.0)
+                for piece in tl.static_range(1, SPAN // UNIT):
+                    sum_M += tl.load(sums_M + span * (SPAN // UNIT) + piece, mask=col_M, other=0.0)
+                acc_NM += (part_NM - zero_N[:, None] * sum_M[None, :]) * scale_N[:, None]
                 part_NM = tl.zeros_like(acc_NM)
-                if LAST:
-                    zero_N = zeros_of(record, group, levels_N, BITS) + OFFSET
-                    sum_M = tl.load(sums_M + span * (SPAN // UNIT), mask=col_M, other=0.0)
-                    for piece in tl.static_range(1, SPAN // UNIT):
-                        sum_M += tl.load(sums_M + span * (SPAN // UNIT) + piece, mask=col_M, other=0.0)
-                    acc_NM -= (scale_N * zero_N)[:, None] * sum_M[None, :]
     return acc_NM
-
-
-@triton.constexpr_function
-def full_blocks(columns):
-    """Blocks of 128 inputs in a row."""
-    return columns // 128
-
-
-@triton.constexpr_function
-def tail_of(columns):
-    """Inputs behind the last full block."""
-    return columns % 128
-
-
-@triton.constexpr_function
-def block_bytes(columns, width, full):
-    """Bytes of a full block of a plane, or of the tail."""
-    return 16 * width if full else (columns % 128 + 7) // 8 * width
-
-
-@triton.constexpr_function
-def pitch_of(columns, width):
-    """Bytes of a row in a plane: `moeq.spec.plane_row_bytes`."""
-    return columns // 128 * 16 * width + (columns % 128 + 7) // 8 * width
-
-
-@triton.jit
-def plane_codes(plane_N, block, col_K, row_N, K: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr):
-    """Codes of one plane at any columns of one block, or of the tail, (N, K), int32: a gather, for what is not hot."""
-    BYTES: tl.constexpr = block_bytes(K, WIDTH, FULL)
-    at_K = block * 16 * WIDTH + col_K % BYTES
-    shift_K = col_K // BYTES * WIDTH
-    packed_NK = tl.load(plane_N[:, None] + at_K[None, :], mask=row_N[:, None], other=0).to(tl.int32)
-    return (packed_NK >> shift_K[None, :]) & ((1 << WIDTH) - 1)
-
-
-@triton.jit
-def block_weights(
-    high_N, low_N, record, block, row_N, levels, group_size,
-    K: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """The weights of one block of 128 inputs, or of the tail padded to 128, (N, 128) float32; padding is zero.
-
-    HIGH and LOW are the widths of the two planes; LOW is 0 where there is one.
-    """
-    col_K = tl.arange(0, 128)
-    stored_K = col_K % block_bytes(K, 8, FULL)  # stay inside the tail
-    codes_NK = plane_codes(high_N, block, stored_K, row_N, K, HIGH, FULL)
-    if LOW > 0:
-        codes_NK = (codes_NK << LOW) | plane_codes(low_N, block, stored_K, row_N, K, LOW, FULL)
-    at_K = block * BLOCK + col_K
-    group_NK = at_K[None, :] // group_size
-    valid_NK = row_N[:, None] & (at_K < K)[None, :]
-    scale_NK = tl.load(record[0][:, None] + group_NK, mask=valid_NK, other=0.0).to(tl.float32)
-    wide = record[0][:, None], record[1][:, None], record[2][:, None]
-    zero_NK = zeros_of(wide, group_NK, tl.where(valid_NK, levels, -1), HIGH + LOW)
-    return tl.where(valid_NK, scale_NK * (codes_NK.to(tl.float32) - zero_NK), 0.0)
-
-
-@triton.jit
-def open_record(data, facts, row, K: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr):
-    """Pointers to each row's codes, scales and zeros; `facts` is the record's line of the kernel table."""
-    wide_N = row.to(tl.int64)
-    high_N = data + tl.multiple_of(tl.load(facts), 16) + wide_N * pitch_of(K, HIGH)
-    low_N = data + tl.multiple_of(tl.load(facts + 1), 16) + wide_N * pitch_of(K, LOW)
-    groups = tl.load(facts + 7)
-    scales = (data + tl.multiple_of(tl.load(facts + 2), 16)).to(tl.pointer_type(tl.float16), bitcast=True)
-    zeros = data + tl.multiple_of(tl.load(facts + 3), 16)
-    halves = zeros.to(tl.pointer_type(tl.float16), bitcast=True)
-    return high_N, low_N, (scales + wide_N * groups, zeros + wide_N * groups, halves + wide_N * groups)
 
 
 @triton.jit
@@ -209,30 +103,61 @@ def walk(
     K: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
     SPAN: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """acc + W x^T over the blocks from `first` to before `last`, and over the tail after the last block."""
-    high_N, low_N, record = open_record(data, facts, row, K, HIGH, LOW)
+    """acc + W x^T over the full blocks from `first` to before `last`, for a record with planes of HIGH and LOW bits."""
+    high_N, low_N, record = open_record(data, facts, row, pitch_of(K, HIGH), pitch_of(K, LOW))
     group_size = tl.load(facts + 5).to(tl.int32)
-    levels = tl.load(facts + 6).to(tl.int32)
-    levels_N = tl.where(row_N, levels, -1)
-    FULL: tl.constexpr = full_blocks(K)
-    OFFSET: tl.constexpr = offset_of(HIGH, DTYPE) * (1 << LOW) + (offset_of(LOW, DTYPE) if LOW > 0 else 0.0)
-    for block in tl.range(first, tl.minimum(last, FULL)):
+    levels_N = tl.where(row_N, tl.load(facts + 6).to(tl.int32), -1)
+    TOP: tl.constexpr = (1 << HIGH + LOW) - 1
+    for block in tl.range(first, tl.minimum(last, full_blocks(K))):
         acc_NM = plane_block(
-            acc_NM, high_N, record, x_M, sums_M, block, row_N, col_M, levels_N, group_size,
-            HIGH + LOW, HIGH, LOW, OFFSET, LOW == 0, SPAN, UNIT, MASKED, DTYPE,
+            acc_NM, high_N, record, x_M, sums_M, block, row_N, col_M, levels_N if LOW == 0 else levels_N * 0 - 1,
+            group_size, TOP * 1.0, (1 << LOW) * 1.0, HIGH, SPAN, UNIT, MASKED, DTYPE,
         )  # fmt: skip
         if LOW > 0:
             acc_NM = plane_block(
-                acc_NM, low_N, record, x_M, sums_M, block, row_N, col_M, levels_N, group_size,
-                HIGH + LOW, LOW, 0, OFFSET, True, SPAN, UNIT, MASKED, DTYPE,
+                acc_NM, low_N, record, x_M, sums_M, block, row_N, col_M, levels_N,
+                group_size, TOP * 1.0, 1.0, LOW, SPAN, UNIT, MASKED, DTYPE,
             )  # fmt: skip
-    if tail_of(K) > 0:
-        if (first <= FULL) & (last > FULL):
-            w_NK = block_weights(high_N, low_N, record, FULL, row_N, levels, group_size, K, HIGH, LOW, False)
-            at_K = FULL * BLOCK + tl.arange(0, 128)
-            x_KM = tl.load(x_M[None, :] + at_K[:, None], mask=col_M[None, :] & (at_K < K)[:, None], other=0.0)
-            acc_NM = multiply(w_NK.to(DTYPE), x_KM, acc_NM)
     return acc_NM
+
+
+@triton.jit
+def walk_plane(
+    acc_NM, data, facts, x_M, sums_M, row, row_N, col_M, first, last, plane, top, lift,
+    K: tl.constexpr, WIDTH: tl.constexpr,
+    SPAN: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """As `walk`, for one plane, 0 or 1, of WIDTH bits of a record; `top` and `lift` as in `plane_block`."""
+    pitch: tl.constexpr = pitch_of(K, WIDTH)
+    _, _, record = open_record(data, facts, row, pitch, pitch)
+    plane_N = data + tl.multiple_of(tl.load(facts + plane), 16) + row.to(tl.int64) * pitch
+    group_size = tl.load(facts + 5).to(tl.int32)
+    levels_N = tl.where(row_N & (lift == 1.0), tl.load(facts + 6).to(tl.int32), -1)
+    for block in tl.range(first, tl.minimum(last, full_blocks(K))):
+        acc_NM = plane_block(
+            acc_NM, plane_N, record, x_M, sums_M, block, row_N, col_M, levels_N, group_size, top, lift,
+            WIDTH, SPAN, UNIT, MASKED, DTYPE,
+        )  # fmt: skip
+    return acc_NM
+
+
+@triton.constexpr_function
+def scalar_widths(widths):
+    """WIDTHS without codebooks."""
+    return widths & 0xFFFF
+
+
+@triton.constexpr_function
+def is_few(widths):
+    """Whether every width gets a loop of its own."""
+    return bin(widths & 0xFFFF).count("1") <= 3
+
+
+@triton.constexpr_function
+def has_plane(widths, width):
+    """Whether a record of one of the widths has a plane of `width` bits."""
+    planes = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+    return any(width in planes[bits] for bits in planes if widths >> bits & 1)
 
 
 @triton.jit
@@ -241,11 +166,39 @@ def product(
     K: tl.constexpr, WIDTHS: tl.constexpr,
     SPAN: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`walk` for the width that the record has; WIDTHS has a bit set for each width that there can be."""
-    bits = tl.load(facts + 4)
-    for width in tl.static_range(1, 9):
-        if (WIDTHS >> width) & 1:
-            if bits == width:
-                acc_NM = walk(acc_NM, data, facts, x_M, sums_M, row, row_N, col_M, first, last,
-                              K, high_of(width), low_of(width), SPAN, UNIT, MASKED, DTYPE)  # fmt: skip
+    """acc + W x^T over the blocks from `first` to before `last`, and over the tail after the last block.
+
+    WIDTHS has a bit set for each width that the record can have, and from VECTOR_KINDS on for each of codebooks.
+    """
+    bits = tl.load(facts + 4).to(tl.int32)
+    scalar = tl.load(facts + 6) != VECTOR
+    if scalar_widths(WIDTHS) > 0:
+        if is_few(WIDTHS):
+            for width in tl.static_range(1, 9):
+                if (WIDTHS >> width) & 1:
+                    if scalar & (bits == width):
+                        acc_NM = walk(acc_NM, data, facts, x_M, sums_M, row, row_N, col_M, first, last,
+                                      K, high_of(width), low_of(width), SPAN, UNIT, MASKED, DTYPE)  # fmt: skip
+        else:
+            high = high_width(bits)
+            top = ((1 << bits) - 1).to(tl.float32)
+            for plane in tl.range(2):
+                here = tl.where(scalar, tl.where(plane == 0, high, bits - high), 0)
+                lift = tl.where(plane == 0, 1 << (bits - high), 1).to(tl.float32)
+                for power in tl.static_range(4):
+                    if has_plane(WIDTHS, 1 << power):
+                        if here == 1 << power:
+                            acc_NM = walk_plane(acc_NM, data, facts, x_M, sums_M, row, row_N, col_M, first, last,
+                                                plane, top, lift, K, 1 << power, SPAN, UNIT, MASKED, DTYPE)  # fmt: skip
+        if tail_of(K) > 0:
+            FULL: tl.constexpr = full_blocks(K)
+            if scalar & (first <= FULL) & (last > FULL):
+                w_NK = block_weights(data, facts, FULL, row, row_N, K, False)
+                at_K = FULL * BLOCK + tl.arange(0, 128)
+                x_KM = tl.load(x_M[None, :] + at_K[:, None], mask=col_M[None, :] & (at_K < K)[:, None], other=0.0)
+                acc_NM = multiply(w_NK.to(DTYPE), x_KM, acc_NM)
+    for kind in tl.static_range(2, 4):
+        if (WIDTHS >> (VECTOR_KINDS + kind)) & 1:
+            if (bits == kind) & (scalar == 0):
+                acc_NM = walk_vectors(acc_NM, data, facts, x_M, row, row_N, col_M, first, last, K, kind, DTYPE)
     return acc_NM

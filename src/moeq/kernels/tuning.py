@@ -162,14 +162,13 @@ def decoded_tile(*, gated: bool) -> Tile:
     return Tile(rows=128, outputs=64 if gated else 128, splits=1, warps=8, stages=3)
 
 
-def experts_at_once(per_expert: int, expert_bytes: int) -> int:
-    """How many experts to decode at a time, or 0 to multiply with packed weights.
+def experts_at_once(expert_bytes: int) -> int:
+    """How many experts to decode at a time.
 
     Args:
-        per_expert: mean rows per expert.
-        expert_bytes: of gate and up of one expert, decoded.
+        expert_bytes: of what is decoded of one expert.
     """
-    return max(1, SCRATCH_BYTES // expert_bytes) if per_expert >= DECODE_FROM else 0
+    return max(1, SCRATCH_BYTES // max(1, expert_bytes))
 
 
 def power_of_two(number: int) -> int:

@@ -1,6 +1,7 @@
 """Turns a family's skeleton into one that runs on packed bytes, and binds the bytes to it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from moeq.format.blob import (
 )
 from moeq.format.spectral import parse_spectral_table
 from moeq.format.tiled import TileEntry, parse_tile_table, read_sides
-from moeq.kernels.packed import PackedLayer
+from moeq.kernels.packed import Kinds, PackedLayer, entry_kinds
 from moeq.kernels.spectral import SpectralLayer, read_layer
 from moeq.kernels.tiled import TiledLayer
 from moeq.runtime.modules import PackedExperts, PackedLinear, SpectralExperts, TiledExperts
@@ -65,25 +66,60 @@ def bind(
         PackedError: bytes are missing, or a table contradicts them.
     """
     tensors = map_packed(files)
+    layers = tuple(layers)
+    grouped = {
+        layer.path: _entries(tensors, layer.path, layer.ordered_shapes) for layer in layers if not _is_spectral(layer)
+    }
+    spectral = {
+        layer.path: spectral_layer(tensors, layer, torch.device("cpu"))[1] for layer in layers if _is_spectral(layer)
+    }
+    kinds = _common(
+        {
+            layer.path: (layer.ordered_shapes, entry_kinds(grouped[layer.path][1], len(layer.ordered_shapes)))
+            for layer in layers
+            if not _is_spectral(layer)
+        }
+    )
+    component_kinds = _common(
+        {
+            (path, name): ((bound.shape.hidden, bound.shape.inner, name), each)
+            for path, bound in spectral.items()
+            for name, each in bound.own_kinds().items()
+        }
+    )
     for layer in layers:
         packed = find(model, layer.path).get_submodule(hooks.HANDLER)
         device = _device(model, layer.path)
         if isinstance(packed, SpectralExperts):
-            data, bound = spectral_layer(tensors, layer, device)
-            packed.bind(data, bound)
+            bound = spectral[layer.path]
+            common = {name: component_kinds[layer.path, name] for name in bound.entries}
+            data = bound.data.to(device)
+            packed.bind(data, replace(bound, kinds=common).at(data))
             continue
-        data, entries = _entries(tensors, layer.path, layer.ordered_shapes)
+        data, entries = grouped[layer.path]
         if isinstance(packed, TiledExperts):
             sides, tiles = _tiles(tensors, layer)
-            packed.bind(data.to(device), entries, sides.to(device), tiles, layer.path)
+            packed.bind(data.to(device), entries, sides.to(device), tiles, layer.path, kinds[layer.path])
             continue
         assert isinstance(packed, PackedExperts)
-        packed.bind(data.to(device), entries)
+        packed.bind(data.to(device), entries, kinds[layer.path])
     for linear in dense:
         data, entries = _entries(tensors, linear.path, (linear.shape,))
         module = find(model, linear.path)
         assert isinstance(module, PackedLinear)
         module.bind(data.to(_device(model, linear.path)), entries[0][0][1])
+
+
+def _is_spectral(layer: manifest.PackedLayer) -> bool:
+    return layer.layout == "spectral"
+
+
+def _common(found: Mapping[Hashable, tuple[Hashable, Kinds]]) -> dict[Hashable, Kinds]:
+    """What all of one shape have: kernels are compiled for that, once, and not for every layer."""
+    every: dict[Hashable, Kinds] = {}
+    for shape, kinds in found.values():
+        every[shape] = every[shape] | kinds if shape in every else kinds
+    return {key: every[shape] for key, (shape, _) in found.items()}
 
 
 def map_packed(files: Iterable[Path]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from moeq import codec
 from moeq.errors import DeviceError, MoeqError, PackedError
 from moeq.format.manifest import Manifest
 from moeq.format.validate import validate_packed
+from moeq.runtime import ahead
 from moeq.runtime.modules import PackedExperts, PackedLinear, SpectralExperts, TiledExperts
 
 
@@ -20,6 +21,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: Any = "auto",
     exact_activations: bool | None = None,
+    progress: ahead.Told | None = None,
 ) -> PreTrainedModel:
     """A packed checkpoint as a model; experts stay packed and decode one matrix at a time.
 
@@ -30,6 +32,8 @@ def load(
         exact_activations: True keeps activations in floats, which is slower; False rounds them to 8 bits wherever few
             tokens meet a matrix, also in large batches; None rounds them only in calls of few tokens, so that prompts
             and evaluations are computed with floats and decoding is fast. Kernels on GPUs never round.
+        progress: on a GPU, told of kernels as they are compiled (`moeq.runtime.ahead`), which takes time only for what
+            was never compiled on this machine.
 
     Raises:
         PackedError: not a packed checkpoint, or one whose parts contradict each other.
@@ -52,7 +56,9 @@ def load(
     for module in model.modules():
         if isinstance(module, (PackedExperts, PackedLinear, SpectralExperts, TiledExperts)):
             module.exact = exact_activations
-    return model.to(place).eval()
+    model = model.to(place).eval()
+    ahead.compile_kernels(model, progress=progress)
+    return model
 
 
 def _check_config(directory: Path, manifest: Manifest) -> None:

@@ -15,7 +15,7 @@ from moeq.format.packing import decode_matrix
 from moeq.format.spectral import SpectralShape
 from moeq.format.tiled import TileEntry, build_tile_table, read_sides, views
 from moeq.kernels import dispatch, trust
-from moeq.kernels.packed import PackedLayer, PackedMatrix, device_facts, has_codebooks
+from moeq.kernels.packed import Kinds, PackedLayer, PackedMatrix, device_facts
 from moeq.kernels.rows import side_facts
 from moeq.kernels.spectral import SpectralLayer, spectral_tables
 from moeq.kernels.tiled import TiledLayer
@@ -36,12 +36,14 @@ class PackedExperts(nn.Module):
         self.entries: Entries = ()
         self.exact: bool | None = None
         self._table: Tensor | None = None
+        self._kinds: Kinds | None = None
         self._layer: PackedLayer | None = None
         self.register_buffer("data", None, persistent=False)
 
-    def bind(self, data: Tensor, entries: Entries) -> None:
-        """Take the layer's blob (uint8) and what its table says."""
+    def bind(self, data: Tensor, entries: Entries, kinds: Kinds | None = None) -> None:
+        """Take the layer's blob (uint8), what its table says, and what it has in common with other layers."""
         self.data = data
+        self._kinds = kinds
         self.entries = entries
         self._table = blob.table_of(entries)
         # Now, not in the first call: that may be a graph's, whose memory does not last.
@@ -58,13 +60,14 @@ class PackedExperts(nn.Module):
 
     def _made(self, data: Tensor) -> PackedLayer:
         compiled = trust.compiled(data.device, *_subjects("grouped", self.entries))
+        shapes = list(self.shapes.values())
         return PackedLayer(
             data=data,
             entries=self.entries,
             shapes=self.shapes,
             table=self._table if compiled else None,
             exact=self.exact,
-            facts=device_facts(data, self.entries, list(self.shapes.values())) if compiled else None,
+            facts=device_facts(data, self.entries, shapes, self._kinds) if compiled else None,
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -159,17 +162,26 @@ class TiledExperts(nn.Module):
         self.entries: Entries = ()
         self.tiles: dict[str, TileEntry] = {}
         self.exact: bool | None = None
+        self._kinds: Kinds | None = None
         self._layer: TiledLayer | None = None
         self.register_buffer("data", None, persistent=False)
         self.register_buffer("side_data", None, persistent=False)
 
-    def bind(self, data: Tensor, entries: Entries, sides: Tensor, tiles: dict[str, TileEntry], path: str) -> None:
-        """Take the residuals' blob (uint8) with its table, and the sides' with theirs.
+    def bind(
+        self,
+        data: Tensor,
+        entries: Entries,
+        sides: Tensor,
+        tiles: dict[str, TileEntry],
+        path: str,
+        kinds: Kinds | None = None,
+    ) -> None:
+        """Take the residuals' blob (uint8) with its table, the sides' with theirs, and `kinds` as `PackedExperts`.
 
         Raises:
             PackedError: cells or permutations are none.
         """
-        self.data, self.entries = data, entries
+        self.data, self.entries, self._kinds = data, entries, kinds
         self.side_data, self.tiles = sides, tiles
         read_sides(sides, tiles, len(entries), self.shapes, path)
         self._layer = self._made(data, sides)  # with the facts, see `PackedExperts.bind`
@@ -187,7 +199,7 @@ class TiledExperts(nn.Module):
 
     def _made(self, data: Tensor, side_data: Tensor) -> TiledLayer:
         compiled = trust.compiled(data.device, *_subjects("tiled", self.entries))
-        facts = device_facts(data, self.entries, list(self.shapes.values())) if compiled else None
+        facts = device_facts(data, self.entries, list(self.shapes.values()), self._kinds) if compiled else None
         residual = PackedLayer(
             data=data,
             entries=self.entries,
@@ -293,7 +305,8 @@ class PackedLinear(nn.Module):
 
 def _subjects(layout: str, entries: Entries) -> tuple[str, ...]:
     """What `moeq.kernels.trust` is asked about such a layer."""
-    return (layout, "codebooks") if has_codebooks(entries) else (layout,)
+    books = any(spec.codebooks is not None for expert in entries for _, spec in expert)
+    return (layout, "codebooks") if books else (layout,)
 
 
 def _is_placed(data: Tensor | None) -> bool:

@@ -7,6 +7,7 @@ import torch
 
 from moeq.checkpoint.read import resolve
 from moeq.errors import OptionError
+from moeq.runtime.ahead import Told
 from moeq.stages import quality
 
 
@@ -28,8 +29,9 @@ def run(
     temperature: float = 0.0,
     seed: int = 0,
     device: str = "auto",
+    compiled: Told | None = None,
 ) -> GenerateReport:
-    """Continue `prompt`, greedily at temperature 0.
+    """Continue `prompt`, greedily at temperature 0; `compiled` is told of kernels that are compiled for a GPU.
 
     Raises:
         OptionError: empty prompt, or a count or temperature that makes no sense.
@@ -44,7 +46,7 @@ def run(
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.numel() == 0:
         raise OptionError("the prompt has no tokens", option="prompt", fix="give some text")
-    loaded = quality.load_any(directory, device, exact_activations=None)
+    loaded = quality.load_any(directory, device, exact_activations=None, compiled=compiled)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with torch.random.fork_rng(enabled=temperature > 0), torch.inference_mode():
         torch.manual_seed(seed)

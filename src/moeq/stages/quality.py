@@ -17,6 +17,7 @@ from moeq.evals.forward import Progress
 from moeq.evals.tasks import read_pairs
 from moeq.format.manifest import MANIFEST_NAME
 from moeq.runtime import load
+from moeq.runtime.ahead import Told
 
 
 def load_any(
@@ -25,13 +26,15 @@ def load_any(
     dtype: object = "auto",
     *,
     exact_activations: bool | None = True,
+    compiled: Told | None = None,
 ) -> PreTrainedModel:
     """A model to measure: packed by moeq, or any causal model that transformers loads.
 
-    What is measured is the weights: activations are not rounded unless asked for, however short a window is.
+    What is measured is the weights: activations are not rounded unless asked for, however short a window is. `compiled`
+    is told of kernels that are compiled for a GPU.
     """
     if (directory / MANIFEST_NAME).is_file():
-        return load.load(directory, device=device, dtype=dtype, exact_activations=exact_activations)
+        return load.load(directory, device=device, dtype=dtype, exact_activations=exact_activations, progress=compiled)
     place = load.pick_device(device)
     try:
         model = load.from_pretrained(directory, dtype)
@@ -84,6 +87,7 @@ def run(
     batch_size: int = 1,
     device: str = "auto",
     progress: Progress | None = None,
+    compiled: Told | None = None,
 ) -> EvalResult:
     """Measure a model on a text; see `moeq.evals.suite.evaluate` for the metrics and errors.
 
@@ -97,6 +101,7 @@ def run(
         batch_size: windows per forward pass.
         device: where to compute.
         progress: called with (done, total).
+        compiled: likewise, while kernels are compiled for a GPU.
     """
     directory = resolve(model)
     plan = suite.Suite(
@@ -112,5 +117,5 @@ def run(
     if reference is not None:
         original = resolve(reference)
         baseline = suite.Baseline(name=str(original), model=load_any(original, device))
-    subject = load_any(directory, device)
+    subject = load_any(directory, device, compiled=compiled)
     return suite.evaluate(subject, tokenizer, plan, subject=str(directory), reference=baseline, progress=progress)
