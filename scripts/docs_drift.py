@@ -25,7 +25,9 @@ import transformers
 
 from moeq import cli
 from moeq.artifacts import EvalResult
+from moeq.kernels.selftest import Check
 from moeq.stages.bench import BenchReport
+from moeq.stages.doctor import Device, DoctorReport, Route
 from moeq.stages.generate import GenerateReport
 from moeq.stages.inspect import InspectReport
 from moeq.stages.measured import MeasureReport
@@ -59,6 +61,10 @@ REPORTS = {
     "generate": GenerateReport,
     "bench": BenchReport,
     "verify": VerifyReport,
+    "doctor": DoctorReport,
+    "Device": Device,
+    "Route": Route,
+    "Check": Check,
     "Family": Family,
 }
 """Heading in docs/json.md -> the dataclass whose fields its table must name."""

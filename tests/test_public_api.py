@@ -35,6 +35,7 @@ def test_the_public_names_are_frozen() -> None:
         "Unit",
         "__version__",
         "allocate",
+        "doctor",
         "measure",
         "pareto",
         "repair",

@@ -7,6 +7,7 @@ from moeq.artifacts import CostTable, EvalResult, Inventory, Plan
 from moeq.checkpoint.read import resolve
 from moeq.costs.component_table import ComponentTable
 from moeq.recipe import Recipe
+from moeq.stages import doctor as doctor_stage
 from moeq.stages import inspect as inspect_stage
 from moeq.stages import measure as measure_stage
 from moeq.stages import pareto as pareto_stage
@@ -14,6 +15,7 @@ from moeq.stages import preflight, progressive, quality
 from moeq.stages import repair as repair_stage
 from moeq.stages import setup as setup_stage
 from moeq.stages import verify as verify_stage
+from moeq.stages.doctor import DoctorReport
 from moeq.stages.packing import Progress
 from moeq.stages.pareto import ParetoReport
 from moeq.stages.preflight import PlanReport
@@ -93,3 +95,8 @@ def evaluate(
 def verify(directory: str | Path) -> VerifyReport:
     """Prove a packed checkpoint: structure, hashes, every matrix, a forward pass."""
     return verify_stage.run(Path(directory), every=True)
+
+
+def doctor() -> DoctorReport:
+    """Test the compiled kernels of this machine again, and say what runs on them; see `moeq doctor`."""
+    return doctor_stage.run()

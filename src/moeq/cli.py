@@ -1,4 +1,4 @@
-"""The command line: plan, inspect, measure, allocate, pareto, quantize, repair, eval, generate, bench, verify.
+"""The command line: plan, inspect, measure, allocate, pareto, quantize, repair, eval, generate, bench, verify, doctor.
 
 stdout carries results (one JSON document with --json), stderr progress and errors. Exit status: 0 done,
 1 failed with a message, 2 wrong arguments, 130 interrupted.
@@ -7,6 +7,7 @@ stdout carries results (one JSON document with --json), stderr progress and erro
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +18,13 @@ from moeq import cli_text, codec
 from moeq.checkpoint.write import write_file_atomic
 from moeq.cli_args import build_parser
 from moeq.errors import MoeqError, OutputError
+from moeq.kernels import trust
 from moeq.recipe import Recipe
 from moeq.recipe_file import load_recipe
 from moeq.report.curves import curve_svg
 from moeq.stages import bench as bench_stage
 from moeq.stages import card as card_stage
+from moeq.stages import doctor as doctor_stage
 from moeq.stages import generate as generate_stage
 from moeq.stages import inspect as inspect_stage
 from moeq.stages import measure as measure_stage
@@ -180,6 +183,10 @@ def _verify(args: argparse.Namespace) -> Any:
     return verify_stage.run(Path(args.directory), every=True)
 
 
+def _doctor(_: argparse.Namespace) -> Any:
+    return doctor_stage.run()
+
+
 VERBS: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Any], str]]] = {
     "plan": (_plan, cli_text.plan),
     "inspect": (_inspect, cli_text.inspect),
@@ -192,6 +199,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Any], str]
     "generate": (_generate, cli_text.generate),
     "bench": (_bench, cli_text.bench),
     "verify": (_verify, cli_text.verify),
+    "doctor": (_doctor, cli_text.doctor),
 }
 
 
@@ -209,6 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(words)
     args.words = words
     run, text = VERBS[args.verb]
+    caches = os.environ.get("XDG_CACHE_HOME")
+    if caches and Path(caches).is_absolute():  # others are to be ignored, says the XDG specification
+        trust.keep_verdicts_in(Path(caches) / "moeq")
     try:
         result = run(args)
     except MoeqError as error:
@@ -220,6 +231,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(document(args.verb, result), indent=1))
     else:
         print(text(result))
+    if isinstance(result, doctor_stage.DoctorReport) and not result.ok:
+        for failure in result.failures:
+            print(f"moeq doctor: {failure}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -158,3 +158,5 @@ def _using_verbs(verb: Verb) -> None:
 
     verify = verb("verify", "prove a packed checkpoint: structure, hashes, every matrix, a forward pass")
     verify.add_argument("directory", help="what quantize wrote")
+
+    verb("doctor", "test the compiled kernels of this machine and say what runs on them, for reports of bugs")

@@ -1,13 +1,16 @@
 """What the command line shows people: progress bars and plain-text results."""
 
 import contextlib
+import textwrap
 from typing import Any
 
 from tqdm import tqdm
 
 from moeq.artifacts import EvalResult
+from moeq.kernels.selftest import Check
 from moeq.report.tables import human_bytes, plain_table
 from moeq.stages.bench import BenchReport
+from moeq.stages.doctor import Device, DoctorReport
 from moeq.stages.generate import GenerateReport
 from moeq.stages.inspect import InspectReport
 from moeq.stages.measured import MeasureReport
@@ -18,6 +21,9 @@ from moeq.stages.repair import RepairReport
 from moeq.stages.setup import AllocateReport
 from moeq.stages.summary import Family
 from moeq.stages.verify import VerifyReport
+
+WIDTH = 100
+"""Columns of wrapped lines."""
 
 
 class Bars:
@@ -195,3 +201,59 @@ def verify(report: VerifyReport) -> str:
         f"ok: {report.files} files match their sha256, {report.decoded} matrices in {report.layers} layers decode, "
         "the model reloads and gives finite logits"
     )
+
+
+def doctor(report: DoctorReport) -> str:
+    """Text of `moeq doctor`."""
+    versions = [f"{name} {version or '-'}" for name, version in report.versions.items()]
+    extension = "built" if report.native else "not built"
+    facts = [*versions, f"CUDA {report.cuda or '-'}", f"compiled kernels {extension}", report.system]
+    lines = [_wrapped(", ".join(facts)), ""]
+    lines += [_processor(device) for device in report.devices]
+    routes = [(route.device, route.layers, route.path, route.reason) for route in report.routes]
+    lines += ["", plain_table(("device", "layers", "computed by", "why"), routes)]
+    if report.checks:
+        header = ("device", "self-test", "result", "error", "allowed", "time")
+        lines += ["", plain_table(header, [_self_test(check) for check in report.checks])]
+    free = "" if report.cache_free_bytes is None else f", {human_bytes(report.cache_free_bytes)} free on its disk"
+    kept = "verdicts are kept for the next process" if report.cache_works else "verdicts cannot be kept"
+    lines += ["", f"cache: {kept}{free}"]
+    lines += [_wrapped(f"FAILED {failure}") for failure in report.failures]
+    if report.ok:
+        end = "ok: all compiled paths answer rightly" if report.checks else "ok: torch computes everything, slower"
+    else:
+        end = "what failed is left to torch: answers stay right, slower; please report moeq doctor --json"
+    return "\n".join([*lines, _wrapped(f"{end} ({report.seconds:.1f} s)")])
+
+
+def _processor(device: Device) -> str:
+    facts = [f"{device.cores} cores" if device.device == "cpu" else f"{device.cores} processors"]
+    if device.threads is not None:
+        facts.append(f"{device.threads} threads in use")
+    if device.instruction_sets:
+        facts.append(f"kernels for {', '.join(device.instruction_sets)}")
+    if device.capability is not None:
+        facts += [f"capability {device.capability}", f"driver {device.driver}"]
+    if device.memory_bytes:
+        facts.append(f"{human_bytes(device.free_bytes)} of {human_bytes(device.memory_bytes)} free")
+    for what, speed in (("reads", device.read_bandwidth), ("copies", device.copy_bandwidth)):
+        if speed is not None:
+            facts.append(f"{what} {human_bytes(round(speed))}/s")
+    return _wrapped(f"{device.device}: {device.name}, {', '.join(facts)}")
+
+
+def _self_test(check: Check) -> tuple[str, ...]:
+    error = "-" if check.error is None else f"{check.error:.1g}"
+    result = "ok" if check.ok else "WRONG"
+    return (
+        check.device,
+        f"{check.path} {check.subject}",
+        result,
+        error,
+        f"{check.tolerance:g}",
+        f"{check.seconds:.3f} s",
+    )
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ")

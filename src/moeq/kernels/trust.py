@@ -125,6 +125,19 @@ def cache_directory() -> Path | None:
         return None
 
 
+def cache_works() -> bool:
+    """Whether verdicts outlive this process."""
+    directory = cache_directory()
+    if directory is None:
+        return False
+    try:
+        (directory / FOLDER).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory / FOLDER):
+            return True
+    except OSError:
+        return False
+
+
 def forget() -> None:
     """Forget what this process knows, but no files."""
     with _state.lock:
