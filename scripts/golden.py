@@ -106,7 +106,9 @@ def main() -> None:
         found["measure"] = digest(run(["measure", MODEL, costs, "--method", "gemq", "--device", "cpu", *FEW]))
         found["pareto"] = digest(run(["pareto", MODEL, "--method", "gemq", "--costs", costs]))
         plan = str(Path(scratch) / "plan.json")
-        found["allocate"] = digest(run(["allocate", MODEL, plan, "--method", "gemq", "--costs", costs, "--bits", "2.5"]))
+        found["allocate"] = digest(
+            run(["allocate", MODEL, plan, "--method", "gemq", "--costs", costs, "--bits", "2.5"])
+        )
         found["generate"] = digest(run(["generate", str(Path(scratch) / args.only[0]), "The", "--max-new-tokens", "8"]))
     args.output.write_text(json.dumps(found, indent=1) + "\n")
     if args.compare:

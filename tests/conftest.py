@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import string
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,22 @@ from transformers.utils import logging
 
 import moeq
 import zoo
+from moeq.kernels import trust
 
 settings.register_profile("moeq", deadline=None)  # how long an example takes says nothing on a shared machine
 settings.load_profile("moeq")
 
 ASSETS = Path(__file__).parent.parent / "assets"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Verdicts on kernels go to a directory of the tests, those of command lines too."""
+    directory = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(directory))
+        trust.keep_verdicts_in(directory / "moeq")
+        yield
 
 
 @pytest.fixture(scope="session")

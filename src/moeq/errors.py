@@ -20,7 +20,8 @@
     |- ResumeError            a journal does not match what is asked for now
     `- StorageError           the disk is full or refuses to write
 
-Each message names what is at fault (file, tensor or option) and says the fix.
+Each message names what is at fault (file, tensor or option) and says the fix. One thing is no error, because answers
+stay right: `KernelWarning`.
 """
 
 from pathlib import Path
@@ -141,3 +142,7 @@ class ResumeError(MoeqError):
 
 class StorageError(MoeqError):
     """The disk is full or refuses to write."""
+
+
+class KernelWarning(RuntimeWarning):
+    """Compiled kernels failed their self-test on this machine and are off: answers stay right, but take longer."""

@@ -11,6 +11,7 @@ Legend: N output rows, K input columns, G groups per row, B bytes per row.
 import importlib
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -70,6 +71,24 @@ def available() -> bool:
 def isas() -> tuple[str, ...]:
     """Instruction sets that the kernels can use on this machine, best first; empty without kernels."""
     return () if _module is None else tuple(_module.isas())
+
+
+_decoding: Final = [True]
+
+
+def decodes() -> bool:
+    """Whether `decode_matrix` can be used: there are kernels, and nobody found that it decodes wrongly."""
+    return available() and _decoding[0]
+
+
+def stop_decoding(stop: bool = True) -> None:
+    """Leave decoding to torch in this process, or take it back."""
+    _decoding[0] = not stop
+
+
+def file() -> Path | None:
+    """The file of the extension; None without one."""
+    return None if _module is None else Path(_module.__file__)
 
 
 _unsaid: Final = [

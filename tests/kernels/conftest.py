@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 import ttir
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

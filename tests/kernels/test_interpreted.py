@@ -7,7 +7,7 @@ from subprocess import PIPE, STDOUT, run
 
 import pytest
 
-FILES = ("test_gpu.py", "test_gpu_rows.py")
+FILES = ("test_gpu.py", "test_gpu_rows.py", "test_gpu_selftest.py")
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="this is that process")

@@ -90,7 +90,7 @@ def gates_by_silu(experts: nn.Module, width: int) -> bool:
 
 @torch.inference_mode()
 def _gate_is_silu(experts: nn.Module, width: int) -> bool:
-    sizes = torch.tensor([-300.0, -30.0, -8.0, -1.0, -0.01, 0.01, 1.0, 8.0, 30.0, 300.0])
+    sizes = torch.tensor([-300.0, -30.0, -8.0, -1.0, -0.01, 0.01, 1.0, 8.0, 30.0, 300.0], dtype=torch.float32)
     gate_SI = sizes.repeat_interleave(len(sizes)).unsqueeze(-1).expand(-1, width)
     up_SI = sizes.repeat(len(sizes)).unsqueeze(-1).expand(-1, width)
     wanted = torch.nn.functional.silu(gate_SI) * up_SI

@@ -213,7 +213,7 @@ def decode_matrix(
     The compiled kernel gives the same bits as `decode_in_chunks`.
     """
     plain = record.device.type == "cpu" and record.is_contiguous() and record.data_ptr() % 2 == 0
-    if native.available() and plain and dtype in native.DTYPES and record.numel() >= sections(spec, shape).total:
+    if native.decodes() and plain and dtype in native.DTYPES and record.numel() >= sections(spec, shape).total:
         return native.decode_matrix(record.detach(), spec, shape, dtype, rows=rows)
     return decode_in_chunks(record, spec, shape, dtype, rows=rows)
 

@@ -57,7 +57,7 @@ torch.library.register_fake("moeq::packed_experts", lambda x, *_: torch.empty_li
 
 def linear(x_SK: Tensor, matrix: PackedMatrix) -> Tensor | None:
     """As `reference.linear`; None for what the kernels do not do."""
-    if not serves(x_SK, matrix.record):
+    if not matrix.compiled or not serves(x_SK, matrix.record):
         return None
     if x_SK.shape[0] > FEW:
         return _decode_and_multiply(x_SK, matrix)

@@ -132,6 +132,7 @@ class PackedMatrix:
         shape: (N, K).
         exact: whether kernels keep activations in floats: always, never, or (None) unless few tokens are computed.
         facts: for kernels on a device, as of a layer with one expert and one projection; None if nobody made them.
+        compiled: whether compiled kernels for CPUs may compute it (`moeq.kernels.trust`).
     """
 
     record: Tensor
@@ -139,6 +140,7 @@ class PackedMatrix:
     shape: tuple[int, int]
     exact: bool | None = None
     facts: KernelFacts | None = None
+    compiled: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -1,7 +1,11 @@
-"""Modules over packed bytes. They hold uint8 buffers only; nothing is ever unpacked into memory for good."""
+"""Modules over packed bytes. They hold uint8 buffers only; nothing is ever unpacked into memory for good.
+
+Where bytes come to a device, kernels get what they want to know of them, and `moeq.kernels.trust` is asked whether they
+may compute there: kernels that know nothing refuse, and the torch reference serves.
+"""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -10,7 +14,7 @@ from moeq.format.blob import Entries
 from moeq.format.packing import decode_matrix
 from moeq.format.spectral import SpectralShape
 from moeq.format.tiled import TileEntry, build_tile_table, read_sides, views
-from moeq.kernels import dispatch
+from moeq.kernels import dispatch, trust
 from moeq.kernels.packed import Kinds, PackedLayer, PackedMatrix, device_facts
 from moeq.kernels.rows import side_facts
 from moeq.kernels.spectral import SpectralLayer, spectral_tables
@@ -55,10 +59,22 @@ class PackedExperts(nn.Module):
         return known
 
     def _made(self, data: Tensor) -> PackedLayer:
-        facts = device_facts(data, self.entries, list(self.shapes.values()), self._kinds)
+        compiled = trust.compiled(data.device, *_subjects("grouped", self.entries))
+        shapes = list(self.shapes.values())
         return PackedLayer(
-            data=data, entries=self.entries, shapes=self.shapes, table=self._table, exact=self.exact, facts=facts
+            data=data,
+            entries=self.entries,
+            shapes=self.shapes,
+            table=self._table if compiled else None,
+            exact=self.exact,
+            facts=device_facts(data, self.entries, shapes, self._kinds) if compiled else None,
         )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if _is_placed(self.data):
+            _ = self.layer  # now, see `PackedExperts.bind`
+        return self
 
     def weights(self, expert: int, projection: str) -> Tensor:
         """What the bytes of one matrix decode to, (N, K) float32 on the CPU."""
@@ -85,12 +101,13 @@ class SpectralExperts(nn.Module):
         self.shape = shape
         self.exact: bool | None = None
         self._layer: SpectralLayer | None = None
+        self._compiled = False
         self.register_buffer("data", None, persistent=False)
 
     def bind(self, data: Tensor, layer: SpectralLayer) -> None:
         """Take the layer's blob (uint8) and what its table and maps say."""
         self.data = data
-        self._layer = layer
+        self._layer = self._judged(layer)
 
     @property
     def layer(self) -> SpectralLayer:
@@ -99,13 +116,24 @@ class SpectralExperts(nn.Module):
         assert self._layer is not None
         layer = self._layer
         if layer.data is not self.data:  # moved to another device since it was last used
-            layer = layer.at(self.data)
-        if layer.tables is None and self.data.device.type == "cpu":
+            layer = self._judged(layer.at(self.data))
+        if self._compiled and layer.tables is None and self.data.device.type == "cpu":
             layer = replace(layer, tables=spectral_tables(layer))
         if layer.exact != self.exact:
             layer = replace(layer, exact=self.exact)
         self._layer = layer
         return self._layer
+
+    def _judged(self, layer: SpectralLayer) -> SpectralLayer:
+        """The layer, without what kernels want to know if they may not compute it."""
+        self._compiled = trust.compiled(layer.data.device, "spectral")
+        return layer if self._compiled else replace(layer, tables=None, facts=None)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if _is_placed(self.data):
+            _ = self.layer  # now, see `PackedExperts.bind`
+        return self
 
     def weights(self, expert: int, projection: str) -> Tensor:
         """What the bytes of one expert's projection decode to: its components (n, I), float32, on the CPU."""
@@ -170,12 +198,13 @@ class TiledExperts(nn.Module):
         return self._layer
 
     def _made(self, data: Tensor, side_data: Tensor) -> TiledLayer:
-        facts = device_facts(data, self.entries, list(self.shapes.values()), self._kinds)
+        compiled = trust.compiled(data.device, *_subjects("tiled", self.entries))
+        facts = device_facts(data, self.entries, list(self.shapes.values()), self._kinds) if compiled else None
         residual = PackedLayer(
             data=data,
             entries=self.entries,
             shapes=self.shapes,
-            table=blob.table_of(self.entries),
+            table=blob.table_of(self.entries) if compiled else None,
             exact=self.exact,
             facts=facts,
         )
@@ -188,6 +217,12 @@ class TiledExperts(nn.Module):
             tiles=build_tile_table(forms, residual.num_experts, self.shapes),
             facts=None if facts is None else {name: side_facts(each) for name, each in sides.items()},
         )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if _is_placed(self.data):
+            _ = self.layer  # now, see `PackedExperts.bind`
+        return self
 
     def weights(self, expert: int, projection: str) -> Tensor:
         """What the bytes of one residual decode to, (N, K) float32 on the CPU."""
@@ -238,8 +273,16 @@ class PackedLinear(nn.Module):
 
     def _made(self, data: Tensor, spec: QuantSpec) -> PackedMatrix:
         shape = self.out_features, self.in_features
-        facts = device_facts(data, (((0, spec),),), [shape])
-        return PackedMatrix(record=data, spec=spec, shape=shape, exact=self.exact, facts=facts)
+        entries: Entries = (((0, spec),),)
+        compiled = trust.compiled(data.device, *_subjects("linear", entries))
+        facts = device_facts(data, entries, [shape]) if compiled else None
+        return PackedMatrix(record=data, spec=spec, shape=shape, exact=self.exact, facts=facts, compiled=compiled)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if _is_placed(self.data):
+            _ = self.matrix  # now, see `PackedExperts.bind`
+        return self
 
     @property
     def weight(self) -> Tensor:
@@ -258,3 +301,14 @@ class PackedLinear(nn.Module):
         """Shape and width, for print(model)."""
         bits = "?" if self.spec is None else self.spec.bits
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={bits}"
+
+
+def _subjects(layout: str, entries: Entries) -> tuple[str, ...]:
+    """What `moeq.kernels.trust` is asked about such a layer."""
+    books = any(spec.codebooks is not None for expert in entries for _, spec in expert)
+    return (layout, "codebooks") if books else (layout,)
+
+
+def _is_placed(data: Tensor | None) -> bool:
+    """Whether there are bytes, on a device that has kernels."""
+    return data is not None and data.device.type in ("cpu", "cuda")
