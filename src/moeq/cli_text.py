@@ -229,7 +229,7 @@ def doctor(report: DoctorReport) -> str:
 def _processor(device: Device) -> str:
     facts = [f"{device.cores} cores" if device.device == "cpu" else f"{device.cores} processors"]
     if device.threads is not None:
-        facts.append(f"{device.threads} threads in use")
+        facts.append("1 thread in use" if device.threads == 1 else f"{device.threads} threads in use")
     if device.instruction_sets:
         facts.append(f"kernels for {', '.join(device.instruction_sets)}")
     if device.capability is not None:
