@@ -186,9 +186,10 @@ class Streamer:
             block = self.driver.get_submodule(path)
             stand_in = _StandIn(block, self._runner(position, path, num_sequences))
             self.driver.get_submodule(parent).add_module(name, stand_in)
-        # The base model: logits of all sequences would not fit, and nobody needs them.
-        base_model = cast(nn.Module, self.driver.base_model).to(self.device)
-        base_model(input_ids=ids_NT.to(self.device), use_cache=False)
+        # The base model: logits of all sequences would not fit, and nobody needs them. It stays on the CPU, where
+        # blocks leave the states of all sequences: its embeddings and last norm would not find them elsewhere.
+        base_model = cast(nn.Module, self.driver.base_model).to("cpu")
+        base_model(input_ids=ids_NT.cpu(), use_cache=False)
 
     def _runner(self, position: int, path: str, num_sequences: int) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -294,7 +295,9 @@ class Streamer:
         for args, kwargs in batches:
             leaves, spec = pytree.tree_flatten(block(*args, **kwargs))
             if len(batches) == 1:
-                return pytree.tree_unflatten(leaves, spec)
+                return pytree.tree_unflatten(
+                    [leaf.cpu() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+                )
             if stores is None:
                 stores = [
                     self.pool.empty((num_sequences, *leaf.shape[1:]), leaf.dtype) if isinstance(leaf, Tensor) else leaf

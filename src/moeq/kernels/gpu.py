@@ -44,12 +44,17 @@ def linear(x_SK: Tensor, matrix: PackedMatrix) -> Tensor | None:
 
 def wanted(x: Tensor, *others: Tensor) -> bool:
     """Whether Triton can compute with x, and nobody asks for a gradient."""
-    if not (AVAILABLE and x.is_cuda and x.dtype in DTYPES):
-        return False
-    # Not `get_device_capability`: `torch.compile` folds the properties into a constant, and breaks its graph there.
-    if torch.cuda.get_device_properties(x.device).major < AMPERE:
+    if not (x.is_cuda and x.dtype in DTYPES and usable(x.device)):
         return False
     return not (torch.is_grad_enabled() and (x.requires_grad or any(other.requires_grad for other in others)))
+
+
+def usable(device: torch.device) -> bool:
+    """Whether Triton's kernels can run on a device."""
+    if not AVAILABLE or device.type != "cuda":
+        return False
+    # Not `get_device_capability`: `torch.compile` folds the properties into a constant, and breaks its graph there.
+    return torch.cuda.get_device_properties(device).major >= AMPERE
 
 
 def run_experts(

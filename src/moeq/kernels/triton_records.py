@@ -12,8 +12,6 @@ BLOCK: tl.constexpr = tl.constexpr(128)
 """Codes that are interleaved together, `moeq.spec.BLOCK`."""
 FACTS: tl.constexpr = tl.constexpr(8)
 """Columns of `moeq.kernels.packed.KernelFacts.table`."""
-INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
-"""The interpreter multiplies the bits of bfloat16 numbers as if they were integers: it gets float32 instead."""
 
 
 @triton.constexpr_function
@@ -44,14 +42,12 @@ def floats(codes, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
     elif tl.bfloat16 == DTYPE and WIDTH < 8:
         return (codes.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
     else:
-        return codes.to(tl.float32).to(DTYPE)  # triton's interpreter cannot make bfloat16 of integers
+        return codes.to(DTYPE)
 
 
 @triton.jit
 def multiply(w_NK, x_KM, acc_NM):
     """acc + w x in float32."""
-    if INTERPRETED:
-        w_NK, x_KM = w_NK.to(tl.float32), x_KM.to(tl.float32)
     return tl.dot(w_NK, x_KM, acc_NM, input_precision="ieee")
 
 

@@ -11,6 +11,7 @@ from moeq import codec
 from moeq.errors import DeviceError, MoeqError, PackedError
 from moeq.format.manifest import Manifest
 from moeq.format.validate import validate_packed
+from moeq.kernels import gpu
 from moeq.runtime import ahead
 from moeq.runtime.modules import PackedExperts, PackedLinear, SpectralExperts, TiledExperts
 
@@ -57,7 +58,8 @@ def load(
         if isinstance(module, (PackedExperts, PackedLinear, SpectralExperts, TiledExperts)):
             module.exact = exact_activations
     model = model.to(place).eval()
-    ahead.compile_kernels(model, progress=progress)
+    if gpu.usable(place):
+        ahead.compile_kernels(model, progress=progress)
     return model
 
 
