@@ -21,7 +21,7 @@ def _on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("shape", [(2048, 768, 128), (2048, 1024, 64), (4096, 14336, 8), (128, 128, 2)])
 def test_dropped_components_fit_the_bytes(shape: tuple[int, int, int]) -> None:
-    """The last try of a bisection need not fit: at Qwen3-30B's shape it was 704 bytes too large, and stopped the run."""
+    """The last try of a bisection need not fit: at Qwen3-30B's shape it was 704 bytes too many, and the run stopped."""
     import gpu_layouts
 
     hidden, inner, num_experts = shape

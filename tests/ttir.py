@@ -12,6 +12,7 @@ bytes are errors or NaN, not luck.
 """
 
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,6 +132,10 @@ class Driver:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+_FRONT_END = threading.Lock()
+"""Triton's front end was seen to fail when several threads were in it at once."""
 
 
 def module_of(source: Any, target: Any, options: Any) -> str:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -92,7 +93,9 @@ def compiling(workers: int, done: Callable[[int, int], None] | None = None) -> I
         if mode is None:
             yield  # before 3.5: one after another
             return
-        with Executor(workers) as executor, mode(executor):
+        # What fails here is compiled again, and fails or not, when it is launched.
+        options = {"ignore_errors": True} if "ignore_errors" in signature(mode).parameters else {}
+        with Executor(workers) as executor, mode(executor, **options):
             yield
     finally:
         _only_compile.reset(token)
