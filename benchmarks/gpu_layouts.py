@@ -124,7 +124,7 @@ def trio(shape: Shape, grouped: PackedLayer) -> Trio:
     off = found.spectral.data.numel() / budget - 1
     print(f"spectral has {off:+.3%} of the bytes of grouped", flush=True)
     if abs(off) > BYTES_TOLERANCE:
-        raise SystemExit(f"not equal bytes: {found.spectral.data.numel()} for {budget}")
+        raise RuntimeError(f"not equal bytes: {found.spectral.data.numel()} for {budget}")
     return found
 
 
@@ -141,7 +141,7 @@ def errors(module: nn.Module, layers: Trio, arguments: Arguments) -> tuple[float
     )
     first, second = (((a.float() - w).norm() / w.norm()).item() for a, w in zip(answers, wanted, strict=True))
     if not max(first, second) < 5e-2:  # bfloat16 between four products; the interpreter cuts off where a GPU rounds
-        raise SystemExit(f"wrong: relative error {first:.2g} spectral, {second:.2g} tiled")
+        raise RuntimeError(f"wrong: relative error {first:.2g} spectral, {second:.2g} tiled")
     return first, second
 
 

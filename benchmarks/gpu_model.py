@@ -1,14 +1,23 @@
 """Decoding with a whole model of OLMoE's shape and random weights, for benchmarks/gpu.py."""
 
+import json
+import os
 import statistics
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from gpu_layers import random_layer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from moeq.arch import hooks
 from moeq.kernels.packed import PackedLayer
+from moeq.runtime import ahead
 from moeq.runtime.modules import PackedExperts
 
 FACTS = {
@@ -18,6 +27,8 @@ FACTS = {
     "num_experts_per_tok": 8,
     "num_hidden_layers": 16,
 }
+SMOKE = {"hidden_size": 64, "intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64}  # fmt: skip
 CONTEXT = 512
 Shape = tuple[int, int, int, int]
 """hidden, inner, experts, experts per token."""
@@ -61,8 +72,8 @@ def step_of(model: nn.Module, device: torch.device) -> Callable[[], torch.Tensor
     return step
 
 
-def milliseconds(step: Callable[[], object]) -> float:
-    """The median time of a replay."""
+def captured(step: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """A CUDA graph of a step, and where it leaves its answer."""
     torch.cuda.synchronize()  # the weights are there before another stream reads them
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -71,7 +82,16 @@ def milliseconds(step: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
+        answer = step()
+    return graph, answer
+
+
+def milliseconds(step: Callable[[], torch.Tensor]) -> float:
+    """The median time of a replay; without a GPU the step only runs."""
+    if torch.version.cuda is None:
         step()
+        return float("nan")
+    graph, _ = captured(step)
     times = []
     for _ in range(50):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -83,11 +103,53 @@ def milliseconds(step: Callable[[], object]) -> float:
     return statistics.median(times[5:])
 
 
-def decode_rows(make_layer: Callable[[Shape], PackedLayer], device: torch.device) -> list[tuple[object, ...]]:
-    """Rows of the page: bfloat16, then packed."""
-    model = olmoe(device, "grouped_mm")
+def rows(device: torch.device, *, smoke: bool, quick: bool, until: float) -> Iterator[dict[str, Any]]:
+    """Time of a token in bfloat16 and at 3 bits; then the first token of a process that has compiled nothing."""
+    changes = SMOKE if smoke else {}
+    model = olmoe(device, "grouped_mm", **changes)
     size = sum(weight.numel() * 2 for name, weight in model.named_parameters() if ".experts." in name)
-    rows: list[tuple[object, ...]] = [("bfloat16, grouped_mm", f"{milliseconds(step_of(model, device)):.2f}", size)]
-    size = pack(model, make_layer)
-    rows.append(("3 bits, Triton", f"{milliseconds(step_of(model, device)):.2f}", size))
-    return rows
+    plain = milliseconds(step_of(model, device))
+    yield {"what": "bfloat16, grouped_mm", "ms per token": plain, "experts' bytes": size}
+    size = pack(model, lambda shape: random_layer(shape, (3,), device))
+    packed = milliseconds(step_of(model, device))
+    yield {"what": "3 bits, Triton", "ms per token": packed, "experts' bytes": size, "speed-up": plain / packed}
+    del model
+    left = until - time.monotonic()
+    if smoke:
+        yield {"what": "first token", **first_token(device, **changes)}
+    elif left < 30:
+        yield {"what": "first token", "skipped": "out of time"}
+    else:
+        yield {"what": "first token", **_in_a_fresh_process(left)}
+
+
+def first_token(device: torch.device, **changes: int) -> dict[str, float]:
+    """Seconds from a loaded model of seven widths to its first token, kernels compiled ahead as `moeq.load` does."""
+    model = olmoe(device, "eager", **changes)
+    pack(model, lambda shape: random_layer(shape, (1, 2, 3, 4, 5, 6, 8), device))
+    start = time.perf_counter()
+    ahead.compile_kernels(model)
+    compiled = time.perf_counter() - start
+    step_of(model, device)()
+    if torch.version.cuda is not None:
+        torch.cuda.synchronize()
+    return {"compiled s": compiled, "first token s": time.perf_counter() - start}
+
+
+def _in_a_fresh_process(seconds: float) -> dict[str, Any]:
+    """`first_token` with a cache directory of Triton's own that is empty."""
+    with TemporaryDirectory() as cache:
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(sys.path)}
+        try:
+            done = subprocess.run(
+                [sys.executable, __file__], env=environment, timeout=seconds, capture_output=True, text=True, check=True
+            )
+        except subprocess.TimeoutExpired:
+            return {"skipped": f"not done after {seconds:.0f} s"}
+        except subprocess.CalledProcessError as error:
+            return {"failed": error.stderr[-300:]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(first_token(torch.device("cuda", 0))))

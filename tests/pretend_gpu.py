@@ -69,6 +69,8 @@ class _Places(TorchFunctionMode):
     """Gives "cuda" its number, which torch would ask a driver for, and lets tensors go where torch thinks they are."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
         args, kwargs = pytree.tree_map(_numbered, (args, kwargs or {}))
         if func is torch.Tensor.to and isinstance(args[0], PretendTensor):
             where = kwargs.get("device", args[1] if args[1:] else None)

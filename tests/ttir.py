@@ -150,7 +150,9 @@ def module_of(source: Any, target: Any, options: Any) -> str:
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
-    made = source.make_ir(target, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context)
+    generators = backend.get_codegen_implementation(parsed), backend.get_module_map()
+    with _FRONT_END:
+        made = source.make_ir(target, parsed, *generators, context)
     return str(stages["ttir"](made, {}).str_nodebug())
 
 
