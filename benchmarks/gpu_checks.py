@@ -60,7 +60,9 @@ def _run(name: str, seconds: float) -> Iterator[dict[str, Any]]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path]), "OMP_NUM_THREADS": "1"}
     with TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
+        # Without the project's options: their plugins may not be there.
+        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark"]
+        words += ["-c", os.devnull, f"--rootdir={ROOT}", "-o", "pythonpath=tests", "-W", "ignore"]
         try:
             done = subprocess.run(
                 [*words, f"--junitxml={report}", name],

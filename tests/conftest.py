@@ -6,11 +6,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import string
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -23,8 +23,11 @@ import moeq
 import zoo
 from moeq.kernels import trust
 
-settings.register_profile("moeq", deadline=None)  # how long an example takes says nothing on a shared machine
-settings.load_profile("moeq")
+with suppress(ImportError):  # tests on a GPU run where there is little more than pytest
+    from hypothesis import settings
+
+    settings.register_profile("moeq", deadline=None)  # how long an example takes says nothing on a shared machine
+    settings.load_profile("moeq")
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
