@@ -18,6 +18,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python scripts/docs_drift.py
+	$(BIN)/python scripts/additions.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/uniform.py

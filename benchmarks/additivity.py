@@ -23,14 +23,16 @@ from transformers.utils import logging
 from uniform import BATCH, SEQLEN, TEXTS, clean_calibration
 
 import moeq
+from moeq.arch.inventory import read_inventory
 from moeq.artifacts import CostTable, Inventory, Plan, expert_bytes
 from moeq.calibration.tokens import read_text, windows
 from moeq.evals import suite
 from moeq.evals.reference import save_reference
 from moeq.recipe import Recipe
 from moeq.report.tables import markdown_table
+from moeq.runtime.load import load_any, load_tokenizer
 from moeq.spec import QuantSpec, stored_bytes
-from moeq.stages import inspect, measure, quality
+from moeq.stages import measure
 
 WIDTHS = (1, 2, 3, 4)
 COSTS = {
@@ -109,7 +111,7 @@ def carry_out(plan: Plan, args: argparse.Namespace, rows: dict[str, Any]) -> dic
         moeq.quantize(
             args.model, Path(scratch) / "packed", plan=str(file), quantizer="rtn", quality=False, device="cpu"
         )
-        model = quality.load_any(Path(scratch) / "packed", "cpu", torch.float32)
+        model = load_any(Path(scratch) / "packed", "cpu", torch.float32)
         kls, rises = [], []
         for name, windows_ in rows.items():
             metrics, _ = suite.compare_all(model, args.work / f"reference-{name}.safetensors", windows_, BATCH, None)
@@ -132,17 +134,17 @@ def main() -> int:
     logging.disable_progress_bar()
     args.work.mkdir(parents=True, exist_ok=True)
     clean_calibration(args.data, args.work / "calibration.txt")
-    tokenizer = quality.load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
     rows = {
         name: windows(tokenizer, read_text(args.data / path), SEQLEN, max_tokens=args.max_tokens)
         for name, path in TEXTS.items()
     }
-    original = quality.load_any(args.model, "cpu", torch.float32)
+    original = load_any(args.model, "cpu", torch.float32)
     for name, windows_ in rows.items():
         path = args.work / f"reference-{name}.safetensors"
         if not path.exists():
             save_reference(original, windows_, path, batch_size=BATCH)
-    inventory, _ = inspect.run(args.model)
+    inventory, _ = read_inventory(args.model)
     costs = tables(args)
     log = args.work / "plans.jsonl"
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []

@@ -31,7 +31,8 @@ from moeq.evals.reference import save_reference
 from moeq.evals.tasks import minimal_pairs, read_pairs
 from moeq.recipe import Recipe
 from moeq.report.tables import markdown_table
-from moeq.stages import measure, quality
+from moeq.runtime.load import load_any, load_tokenizer
+from moeq.stages import measure
 
 BUDGETS = (1.5, 2.0, 2.5, 3.0, 3.5)
 SEEDS = (0, 1, 2)
@@ -168,7 +169,7 @@ def measure_one(job: dict[str, Any], args: argparse.Namespace, rows: dict[str, A
     with tempfile.TemporaryDirectory(dir=args.work) as scratch:
         packed = Path(scratch) / "packed"
         report = moeq.quantize(args.model, packed, **options)
-        model = quality.load_any(packed, args.device, torch.float32)
+        model = load_any(packed, args.device, torch.float32)
         result = {**job, "bits_per_weight": report.expert_bits_per_weight, "seconds": report.seconds}
         for name, windows_ in rows.items():
             metrics, tokens = suite.compare_all(
@@ -176,7 +177,7 @@ def measure_one(job: dict[str, Any], args: argparse.Namespace, rows: dict[str, A
             )
             result |= {f"{name}_{key}": value for key, value in metrics.items()} | {f"{name}_tokens": tokens}
         if job["table"] == "main" and job["seed"] == 0:
-            tokenizer = quality.load_tokenizer(args.model)
+            tokenizer = load_tokenizer(args.model)
             result["blimp"] = minimal_pairs(model, tokenizer, pairs(args)).accuracy
     return result
 
@@ -189,7 +190,7 @@ def pairs(args: argparse.Namespace) -> list[Any]:
 def open_texts(args: argparse.Namespace) -> dict[str, Any]:
     """Windows of every held-out text; the calibration text and the original's answers are made where they lack."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    tokenizer = quality.load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
     rows = {
         name: windows(tokenizer, read_text(args.data / path), SEQLEN, max_tokens=args.max_tokens)
         for name, path in TEXTS.items()
@@ -202,7 +203,7 @@ def prepare(args: argparse.Namespace, rows: dict[str, Any]) -> None:
     clean = args.work / "calibration.txt"
     if not clean.exists():
         clean_calibration(args.data, clean)
-    model = quality.load_any(args.model, args.device, torch.float32)
+    model = load_any(args.model, args.device, torch.float32)
     for name, windows_ in rows.items():
         path = args.work / f"reference-{name}.safetensors"
         if not path.exists():

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 import moeq
+from moeq.arch.inventory import read_inventory
 from moeq.calibration.tokens import read_text, windows
 from moeq.checkpoint.read import Reader
 from moeq.costs import spectra
@@ -35,11 +36,11 @@ from moeq.evals import suite
 from moeq.evals.forward import evaluating
 from moeq.evals.observe import observe
 from moeq.evals.reference import save_reference
-from moeq.format.packing import dequantize
+from moeq.format.records import dequantize
 from moeq.quantizers.registry import make_quantizer
 from moeq.report.tables import markdown_table
+from moeq.runtime.load import load_any, load_tokenizer
 from moeq.spec import QuantSpec, Unit
-from moeq.stages import inspect, quality
 
 TEXTS = ("c4/eval.txt", "wikitext2/test.txt")
 SEQLEN = 256
@@ -120,7 +121,7 @@ class Swap:
 
 def gather(args: argparse.Namespace, spec: QuantSpec, tokens: Array) -> tuple[Facts, Any, dict[Unit, Tensor]]:
     """Scores and rounded weights of every matrix."""
-    inventory, headers = inspect.run(args.model)
+    inventory, headers = read_inventory(args.model)
     units = [unit for unit, _ in inventory.units()]
     quantizer = make_quantizer("rtn")
     rounded, stable_rank, halves = {}, [], []
@@ -356,11 +357,11 @@ def main() -> int:
     args = parser.parse_args()
     logging.disable_progress_bar()
     args.log.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = quality.load_tokenizer(args.model)
-    model = quality.load_any(args.model, "cpu", torch.float32)
+    tokenizer = load_tokenizer(args.model)
+    model = load_any(args.model, "cpu", torch.float32)
     share = args.max_tokens // len(TEXTS)
     rows = [row for path in TEXTS for row in windows(tokenizer, read_text(args.data / path), SEQLEN, max_tokens=share)]
-    inventory, _ = inspect.run(args.model)
+    inventory, _ = read_inventory(args.model)
     args.shape = inventory.layers[0].shapes["up"]
     tokens = routed(model, rows, inventory.layers[0].num_experts)
     facts, inventory, rounded = gather(args, QuantSpec(bits=2), tokens)

@@ -19,22 +19,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from allocation import KNOWN, mean_kl, open_texts
 from scipy.stats import spearmanr
 from torch import nn
 from transformers.utils import logging
 from uniform import BATCH, SEQLEN, TEXTS
 
 import moeq
+from allocation import KNOWN, mean_kl, open_texts
+from moeq.allocation import plans as allocate
+from moeq.arch.inventory import read_inventory
 from moeq.checkpoint.write import write_file_atomic
 from moeq.codec import canonical
-from moeq.components import basis_bytes
 from moeq.costs.component_table import ComponentTable
 from moeq.evals import suite
 from moeq.evals.forward import batches
+from moeq.layouts.spectral.shape import basis_bytes
 from moeq.recipe import Recipe
 from moeq.report.tables import markdown_table
-from moeq.stages import allocate, inspect, measure, quality
+from moeq.runtime.load import load_any
+from moeq.stages import measure
 
 BUDGETS = (2.0, 3.0, 2.5, 1.6)
 SEEDS = (0, 1, 2)
@@ -105,7 +108,7 @@ def common(args: argparse.Namespace) -> dict[str, Any]:
 
 def spared(args: argparse.Namespace) -> float:
     """Bits per expert weight that a basis for both gate and up saves."""
-    layer = inspect.run(args.model)[0].layers[0]
+    layer = read_inventory(args.model)[0].layers[0]
     hidden = layer.shapes["down"][0]
     weights = layer.num_experts * sum(rows * columns for rows, columns in layer.shapes.values())
     return 8 * basis_bytes(8, hidden, hidden) / weights
@@ -118,7 +121,7 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, float, int]]:
 
 
 def evaluate(packed: Path, args: argparse.Namespace, rows: dict[str, Any]) -> dict[str, float]:
-    model = quality.load_any(packed, args.device, torch.float32)
+    model = load_any(packed, args.device, torch.float32)
     found: dict[str, float] = {}
     for name, windows_ in rows.items():
         metrics, _ = suite.compare_all(model, args.work / f"reference-{name}.safetensors", windows_, BATCH, None)
@@ -148,8 +151,8 @@ def run(args: argparse.Namespace, rows: dict[str, Any]) -> None:
 
 def block_error(packed: Path, args: argparse.Namespace, rows: dict[str, Any]) -> float:
     """Mean over MoE layers of |z' - z|^2 / |z|^2, z the experts' answers to what the original model asks them."""
-    stock, rounded = (quality.load_any(path, args.device, torch.float32) for path in (args.model, packed))
-    paths = [layer.path for layer in inspect.run(args.model)[0].layers]
+    stock, rounded = (load_any(path, args.device, torch.float32) for path in (args.model, packed))
+    paths = [layer.path for layer in read_inventory(args.model)[0].layers]
     sums = torch.zeros(len(paths), 2, dtype=torch.float64)
 
     def compare(index: int, _: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -172,7 +175,7 @@ def surrogate(args: argparse.Namespace, rows: dict[str, Any], bits: float = 2.0,
     costs = costs_for(options, args)
     assert costs is not None
     recipe = Recipe(**options, costs=costs).settled()
-    inventory, headers = inspect.run(args.model)
+    inventory, headers = read_inventory(args.model)
     log = args.work / "surrogate.jsonl"
     for seed in range(len(read(log)), plans):
         table, true = ComponentTable(Path(costs)), ComponentTable(Path(costs))

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import torch
 
-from moeq.components import component_bytes
+from moeq.layouts.spectral.shape import component_bytes
 from moeq.quantizers.gain import rounded_weights
 from moeq.quantizers.registry import make_quantizer
 from moeq.solvers.threshold import Units, threshold

@@ -22,8 +22,8 @@ from ggml_cpu import Ggml
 from torch import Tensor
 
 from moeq import native
-from moeq.kernels import cpu
-from moeq.kernels.packed import PackedMatrix
+from moeq.layouts.grouped import cpu
+from moeq.layouts.grouped.packed import PackedMatrix
 from moeq.report.tables import markdown_table
 from moeq.spec import LEVELS, QuantSpec, stored_bytes
 

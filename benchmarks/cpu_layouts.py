@@ -19,12 +19,12 @@ from cpu import BUFFER, CLOCKS, SHAPES, alternate, table_of
 from torch import Tensor
 
 from moeq import native
-from moeq.components import SLAB_WIDTHS, Form, basis_bytes, blob_bytes, component_bytes
-from moeq.format.spectral import SpectralShape, build_spectral_table
-from moeq.format.tiled import build_tile_table
+from moeq.layouts.spectral.shape import SLAB_WIDTHS, Form, basis_bytes, blob_bytes, component_bytes
+from moeq.layouts.spectral.stored import SpectralShape, build_spectral_table
+from moeq.layouts.tiled.shape import TileForm, grid_shape, side_sections, sides_bytes
+from moeq.layouts.tiled.stored import build_tile_table
 from moeq.report.tables import markdown_table
 from moeq.spec import QuantSpec
-from moeq.tiling import TileForm, grid_shape, side_sections, sides_bytes
 
 EXPERTS = {"OLMoE": 64, "Qwen3-30B-A3B": 128}
 NAMES = ("gate", "up", "down")

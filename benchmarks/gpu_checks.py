@@ -14,14 +14,14 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 TESTS = (
-    "tests/kernels/test_gpu.py::test_experts_of_mixed_widths",
-    "tests/kernels/test_gpu.py::test_linear_of_every_dtype",
-    "tests/kernels/test_gpu.py::test_experts_with_many_tokens_are_decoded_once",
-    "tests/kernels/test_gpu.py::test_a_family_with_biases_and_a_gate_of_its_own",
-    "tests/kernels/test_gpu_rows.py::test_components_of_every_width",
-    "tests/kernels/test_gpu_rows.py::test_tiles",
-    "tests/kernels/test_gpu_rows.py::test_nothing_waits_for_the_host",
-    "tests/kernels/test_gpu_codebooks.py::test_experts",
+    "tests/layouts/test_grouped_gpu.py::test_experts_of_mixed_widths",
+    "tests/layouts/test_grouped_gpu.py::test_linear_of_every_dtype",
+    "tests/layouts/test_grouped_gpu.py::test_experts_with_many_tokens_are_decoded_once",
+    "tests/layouts/test_grouped_gpu.py::test_a_family_with_biases_and_a_gate_of_its_own",
+    "tests/layouts/test_gpu_rows.py::test_components_of_every_width",
+    "tests/layouts/test_gpu_rows.py::test_tiles",
+    "tests/layouts/test_gpu_rows.py::test_nothing_waits_for_the_host",
+    "tests/layouts/test_gpu_codebooks.py::test_experts",
 )
 """Not the whole suite: every case costs compilations."""
 SMOKE_TESTS = TESTS[:1]
@@ -29,7 +29,7 @@ SMOKE_TESTS = TESTS[:1]
 
 def selftest_rows(device: torch.device, *, smoke: bool, quick: bool, until: float) -> Iterator[dict[str, Any]]:
     """What a process runs before it believes a kernel (`moeq doctor`)."""
-    from moeq.kernels import selftest
+    from moeq.layouts import selftest
 
     for path, place in (("triton", device), ("native", torch.device("cpu"))):
         wanted = selftest.subjects(path, place)

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from moeq.kernels import gpu, reference, tuning
-from moeq.kernels.packed import PackedLayer, kernel_facts
+from moeq.kernels import tuning
+from moeq.layouts.grouped import gpu, reference
+from moeq.layouts.grouped.packed import PackedLayer, kernel_facts
 from moeq.spec import QuantSpec, sections
 
 SHAPES = {

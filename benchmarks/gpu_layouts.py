@@ -7,16 +7,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moeq.components import Form, Widths, blob_bytes
-from moeq.format.spectral import SpectralShape, basis_spec, build_spectral_table, pack_map, parse_spectral_table
-from moeq.format.tiled import TileEntry, views
-from moeq.kernels import gpu, gpu_spectral, gpu_tiled, spectral, tiled
-from moeq.kernels.packed import PackedLayer
-from moeq.kernels.rows import side_facts, spectral_facts
-from moeq.kernels.spectral import SpectralLayer, read_layer
-from moeq.kernels.tiled import TiledLayer
+from moeq.layouts.grouped import gpu
+from moeq.layouts.grouped.packed import PackedLayer
+from moeq.layouts.spectral import gpu as gpu_spectral
+from moeq.layouts.spectral import reference as spectral
+from moeq.layouts.spectral.facts import spectral_facts
+from moeq.layouts.spectral.reference import SpectralLayer, read_layer
+from moeq.layouts.spectral.shape import Form, Widths, blob_bytes
+from moeq.layouts.spectral.stored import SpectralShape, basis_spec, build_spectral_table, pack_map, parse_spectral_table
+from moeq.layouts.tiled import gpu as gpu_tiled
+from moeq.layouts.tiled import reference as tiled
+from moeq.layouts.tiled.facts import side_facts
+from moeq.layouts.tiled.reference import TiledLayer
+from moeq.layouts.tiled.shape import FACTOR, TileForm, grid_shape, side_sections
+from moeq.layouts.tiled.stored import TileEntry, views
 from moeq.spec import QuantSpec, sections
-from moeq.tiling import FACTOR, TileForm, grid_shape, side_sections
 
 RANK = 32
 """Of the low-rank factors of gate and up; down has none, as by default."""

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from moeq.arch import hooks
-from moeq.kernels.packed import PackedLayer
+from moeq.layouts.grouped.packed import PackedLayer
+from moeq.layouts.grouped.serving import PackedExperts
 from moeq.runtime import ahead
-from moeq.runtime.modules import PackedExperts
 
 FACTS = {
     "hidden_size": 2048,

@@ -17,19 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from allocation import KNOWN, mean_kl, open_texts, spread
 from bitsmoe import append, arguments, common, evaluate, read
 from transformers.utils import logging
 from uniform import SEQLEN, TEXTS
 
 import moeq
+from allocation import KNOWN, mean_kl, open_texts, spread
+from moeq.arch.inventory import read_inventory
 from moeq.checkpoint.read import Reader
-from moeq.kernels import dispatch, reference
-from moeq.kernels import tiled as tiled_kernel
+from moeq.layouts.grouped import reference
+from moeq.layouts.grouped import serving as grouped_serving
+from moeq.layouts.tiled import reference as tiled_kernel
+from moeq.layouts.tiled import serving as tiled_serving
+from moeq.layouts.tiled.serving import TiledExperts
+from moeq.layouts.tiled.shape import TileForm, sides_bytes
 from moeq.report.tables import markdown_table
-from moeq.runtime.modules import TiledExperts
-from moeq.stages import inspect, quality
-from moeq.tiling import TileForm, sides_bytes
+from moeq.runtime.load import load_any
 
 BUDGETS = (2.25, 3.3)
 SEEDS = (0, 1, 2)
@@ -76,9 +79,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def energies(packed: Path, source: Path) -> dict[str, float]:
     """Projection -> captured energy of the factors as they are stored, mean over layers, all inputs alike."""
-    model = quality.load_any(packed, "cpu", torch.float32)
+    model = load_any(packed, "cpu", torch.float32)
     handlers = [module for module in model.modules() if isinstance(module, TiledExperts)]
-    inventory, headers = inspect.run(source)
+    inventory, headers = read_inventory(source)
     found: dict[str, list[float]] = {}
     with Reader(source, headers) as reader:
         for handler, layer in zip(handlers, inventory.layers, strict=True):
@@ -139,7 +142,7 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def latency(args: argparse.Namespace, repeats: int = 7) -> None:
     """All models in one process, by turns; medians. All of them run on the torch reference."""
-    dispatch.EXPERTS, dispatch.TILED = (reference.experts,), (tiled_kernel.experts,)
+    grouped_serving.EXPERTS, tiled_serving.EXPERTS = (reference.experts,), (tiled_kernel.experts,)
     common_ = {"device": args.device, "quality": False, "quantizer": "rtn", "bits": 3.3}
     variants = {
         "plain": {"method": "uniform", **common_},

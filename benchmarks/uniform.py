@@ -23,7 +23,7 @@ from moeq.calibration.tokens import read_text, windows
 from moeq.evals import suite
 from moeq.evals.reference import save_reference
 from moeq.report.tables import markdown_table
-from moeq.stages import quality
+from moeq.runtime.load import load_any, load_tokenizer
 
 TEXTS = {"wikitext2": "wikitext2/test.txt", "c4": "c4/eval.txt", "mixture": "mixture/heldout.jsonl"}
 QUANTIZERS = ("minmax", "rtn", "hqq", "gptq-mc", "gptq")
@@ -66,7 +66,7 @@ def clean_calibration(data: Path, out: Path) -> Path:
 
 def references(args: argparse.Namespace, rows: dict[str, Any]) -> dict[str, Path]:
     """What the original says about each text, computed once."""
-    model = quality.load_any(args.model, args.device, torch.float32)
+    model = load_any(args.model, args.device, torch.float32)
     paths = {name: args.log.with_name(f"reference-{name}.safetensors") for name in rows}
     for name, windows_ in rows.items():
         save_reference(model, windows_, paths[name], batch_size=BATCH)
@@ -83,7 +83,7 @@ def measure(
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         packed = Path(scratch) / "packed"
         report = moeq.quantize(args.model, packed, **options)
-        model = quality.load_any(packed, args.device, torch.float32)
+        model = load_any(packed, args.device, torch.float32)
         result = {
             **configuration,
             "expert_bytes": report.expert_bytes,
@@ -203,7 +203,7 @@ def main() -> int:
     args.log.parent.mkdir(parents=True, exist_ok=True)
     lines = args.log.read_text(encoding="utf-8").splitlines() if args.log.exists() else []
     results = [json.loads(line) for line in lines]
-    tokenizer = quality.load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
     rows = {
         name: windows(tokenizer, read_text(args.data / path), SEQLEN, max_tokens=args.max_tokens)
         for name, path in TEXTS.items()

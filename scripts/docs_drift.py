@@ -5,7 +5,7 @@
 
 Checked are: docs/cli.md against the parser, every `moeq ...` command in a code block, examples with `>>>`,
 the changelog's version, relative links and their anchors, named paths and tests, the JSON fields of docs/json.md, the
-layers of docs/design.md, the families of docs/families.md, and the length and order of the decisions.
+layers and walks of docs/design.md, the families of docs/families.md, and the length and order of the decisions.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import doctest
 import io
+import itertools
 import re
 import shlex
 import sys
@@ -21,24 +22,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grimp
 import transformers
 
 from moeq import cli
 from moeq.artifacts import EvalResult
-from moeq.kernels.selftest import Check
+from moeq.layouts.selftest import Check
+from moeq.stages.allocate import AllocateReport
 from moeq.stages.bench import BenchReport
 from moeq.stages.doctor import Device, DoctorReport, Route
 from moeq.stages.generate import GenerateReport
 from moeq.stages.inspect import InspectReport
-from moeq.stages.measured import MeasureReport
+from moeq.stages.measure import MeasureReport
 from moeq.stages.pareto import ParetoReport
-from moeq.stages.preflight import PlanReport
+from moeq.stages.plan import PlanReport
 from moeq.stages.quantize import QuantizeReport
 from moeq.stages.repair import RepairReport
-from moeq.stages.setup import AllocateReport
-from moeq.stages.summary import Family
 from moeq.stages.verify import VerifyReport
 from moeq.version import __version__
+from moeq.writing.weight_families import Family
 
 ROOT = Path(__file__).resolve().parent.parent
 CLI_PAGE = ROOT / "docs" / "cli.md"
@@ -252,13 +254,29 @@ def check_json() -> Iterator[str]:
 def check_layers() -> Iterator[str]:
     """docs/design.md shows the layers that the import linter enforces."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    (contract,) = (each for each in project["tool"]["importlinter"]["contracts"] if each["type"] == "layers")
+    contract = next(each for each in project["tool"]["importlinter"]["contracts"] if each["type"] == "layers")
     wanted = [layer.replace("moeq.", "") for layer in contract["layers"]]
     text = DESIGN_PAGE.read_text(encoding="utf-8")
     shown = [block.splitlines() for language, block in FENCE.findall(text) if language == "layers"]
     drawn = [re.split(r"\s{2,}", line)[0] for block in shown for line in block]
     if drawn != wanted:
         yield f"{name_of(DESIGN_PAGE)}: the layers are not those of pyproject.toml: {', '.join(wanted)}"
+
+
+def check_walks() -> Iterator[str]:
+    """A walk of docs/design.md names each file once, and none imports the one before it: it goes down only."""
+    graph = grimp.build_graph("moeq")
+    blocks = [block for language, block in FENCE.findall(DESIGN_PAGE.read_text(encoding="utf-8")) if language == "walk"]
+    if not blocks:
+        yield f"{name_of(DESIGN_PAGE)} has no walk"
+    for block in blocks:
+        files = [line.split()[0] for line in block.splitlines()]
+        for file in sorted({file for file in files if files.count(file) > 1 or not (ROOT / file).is_file()}):
+            yield f"{name_of(DESIGN_PAGE)}: a walk names {file} twice, or it does not exist"
+        modules = [file.removeprefix("src/").removesuffix(".py").replace("/", ".") for file in files]
+        for before, after in itertools.pairwise(module for module in modules if module in graph.modules):
+            if graph.find_shortest_chain(importer=after, imported=before):
+                yield f"{name_of(DESIGN_PAGE)}: a walk goes back up: {after} imports {before}"
 
 
 def check_decisions() -> Iterator[str]:
@@ -282,6 +300,7 @@ CHECKS: tuple[Callable[[], Iterator[str]], ...] = (
     check_families,
     check_json,
     check_layers,
+    check_walks,
     check_decisions,
 )
 

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 import moeq
 import zoo
-from moeq.kernels import trust
+from moeq.layouts import trust
 
 with suppress(ImportError):  # tests on a GPU run where there is little more than pytest
     from hypothesis import settings

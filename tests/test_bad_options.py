@@ -12,8 +12,8 @@ import moeq
 import zoo
 from hostile import OPTIONS, copy_of, edit_json, no_partial, refused
 from moeq import cli, errors
+from moeq.allocation.decide import draft
 from moeq.recipe_file import load_recipe
-from moeq.stages import setup
 
 WRONG: dict[str, tuple[dict[str, Any], type[errors.MoeqError], tuple[str, ...]]] = {
     "no budget": ({"bits": None}, errors.OptionError, ("option bits",)),
@@ -201,7 +201,7 @@ def test_an_empty_output_directory_and_a_relative_name_are_fine(
 
 
 def made_plan(tiny_dir: Path, path: Path) -> Path:
-    setup.setup(tiny_dir, moeq.Recipe(**OPTIONS)).plan.save(path)
+    draft(tiny_dir, moeq.Recipe(**OPTIONS)).plan.save(path)
     return path
 
 

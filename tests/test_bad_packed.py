@@ -184,7 +184,7 @@ def test_every_byte_of_every_listed_file_counts(packed_tiny: Path, tmp_path: Pat
 def test_inspect_finds_what_is_cheap_to_find(packed_tiny: Path, tmp_path: Path) -> None:
     packed = copy_of(packed_tiny, tmp_path / "packed")
     flip(packed / LAYER, 20)
-    refused(errors.HeaderError, lambda: inspect.report(packed), LAYER)
+    refused(errors.HeaderError, lambda: inspect.run(packed), LAYER)
 
 
 @pytest.mark.parametrize("verb", ["verify", "eval", "generate"])

@@ -109,7 +109,7 @@ def test_resume_with_another_input(change: str, interrupted: tuple[Path, Path]) 
 
 def test_resume_with_another_version(interrupted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = interrupted
-    monkeypatch.setattr("moeq.stages.quantize.__version__", "9.9.9")
+    monkeypatch.setattr("moeq.writing.packing.__version__", "9.9.9")
     call = lambda: moeq.quantize(source, out, resume=True, **OPTIONS)  # noqa: E731
     refused(errors.ResumeError, call, "moeq version was", "9.9.9", out=out)
 
@@ -223,7 +223,7 @@ def test_disk_too_small_from_the_start(small_disk: Path, tiny_dir: Path) -> None
 
 
 def test_disk_full_at_the_first_byte(small_disk: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeq.stages.output._check_space", lambda *_: fill(small_disk, 0))
+    monkeypatch.setattr("moeq.writing.directory._check_space", lambda *_: fill(small_disk, 0))
     call = lambda: moeq.quantize(tiny_dir, small_disk / "out", **OPTIONS)  # noqa: E731
     refused(errors.StorageError, call, "the disk is full")
     no_partial(small_disk / "out")

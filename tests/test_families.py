@@ -14,13 +14,16 @@ from transformers.utils import logging
 
 import moeq
 import zoo
+from moeq.allocation import measuring as costs_of
+from moeq.allocation import plans as allocate
+from moeq.arch.inventory import read_inventory
 from moeq.artifacts import MoeLayer
 from moeq.calibration.tokens import TokenBatch, token_hash
 from moeq.errors import OptionError
-from moeq.format.packing import decode_matrix
+from moeq.format.records import decode_matrix
+from moeq.layouts.grouped.serving import PackedExperts
+from moeq.layouts.spectral.serving import SpectralExperts
 from moeq.recipe import Recipe
-from moeq.runtime.modules import PackedExperts, SpectralExperts
-from moeq.stages import allocate, inspect, measure
 
 UNSUPPORTED = {"diffusion_gemma"}
 """Named with their reasons in docs/families.md."""
@@ -91,7 +94,7 @@ def test_family_in_a_shared_basis(model_type: str, tmp_path: Path) -> None:
     logging.disable_progress_bar()
     source, packed_dir, costs = tmp_path / "source", tmp_path / "packed", tmp_path / "costs"
     zoo.make_tiny(model_type, source, dtype=torch.float32)
-    inventory, headers = inspect.run(source)
+    inventory, headers = read_inventory(source)
     ids_NT = torch.arange(2, 74).view(6, 12)
     tokens = TokenBatch(ids_NT=ids_NT, hash=token_hash(ids_NT), source="made up", seed=0)
     # Bases and maps cost most of so small a model.
@@ -99,7 +102,7 @@ def test_family_in_a_shared_basis(model_type: str, tmp_path: Path) -> None:
     if model_type in NOT_CAUSAL:
         options["cost_options"] = "importance=routing"
     recipe = Recipe(**options, calibration="unused").settled()
-    what = measure.Subject(
+    what = costs_of.Subject(
         source=source,
         inventory=inventory,
         headers=headers,
@@ -109,9 +112,9 @@ def test_family_in_a_shared_basis(model_type: str, tmp_path: Path) -> None:
     )
     if "gate" not in inventory.layers[0].projections:
         with pytest.raises(OptionError, match="no gate"):
-            measure.table(what, output=costs)
+            costs_of.table(what, output=costs)
         return
-    measure.table(what, output=costs)
+    costs_of.table(what, output=costs)
     report = moeq.quantize(source, packed_dir, costs=str(costs), quality=False, **options)
     assert report.verified.logits_finite
     architecture = getattr(transformers, zoo.FAMILIES[model_type].architecture)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moeq.components import Form, blob_bytes
+from moeq.layouts.spectral.shape import Form, blob_bytes
 from moeq.spec import QuantSpec, stored_bytes
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

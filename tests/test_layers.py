@@ -1,12 +1,15 @@
 """The layers of pyproject.toml hold, and there are no hidden imports that would get around them."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from moeq.spec import LAYOUTS
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "moeq"
@@ -39,3 +42,25 @@ def test_functions_have_at_most_80_lines(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 80, f"{node.name}, line {node.lineno}"
+
+
+def test_no_branch_asks_for_a_layout() -> None:
+    """What differs between layouts is in their packages; a branch elsewhere would have to be found for the next one."""
+    branches = [str(path) for path in SOURCE.rglob("*.py") if "layout ==" in path.read_text(encoding="utf-8")]
+    assert not branches
+
+
+def test_every_layout_has_the_same_files() -> None:
+    wanted = {"__init__", "shape", "stored", "reference", "cpu", "gpu", "known", "serving", "writer", "shown"}
+    for name in LAYOUTS:
+        assert wanted <= {path.stem for path in (SOURCE / "layouts" / name).glob("*.py")}
+
+
+def test_writers_are_loaded_by_who_writes() -> None:
+    """`part` hides an import from the linter, so it may name a writer in one place, which serving may not import."""
+    callers = {
+        path.relative_to(SOURCE).as_posix()
+        for path in SOURCE.rglob("*.py")
+        if re.search(r"""part\([^)]*["']writer["']""", path.read_text(encoding="utf-8"))
+    }
+    assert callers == {"layouts/layer_writer.py"}

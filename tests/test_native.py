@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moeq import native
 from moeq.errors import TensorError
-from moeq.format.packing import decode_in_chunks, decode_matrix, dequantize, pack_codes
+from moeq.format.records import decode_in_chunks, decode_matrix, dequantize, pack_codes
 from moeq.quantizers.base import QuantizedMatrix
 from moeq.quantizers.levels import quantize_groups
 from moeq.quantizers.registry import make_quantizer

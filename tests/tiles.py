@@ -5,13 +5,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moeq.format.packing import pack_matrix
-from moeq.format.tiled import build_tile_table, pack_sides, parse_tile_table
+from moeq.format.records import pack_matrix
+from moeq.layouts.tiled.serving import TiledExperts
+from moeq.layouts.tiled.shape import TileForm
+from moeq.layouts.tiled.stored import build_tile_table, pack_sides, parse_tile_table
+from moeq.layouts.tiled.writer import round_factor
 from moeq.quantizers.rtn import Rtn
-from moeq.runtime.modules import TiledExperts
 from moeq.spec import QuantSpec, stored_bytes
-from moeq.stages.tile_packing import round_factor
-from moeq.tiling import TileForm
 from moeq.transforms import placement
 
 Shapes = Mapping[str, tuple[int, int]]

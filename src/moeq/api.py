@@ -3,22 +3,24 @@
 from pathlib import Path
 from typing import Any
 
+from moeq.arch.inventory import read_inventory
 from moeq.artifacts import CostTable, EvalResult, Inventory, Plan
 from moeq.checkpoint.read import resolve
 from moeq.costs.component_table import ComponentTable
+from moeq.progress import Progress
 from moeq.recipe import Recipe
+from moeq.stages import allocate as allocate_stage
 from moeq.stages import doctor as doctor_stage
-from moeq.stages import inspect as inspect_stage
+from moeq.stages import evaluate as evaluate_stage
 from moeq.stages import measure as measure_stage
 from moeq.stages import pareto as pareto_stage
-from moeq.stages import preflight, progressive, quality
+from moeq.stages import plan as plan_stage
+from moeq.stages import quantize as quantize_stage
 from moeq.stages import repair as repair_stage
-from moeq.stages import setup as setup_stage
 from moeq.stages import verify as verify_stage
 from moeq.stages.doctor import DoctorReport
-from moeq.stages.packing import Progress
 from moeq.stages.pareto import ParetoReport
-from moeq.stages.preflight import PlanReport
+from moeq.stages.plan import PlanReport
 from moeq.stages.quantize import QuantizeReport
 from moeq.stages.repair import RepairReport
 from moeq.stages.verify import VerifyReport
@@ -35,12 +37,12 @@ def quantize(
     Raises:
         MoeqError: of the kind that says what is wrong.
     """
-    return progressive.run(model, output, Recipe(**options), resume=resume, progress=progress)
+    return quantize_stage.run(model, output, Recipe(**options), resume=resume, progress=progress)
 
 
 def plan(model: str | Path, **options: Any) -> PlanReport:
     """What `quantize` with the same options would do; reads no weights."""
-    return preflight.run(model, Recipe(**options))
+    return plan_stage.run(model, Recipe(**options))
 
 
 def measure(model: str | Path, *, progress: Progress | None = None, **options: Any) -> CostTable | ComponentTable:
@@ -50,7 +52,7 @@ def measure(model: str | Path, *, progress: Progress | None = None, **options: A
 
 def allocate(model: str | Path, **options: Any) -> Plan:
     """Spend a budget; `Plan.save` the result for the option `plan`. Methods that rank units need `costs`."""
-    return setup_stage.decided(model, Recipe(**options)).plan
+    return allocate_stage.run(model, Recipe(**options)).plan
 
 
 def pareto(model: str | Path, *, points: int = 20, **options: Any) -> ParetoReport:
@@ -65,7 +67,7 @@ def repair(directory: str | Path, output: str | Path, *, calibration: str | Path
 
 def inspect(model: str | Path) -> Inventory:
     """What a source checkpoint holds."""
-    return inspect_stage.run(resolve(model))[0]
+    return read_inventory(resolve(model))[0]
 
 
 def evaluate(
@@ -80,7 +82,7 @@ def evaluate(
     device: str = "auto",
 ) -> EvalResult:
     """Measure a packed or any other model; see `moeq eval`."""
-    return quality.run(
+    return evaluate_stage.run(
         model,
         text,
         reference=reference,

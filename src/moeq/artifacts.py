@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from moeq.artifact import Artifact
-from moeq.components import ComponentPlan, Form, Widths, blob_bytes, parse_widths, spectral_table_bytes
+from moeq.codec import Artifact
 from moeq.errors import ArtifactError
+from moeq.layouts.base import LayerChoice, LayerPlan, part
+from moeq.layouts.spectral.shape import ComponentPlan, Form, Widths, parse_widths
+from moeq.layouts.tiled.shape import TileForm, fits
 from moeq.spec import EXPERT, QuantSpec, Unit, stored_bytes, table_bytes
-from moeq.tiling import TileForm, fits, sides_bytes, tile_table_bytes
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -292,13 +293,16 @@ class Plan(Artifact):
     @property
     def layout(self) -> str:
         """How the experts are stored, one of `moeq.spec.LAYOUTS`."""
-        return "spectral" if self.components is not None else "tiled" if self.tiles else "grouped"
+        if self.components is not None:
+            return "spectral"
+        return "tiled" if self.tiles else self.specs[self.experts[0][0][0]].layout
 
     @property
     def form(self) -> Form:
         """How components are stored."""
         assert self.components is not None
-        slabs = {spec.bits: spec for spec in self.specs if spec.layout == "spectral"}
+        dense = set(self.dense.values())
+        slabs = {spec.bits: spec for index, spec in enumerate(self.specs) if index not in dense}
         return Form(basis_bits=self.components.basis_bits, joint=self.components.joint, slabs=slabs)
 
     def widths(self, index: int, layer: MoeLayer) -> dict[str, Widths]:
@@ -317,6 +321,21 @@ class Plan(Artifact):
     def spec(self, unit: Unit, projections: tuple[str, ...]) -> QuantSpec:
         """The spec of one unit, `projections` being those of its layer."""
         return self.specs[self.experts[unit.layer][unit.expert][projections.index(unit.projection)]]
+
+    def layer(self, index: int, layer: MoeLayer) -> LayerPlan:
+        """What is decided about one layer; `layer` is the same of the inventory."""
+        details: Any = None
+        if self.components is not None:
+            details = self.form, self.widths(index, layer)
+        elif self.tiles:
+            details = self.tiles[index]
+        choice = LayerChoice(
+            specs=self.layer_specs(index) if self.experts else (),
+            shapes={name: layer.shapes[name] for name in layer.projections},
+            details=details,
+        )
+        found: LayerPlan = part(self.layout, "shape").planned(choice)
+        return found
 
     def layer_specs(self, layer: int) -> tuple[tuple[QuantSpec, ...], ...]:
         """expert -> projection (storage order) -> spec."""
@@ -347,27 +366,9 @@ def _tiles_fit(tiles: tuple[dict[str, TileForm], ...], inventory: Inventory) -> 
     return len(tiles) == len(inventory.layers) and all(fits(a, b.num_experts, b.shapes) for a, b in pairs)
 
 
-def side_bytes(plan: Plan, inventory: Inventory, index: int) -> int:
-    """Stored bytes of a layer's sides with their table; 0 in other layouts than "tiled"."""
-    if not plan.tiles:
-        return 0
-    layer = inventory.layers[index]
-    return sides_bytes(plan.tiles[index], layer.num_experts, layer.shapes) + tile_table_bytes(len(layer.shapes))
-
-
 def expert_bytes(plan: Plan, inventory: Inventory) -> int:
     """Stored bytes of all routed experts under `plan`, layer tables included."""
-    total = 0
-    for index, layer in enumerate(inventory.layers):
-        if plan.components is not None:
-            widths = plan.widths(index, layer)
-            total += spectral_table_bytes(len(widths)) + blob_bytes(plan.form, widths, *layer.shapes["down"])
-            continue
-        total += table_bytes(layer.num_experts, len(layer.projections)) + side_bytes(plan, inventory, index)
-        for expert in plan.layer_specs(index):
-            shapes = (layer.shapes[projection] for projection in layer.projections)
-            total += sum(stored_bytes(spec, shape) for spec, shape in zip(expert, shapes, strict=True))
-    return total
+    return sum(plan.layer(index, layer).stored_bytes for index, layer in enumerate(inventory.layers))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,25 +15,28 @@ from pathlib import Path
 from typing import Any
 
 from moeq import cli_text, codec
+from moeq.allocation import decide as decisions
 from moeq.checkpoint.write import write_file_atomic
 from moeq.cli_args import build_parser
 from moeq.errors import MoeqError, OutputError
-from moeq.kernels import trust
+from moeq.layouts import trust
 from moeq.recipe import Recipe
 from moeq.recipe_file import load_recipe
 from moeq.report.curves import curve_svg
+from moeq.stages import allocate as allocate_stage
 from moeq.stages import bench as bench_stage
-from moeq.stages import card as card_stage
 from moeq.stages import doctor as doctor_stage
+from moeq.stages import evaluate as evaluate_stage
 from moeq.stages import generate as generate_stage
 from moeq.stages import inspect as inspect_stage
 from moeq.stages import measure as measure_stage
-from moeq.stages import measured, preflight, progressive, quality
 from moeq.stages import pareto as pareto_stage
+from moeq.stages import plan as plan_stage
+from moeq.stages import quantize as quantize_stage
 from moeq.stages import repair as repair_stage
-from moeq.stages import setup as setup_stage
 from moeq.stages import verify as verify_stage
 from moeq.version import __version__
+from moeq.writing import card_facts
 
 BUDGETS = ("bits", "size", "plan")
 """Options of which one decides how large the result may be."""
@@ -66,9 +69,9 @@ def _plan(args: argparse.Namespace) -> Any:
     recipe = _recipe(args)
     _check_file("save-plan", args.save_plan)
     if args.save_plan is not None:
-        plan = setup_stage.setup(args.model, recipe).plan
+        plan = decisions.draft(args.model, recipe).plan
         write_file_atomic(Path(args.save_plan), codec.canonical(plan.to_dict()) + b"\n")
-    return preflight.run(args.model, recipe)
+    return plan_stage.run(args.model, recipe)
 
 
 def _measure(args: argparse.Namespace) -> Any:
@@ -76,18 +79,18 @@ def _measure(args: argparse.Namespace) -> Any:
     _check_file("output", args.output)
     with _progress() as progress:
         table = measure_stage.run(args.model, recipe, progress, output=Path(args.output))
-    return measured.report(table, args.output)
+    return measure_stage.report(table, args.output)
 
 
 def _allocate(args: argparse.Namespace) -> Any:
     recipe = _recipe(args)
     for option, file in (("output", args.output), ("svg", args.svg)):
         _check_file(option, file)
-    setup = setup_stage.decided(args.model, recipe)
-    write_file_atomic(Path(args.output), codec.canonical(setup.plan.to_dict()) + b"\n")
-    report = setup_stage.report(setup, args.output)
+    decision = allocate_stage.run(args.model, recipe)
+    write_file_atomic(Path(args.output), codec.canonical(decision.plan.to_dict()) + b"\n")
+    report = allocate_stage.report(decision, args.output)
     if args.svg is not None:
-        picture = card_stage.heatmap(setup.inventory, setup.plan, Path(args.model).name)
+        picture = card_facts.heatmap(decision.inventory, decision.plan, Path(args.model).name)
         write_file_atomic(Path(args.svg), picture.encode())
     return report
 
@@ -120,7 +123,7 @@ def _repair(args: argparse.Namespace) -> Any:
 
 
 def _inspect(args: argparse.Namespace) -> Any:
-    return inspect_stage.report(args.model)
+    return inspect_stage.run(args.model)
 
 
 def _quantize(args: argparse.Namespace) -> Any:
@@ -129,7 +132,7 @@ def _quantize(args: argparse.Namespace) -> Any:
     words = [word for word in args.words if word not in ("--json", "--resume")]
     command = shlex.join(["moeq", *words])
     with _progress() as progress:
-        report = progressive.run(
+        report = quantize_stage.run(
             args.model, args.output, recipe, resume=args.resume, command=command, progress=progress
         )
     if args.save_recipe is not None:
@@ -140,7 +143,7 @@ def _quantize(args: argparse.Namespace) -> Any:
 
 def _eval(args: argparse.Namespace) -> Any:
     with _progress() as progress:
-        return quality.run(
+        return evaluate_stage.run(
             args.model,
             args.text,
             reference=args.reference,

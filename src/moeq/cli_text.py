@@ -7,20 +7,20 @@ from typing import Any
 from tqdm import tqdm
 
 from moeq.artifacts import EvalResult
-from moeq.kernels.selftest import Check
+from moeq.layouts.selftest import Check
 from moeq.report.tables import human_bytes, plain_table
+from moeq.stages.allocate import AllocateReport
 from moeq.stages.bench import BenchReport
 from moeq.stages.doctor import Device, DoctorReport
 from moeq.stages.generate import GenerateReport
 from moeq.stages.inspect import InspectReport
-from moeq.stages.measured import MeasureReport
+from moeq.stages.measure import MeasureReport
 from moeq.stages.pareto import ParetoReport
-from moeq.stages.preflight import PlanReport
+from moeq.stages.plan import PlanReport
 from moeq.stages.quantize import QuantizeReport
 from moeq.stages.repair import RepairReport
-from moeq.stages.setup import AllocateReport
-from moeq.stages.summary import Family
 from moeq.stages.verify import VerifyReport
+from moeq.writing.weight_families import Family
 
 WIDTH = 100
 """Columns of wrapped lines."""

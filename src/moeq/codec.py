@@ -1,4 +1,7 @@
-"""Frozen dataclasses to JSON and back, strictly: unknown keys, missing keys and wrong types are errors."""
+"""Frozen dataclasses to JSON and back, strictly: unknown keys, missing keys and wrong types are errors.
+
+What lies in a file of its own is an `Artifact`, with kind and version in front. No torch here.
+"""
 
 import dataclasses
 import hashlib
@@ -7,9 +10,9 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin
 
-from moeq.errors import ArtifactError, OptionError
+from moeq.errors import ArtifactError, OptionError, VersionError
 
 T = TypeVar("T")
 
@@ -139,3 +142,60 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"cannot be read: {error.strerror}", file=path, fix="check permissions") from error
     except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, numbers too long, nesting too deep
         raise ArtifactError(f"not valid JSON: {error}", file=path, fix="write the file again") from error
+
+
+class Artifact:
+    """What all artifacts share: one JSON file each, with kind and version in front."""
+
+    KIND: ClassVar[str]
+    VERSION: ClassVar[int] = 1
+
+    def validate(self) -> None:
+        """Raise ArtifactError if the parts contradict each other."""
+        raise NotImplementedError
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the artifact's canonical JSON."""
+        return digest(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with `kind` and `format_version`."""
+        return {"kind": self.KIND, "format_version": self.VERSION, **encode(self)}
+
+    @classmethod
+    def from_dict(cls, data: Any, *, file: Path | None = None) -> Self:
+        """Inverse of `to_dict`; validated.
+
+        Raises:
+            VersionError: written by a later version of moeq.
+            ArtifactError: another kind of artifact, or malformed.
+        """
+        if not isinstance(data, dict) or data.get("kind") != cls.KIND:
+            raise ArtifactError(f"not a moeq {cls.KIND}", file=file, fix=f"give a file that holds a {cls.KIND}")
+        version = data.get("format_version")
+        if version != cls.VERSION:
+            raise VersionError(
+                f"{cls.KIND} has format version {version!r}, this moeq reads {cls.VERSION}",
+                file=file,
+                fix="use the moeq version that wrote it, or write it again",
+            )
+        body = {key: value for key, value in data.items() if key not in ("kind", "format_version")}
+        try:
+            artifact = decode(cls, body)
+            artifact.validate()
+        except ArtifactError as error:
+            if file is None or error.file is not None:
+                raise
+            raise type(error)(error.message, file=file, tensor=error.tensor, fix=error.fix) from error
+        return artifact
+
+    def save(self, path: Path) -> None:
+        """Write the artifact as JSON."""
+        self.validate()
+        path.write_bytes(canonical(self.to_dict()) + b"\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read and validate the artifact at `path`."""
+        return cls.from_dict(read_json(path), file=path)

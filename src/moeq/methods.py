@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moeq.errors import OptionError
+from moeq.layouts.base import part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,18 @@ class Method:
     quantizer: str = "gptq"
     dataless: str = "hqq"
     router: str = "none"
+
+    @property
+    def records(self) -> str:
+        """The layout of the specs that matrices get."""
+        found: str = part(self.layout, "shape").RECORDS
+        return found
+
+    @property
+    def own_options(self) -> tuple[str, ...]:
+        """Options of a recipe that mean something for the layout of this method alone."""
+        found: tuple[str, ...] = part(self.layout, "shape").OPTIONS
+        return found
 
 
 METHODS = {

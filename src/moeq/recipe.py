@@ -9,10 +9,10 @@ import yaml
 from moeq import codec
 from moeq.budget import Budget, parse_size
 from moeq.errors import OptionError
+from moeq.layouts.tiled.shape import MAX_RANK, RESIDUALS, TileOptions, tile_options
 from moeq.methods import METHODS, Method, method
 from moeq.option_values import choose, named_values, typed
 from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, VECTORS, WHOLE_ROW, QuantSpec
-from moeq.tiling import MAX_RANK, TileOptions, tile_options
 
 DENSE_KINDS = ("attention", "shared", "dense", "lm_head")
 DENSE_BITS = (16, 8, 6, 4)
@@ -68,7 +68,7 @@ class Recipe:
         quality: measure quality on held-out windows of the calibration text, if the original is small.
         rank: components of the tiled low-rank factors; "auto" takes what the budget leaves, None a small share if any.
         allocation: for the tiled layout, the method whose unit, cost and solver choose the residuals' widths.
-        tile_options: choices of the tiled layout, as "grid=8x16,rotation=expert" (`moeq.tiling.TileOptions`).
+        tile_options: choices of the tiled layout, as "grid=8x16,rotation=expert" (`layouts.tiled.shape.TileOptions`).
         progressive: falling budgets to go through before the last one, as "3,2.5", each measured on the
             packed and tuned result of the one before.
     """
@@ -186,15 +186,11 @@ class Recipe:
             raise OptionError("gptq-mc does not round components", option="quantizer", fix="use rtn or gptq")
 
     def _check_tiles(self) -> None:
-        tiled = method(self.method).layout == "tiled"
-        for name in ("rank", "allocation", "tile_options"):
-            if getattr(self, name) is not None and not tiled and self.plan is None:
-                raise OptionError(
-                    f"method {self.method} has no tiles", option=name.replace("_", "-"), fix="add --method tileq"
-                )
-        if self.allocation is not None and method(self.allocation).layout != "grouped":
-            choices = tuple(name for name, row in METHODS.items() if row.layout == "grouped")
-            choose("allocation", self.allocation, choices)
+        if self.plan is None:
+            self._check_own_options()
+        if self.allocation is not None:
+            method(self.allocation)  # refuses names that nobody knows
+            choose("allocation", self.allocation, tuple(n for n, row in METHODS.items() if row.layout in RESIDUALS))
         self.tiles()
         if self.rank is not None and self.rank != AUTO and not (self.rank.isdecimal() and int(self.rank) <= MAX_RANK):
             raise OptionError(f"{self.rank!r} is no rank", option="rank", fix=f"give 0 to {MAX_RANK}, or auto")
@@ -204,6 +200,18 @@ class Recipe:
                 option="quantizer",
                 fix="use gptq, or a method that gives all matrices alike",
             )
+
+    def _check_own_options(self) -> None:
+        """Refuse options that belong to another method's layout."""
+        own = method(self.method).own_options
+        for other, row in METHODS.items():
+            for name in row.own_options:
+                if name not in own and getattr(self, name) is not None:
+                    raise OptionError(
+                        f"it has no effect with method {self.method}",
+                        option=name.replace("_", "-"),
+                        fix=f"add --method {other}",
+                    )
 
     @property
     def choosing(self) -> Method:
@@ -322,7 +330,8 @@ class Recipe:
         """How a matrix of a code width is stored."""
         if self.quantizer == "vector" and bits in VECTORS:
             return QuantSpec(bits=bits, group_size=WHOLE_ROW, levels="vector")
-        return QuantSpec(bits=bits, group_size=self.group_size, levels=self.level_set(bits))
+        layout = method(self.method).records
+        return QuantSpec(bits=bits, group_size=self.group_size, levels=self.level_set(bits), layout=layout)
 
     def component_levels(self, bits: int) -> str:
         """The level set of components of a code width; those of the released quantizer if that is used."""

@@ -11,7 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from moeq.artifacts import MatrixSource, MoeLayer
 from moeq.calibration import experts as module
 from moeq.calibration.stream import Capture
-from moeq.format.packing import dequantize
+from moeq.format.records import dequantize
 from moeq.quantizers.base import QuantizedMatrix
 from moeq.quantizers.registry import make_quantizer
 from moeq.spec import QuantSpec

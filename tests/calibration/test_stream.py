@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from moeq.arch import hooks
+from moeq.arch.inventory import read_inventory
 from moeq.arch.keymap import build_keymap, load_prefix, unload_prefix
 from moeq.arch.meta import build_meta_model
 from moeq.calibration.spill import SpillPool
 from moeq.calibration.stream import Capture, Streamer, _Log
 from moeq.checkpoint.read import Reader
-from moeq.stages import inspect
 
 
 class Loader:
@@ -33,7 +33,7 @@ class Loader:
 
 
 def stream(directory: Path, ids_NT: Tensor, visitor, routing: str | int = "natural", tmp: Path = Path()) -> Loader:
-    inventory, headers = inspect.run(directory)
+    inventory, headers = read_inventory(directory)
     hooks.register_experts()
     driver, skeleton = build_meta_model(directory), build_meta_model(directory)
     for layer in inventory.layers:

@@ -15,7 +15,7 @@ from moeq.costs.fisher import Fisher
 from moeq.costs.linears import FisherLinears, WeightErrorLinears, make_linear_cost
 from moeq.costs.weight_error import WeightError
 from moeq.errors import CalibrationError, OptionError
-from moeq.format.packing import dequantize
+from moeq.format.records import dequantize
 from moeq.quantizers.registry import make_quantizer
 from moeq.spec import QuantSpec
 

@@ -5,7 +5,7 @@ import torch
 
 from moeq.costs.paper_rtn import paper_rtn
 from moeq.errors import OptionError, TensorError
-from moeq.format.packing import dequantize
+from moeq.format.records import dequantize
 from moeq.quantizers.rtn import MinMax
 from moeq.spec import WHOLE_ROW, QuantSpec
 

@@ -12,7 +12,7 @@ from moeq.costs.base import Asked
 from moeq.costs.paper_rtn import paper_rtn
 from moeq.costs.perturb import make_rounder, perturb, working_dtype
 from moeq.errors import OptionError, TensorError
-from moeq.format.packing import dequantize
+from moeq.format.records import dequantize
 from moeq.quantizers.registry import make_quantizer
 from moeq.spec import QuantSpec
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from moeq.costs.component_table import ProjectionCosts
 from moeq.costs.spectral_energy import SpectralEnergy
 from moeq.errors import OptionError
-from moeq.format.packing import dequantize
+from moeq.format.records import dequantize
 from moeq.spec import QuantSpec
 
 SPECS = tuple(QuantSpec(bits=bits, group_size=32, levels="half", layout="spectral") for bits in (1, 2, 4))

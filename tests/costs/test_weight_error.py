@@ -12,7 +12,7 @@ from moeq.costs.base import LayerCosts, LayerView
 from moeq.costs.matrices import dataless_quantizer, each_matrix, gaussian_error, rounding_error
 from moeq.costs.weight_error import WeightError
 from moeq.errors import OptionError, TensorError
-from moeq.format.packing import dequantize
+from moeq.format.records import dequantize
 from moeq.quantizers.registry import make_quantizer
 from moeq.spec import WHOLE_ROW, QuantSpec
 

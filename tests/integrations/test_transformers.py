@@ -65,7 +65,7 @@ def test_packed_model_equals_a_dense_one_with_its_weights(packed_demo: Path, dem
 
 
 def moeq_decode(matrix) -> torch.Tensor:
-    from moeq.format.packing import decode_matrix
+    from moeq.format.records import decode_matrix
 
     return decode_matrix(matrix.record, matrix.spec, matrix.shape)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeq.format.packing import dequantize
+from moeq.format.records import dequantize
 from moeq.quantizers.base import QuantizedMatrix
 from moeq.quantizers.gain import match_rows, rounded_weights
 from moeq.quantizers.registry import make_quantizer

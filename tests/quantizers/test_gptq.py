@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from moeq.errors import OptionError
-from moeq.format.packing import dequantize
+from moeq.format.records import dequantize
 from moeq.quantizers.base import QuantizedMatrix
 from moeq.quantizers.gptq import round_columns
 from moeq.quantizers.hessian import factorize

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeq.format.packing import dequantize
+from moeq.format.records import dequantize
 from moeq.quantizers.base import QuantizedMatrix
 from moeq.quantizers.registry import make_quantizer
 from moeq.spec import QuantSpec

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moeq import native
 from moeq.errors import OptionError
-from moeq.format.packing import dequantize
+from moeq.format.records import dequantize
 from moeq.quantizers.registry import make_quantizer
 from moeq.spec import BITS, SCALAR_LEVELS, QuantSpec
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moeq import native
 from moeq.errors import TensorError
-from moeq.format.packing import decode_matrix, dequantize, pack_matrix
+from moeq.format.records import decode_matrix, dequantize, pack_matrix
 from moeq.quantizers.base import QuantizedMatrix
 from moeq.quantizers.levels import fit_groups, levels_of, quantize_groups, store_scale
 from moeq.quantizers.registry import QUANTIZERS, make_quantizer

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from moeq.errors import OptionError, TensorError
-from moeq.format.packing import decode_matrix, dequantize, pack_matrix
+from moeq.format.records import decode_matrix, dequantize, pack_matrix
 from moeq.quantizers.gptq import Gptq
 from moeq.quantizers.vector import Vector, codebook, nearest
 from moeq.spec import QuantSpec, sections, stored_bytes

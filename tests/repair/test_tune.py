@@ -17,7 +17,7 @@ from moeq.format.manifest import read_manifest
 from moeq.repair import tune as tune_module
 from moeq.repair.router import decoder_blocks, find_routers, trainable
 from moeq.repair.tune import Teacher, Tuned, TuneOptions, recomputing, tune
-from moeq.stages.quality import load_any
+from moeq.runtime.load import load_any
 
 Pack = Callable[[str], Path]
 

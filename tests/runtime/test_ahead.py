@@ -13,10 +13,10 @@ import moeq
 import ttir
 from moeq.arch import hooks
 from moeq.artifacts import expert_bytes
-from moeq.kernels import gpu, reference
-from moeq.kernels.packed import PackedLayer, kernel_facts
+from moeq.layouts.grouped import gpu, reference
+from moeq.layouts.grouped.packed import PackedLayer, kernel_facts
+from moeq.layouts.grouped.serving import PackedExperts
 from moeq.runtime import ahead
-from moeq.runtime.modules import PackedExperts
 from moeq.spec import BITS, QuantSpec
 
 

@@ -8,14 +8,16 @@ import pytest
 import torch
 
 import moeq
+from moeq.allocation.decide import draft
+from moeq.arch.inventory import read_inventory
 from moeq.artifacts import Plan, expert_bytes
 from moeq.checkpoint.read import Reader
 from moeq.costs.component_table import ComponentTable
 from moeq.errors import ArtifactError, BudgetError, OptionError, PackedError
-from moeq.kernels.spectral import SpectralLayer
-from moeq.runtime.modules import SpectralExperts
+from moeq.layouts.spectral.reference import SpectralLayer
+from moeq.layouts.spectral.serving import SpectralExperts
+from moeq.runtime.load import load_any
 from moeq.spec import Unit
-from moeq.stages import inspect, quality, setup
 
 OPTIONS = {"method": "bitsmoe", "nsamples": 8, "seqlen": 64}
 
@@ -40,7 +42,7 @@ def layer_of(model: torch.nn.Module, index: int) -> SpectralLayer:
 
 
 def test_the_budget_is_obeyed_to_the_byte(packed: Path, demo_dir: Path) -> None:
-    inventory, _ = inspect.run(demo_dir)
+    inventory, _ = read_inventory(demo_dir)
     plan = Plan.load(packed / "moeq_plan.json")
     assert plan.components is not None
     assert plan.expert_bytes == expert_bytes(plan, inventory)
@@ -66,8 +68,8 @@ def test_it_runs_and_equals_the_model_of_its_decoded_weights(packed: Path, demo_
 
 def decoded_twin(model: torch.nn.Module, demo_dir: Path) -> torch.nn.Module:
     """The original's modules with the weights that the packed components stand for."""
-    twin = quality.load_any(demo_dir, "cpu", torch.float32)
-    inventory, _ = inspect.run(demo_dir)
+    twin = load_any(demo_dir, "cpu", torch.float32)
+    inventory, _ = read_inventory(demo_dir)
     with torch.no_grad():
         for index, layer in enumerate(inventory.layers):
             spectral, experts = layer_of(model, index), twin.get_submodule(layer.path)
@@ -83,7 +85,7 @@ def test_wide_components_give_back_the_weights(demo_dir: Path, costs: Path, tmp_
     out = tmp_path / "out"
     moeq.quantize(demo_dir, out, method="bitsmoe", bits=10.0, costs=str(costs), gain=False)
     spectral = layer_of(moeq.load(out, device="cpu", dtype=torch.float32), 1)
-    inventory, headers = inspect.run(demo_dir)
+    inventory, headers = read_inventory(demo_dir)
     layer = inventory.layers[1]
     with Reader(demo_dir, headers) as reader:
         for name in layer.projections:
@@ -103,7 +105,7 @@ def test_gradients_reach_the_inputs(packed: Path, demo_dir: Path) -> None:
 
 
 def test_a_smaller_budget_drops_directions_and_returns_their_bytes(demo_dir: Path, costs: Path) -> None:
-    inventory, _ = inspect.run(demo_dir)
+    inventory, _ = read_inventory(demo_dir)
     small = moeq.allocate(demo_dir, method="bitsmoe", bits=1.2, costs=str(costs))
     widths = [small.widths(index, layer) for index, layer in enumerate(inventory.layers)]
     assert any(not (each > 0).any(0).all() for layer in widths for each in layer.values())
@@ -125,7 +127,7 @@ def test_what_dropping_costs_decides_how_much_is_dropped(
         table = tmp_path / f"costs-{drop}"
         moeq.measure(demo_dir, calibration=str(calibration_text), **options).save(table)
         plan = moeq.allocate(demo_dir, bits=2.2, costs=str(table), **options)
-        layers = inspect.run(demo_dir)[0].layers
+        layers = read_inventory(demo_dir)[0].layers
         dropped.append(
             sum(int((w == 0).sum()) for i, layer in enumerate(layers) for w in plan.widths(i, layer).values())
         )
@@ -137,7 +139,7 @@ def test_exact_errors_obey_the_budget(joint: str, demo_dir: Path, calibration_te
     options = {**OPTIONS, "cost_options": f"errors=exact,joint={joint}"}
     table = tmp_path / "costs"
     moeq.measure(demo_dir, calibration=str(calibration_text), **options).save(table)
-    inventory, _ = inspect.run(demo_dir)
+    inventory, _ = read_inventory(demo_dir)
     for bits in (0.9, 1.4, 3.0):
         plan = moeq.allocate(demo_dir, bits=bits, costs=str(table), **options)
         assert plan.expert_bytes == expert_bytes(plan, inventory)
@@ -173,7 +175,7 @@ def test_plans_need_their_costs(demo_dir: Path, costs: Path, tmp_path: Path) -> 
     plan = tmp_path / "plan.json"
     moeq.allocate(demo_dir, method="bitsmoe", bits=2.5, costs=str(costs)).save(plan)
     with pytest.raises(OptionError, match="bases"):
-        setup.setup(demo_dir, moeq.Recipe(plan=str(plan)))
+        draft(demo_dir, moeq.Recipe(plan=str(plan)))
     moeq.quantize(demo_dir, tmp_path / "out", plan=str(plan), costs=str(costs))
     assert json.loads((tmp_path / "out" / "moeq.json").read_text())["layers"][0]["layout"] == "spectral"
 
@@ -194,7 +196,7 @@ def test_what_does_not_fit_is_refused(
     options: dict[str, object], error: type[Exception], message: str, demo_dir: Path, costs: Path
 ) -> None:
     with pytest.raises(error, match=message):
-        setup.setup(demo_dir, moeq.Recipe(**{"bits": 2.5, "costs": str(costs), **options}))
+        draft(demo_dir, moeq.Recipe(**{"bits": 2.5, "costs": str(costs), **options}))
 
 
 def test_damaged_costs_are_refused(costs: Path, tmp_path: Path) -> None:
@@ -209,7 +211,7 @@ def test_damaged_costs_are_refused(costs: Path, tmp_path: Path) -> None:
 def test_a_map_that_does_not_fit_its_slabs_is_refused(packed: Path, tmp_path: Path) -> None:
     model = moeq.load(packed, device="cpu")
     spectral = layer_of(model, 0)
-    from moeq.format.spectral import check_map
+    from moeq.layouts.spectral.stored import check_map
 
     wrong = spectral.widths["gate"].copy()
     wrong[0, np.argmax(wrong[0])] = 1 if wrong[0].max() != 1 else 2
@@ -226,7 +228,7 @@ def test_resume_gives_the_same_bytes(demo_dir: Path, costs: Path, packed: Path, 
 
 def test_verify_decodes_every_factor(packed: Path, demo_dir: Path) -> None:
     report = moeq.verify(packed)
-    inventory, _ = inspect.run(demo_dir)
+    inventory, _ = read_inventory(demo_dir)
     assert report.decoded == sum(3 * layer.num_experts for layer in inventory.layers)
     assert report.logits_finite
     assert str(Unit(layer=0, expert=0, projection="gate")) == "0.0.gate"

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import moeq
 from moeq import cli, native
-from moeq.kernels import gpu, selftest, trust
+from moeq.layouts import selftest, trust
+from moeq.layouts.grouped import gpu
 from moeq.stages import doctor
 from test_cli import check_fields, documented
 

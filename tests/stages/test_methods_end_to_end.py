@@ -9,12 +9,17 @@ import pytest
 
 import moeq
 from moeq import cli
+from moeq.allocation import measuring
+from moeq.allocation import plans as allocate
+from moeq.arch.inventory import read_inventory
 from moeq.artifacts import CostTable, Plan
 from moeq.checkpoint.journal import Journal
 from moeq.errors import ArtifactError, BudgetError, OptionError, VersionError
 from moeq.format.manifest import read_manifest
 from moeq.recipe import Recipe
-from moeq.stages import allocate, inspect, measure, progressive, quantize, tuning
+from moeq.stages import measure, quantize
+from moeq.writing import packing
+from moeq.writing import routers as tuning
 
 SMALL = {"nsamples": 6, "seqlen": 64, "device": "cpu", "quality": False}
 
@@ -63,7 +68,7 @@ def test_methods_obey_the_budget_and_give_experts_of_one_layer_different_bits(
 
 
 def test_one_table_serves_many_budgets(demo_dir: Path, costs: Path) -> None:
-    inventory, headers = inspect.run(demo_dir)
+    inventory, headers = read_inventory(demo_dir)
     table = CostTable.load(costs)
     objectives = []
     for bits in (1.5, 2.0, 2.5, 3.0, 3.5):
@@ -149,12 +154,12 @@ def test_measured_costs_survive_a_kill(
         raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(quantize, "write_copied", die)
+        patch.setattr(packing, "write_copied", die)
         with pytest.raises(KilledError):
             moeq.quantize(demo_dir, tmp_path / "cut", **options)
     assert (tmp_path / "cut.partial" / ".moeq-costs").is_file()
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "table", die)
+        patch.setattr(measuring, "table", die)
         moeq.quantize(demo_dir, tmp_path / "cut", resume=True, **options)
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes() or path.name == "README.md", path.name
@@ -199,7 +204,7 @@ def test_progressive_takes_up_finished_stages(
     options = {"method": "gemq", "bits": 2.0, "calibration": str(calibration_text), "quantizer": "rtn", **SMALL}
     out = tmp_path / "out"
     made: list[str] = []
-    plain = quantize.run
+    plain = quantize._once
 
     def counted(model: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
         made.append(Path(path).name)
@@ -207,7 +212,7 @@ def test_progressive_takes_up_finished_stages(
             raise KeyboardInterrupt
         return plain(model, path, *args, **kwargs)
 
-    monkeypatch.setattr(progressive.quantize, "run", counted)
+    monkeypatch.setattr(quantize, "_once", counted)
     with pytest.raises(KeyboardInterrupt):
         moeq.quantize(demo_dir, out, progressive="3,2.5", **options)
     assert made == ["1-3-bits", "2-2.5-bits"]

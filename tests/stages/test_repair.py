@@ -14,12 +14,15 @@ from moeq.checkpoint.read import Reader, read_headers
 from moeq.checkpoint.write import hash_file
 from moeq.errors import CalibrationError, MoeqError, OptionError, OutputError, PackedError
 from moeq.format.manifest import read_manifest
-from moeq.format.validate import validate_packed, verify_files
+from moeq.layouts.validate import validate_packed, verify_files
 from moeq.recipe import Recipe
 from moeq.repair.tune import TuneOptions
 from moeq.report.card import ROUTERS_KEPT, ROUTERS_TUNED
-from moeq.stages import choices, quality, repair, tuning, verify
-from moeq.stages.calibrated import compute_dtype
+from moeq.runtime.load import load_any
+from moeq.stages import repair, verify
+from moeq.writing import calibration_text as choices
+from moeq.writing import routers as tuning
+from moeq.writing.calibrated_packing import compute_dtype
 
 SIZES: dict[str, Any] = {"nsamples": 4, "seqlen": 24, "lr": 1e-3, "epochs": 2, "device": "cpu"}
 
@@ -139,7 +142,7 @@ def test_kl_to_the_original(rough_tiny: Path, tiny_dir: Path, text: Path, tmp_pa
 def test_the_teacher_is_the_original(rough_tiny: Path, tiny_dir: Path, text: Path, tmp_path: Path) -> None:
     tokens, _ = choices.calibration_tokens(tiny_dir, Recipe(calibration=str(text), nsamples=3, seqlen=16), None)
     dtype = compute_dtype(torch.bfloat16, torch.device("cpu"))
-    model = quality.load_any(tiny_dir, "cpu", dtype)
+    model = load_any(tiny_dir, "cpu", dtype)
     with torch.inference_mode():
         wanted = model(input_ids=tokens.ids_NT, use_cache=False).logits
     options = TuneOptions(loss="kl")

@@ -2,12 +2,11 @@
 
 import hashlib
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import fresh
 from moeq.errors import ResumeError
 from moeq.recipe import Recipe
 from moeq.stages import quantize
@@ -72,8 +71,8 @@ def test_killed_at_five_points(quantizer: str, demo_dir: Path, calibration_text:
         out = tmp_path / point.replace(":", "-") / "whole"
         out.parent.mkdir()
         words = [str(demo_dir), str(out), str(calibration_text), quantizer, point]
-        run = subprocess.run([sys.executable, "-c", KILLED_RUN, *words], capture_output=True, check=False)
-        assert run.returncode == -signal.SIGKILL, (point, run.stderr.decode()[-2000:])
+        run = fresh.run(KILLED_RUN, *words)
+        assert run.returncode == -signal.SIGKILL, (point, run.stderr[-2000:])
         assert not out.exists(), point
         with pytest.raises(ResumeError, match="--resume"):
             quantize.run(demo_dir, out, recipe(quantizer, calibration_text))

@@ -10,14 +10,18 @@ import torch
 import moeq
 import zoo
 from moeq import cli
+from moeq.allocation import tile_forms as tiles
+from moeq.allocation.decide import draft
+from moeq.arch.inventory import read_inventory
 from moeq.artifacts import Plan, expert_bytes
 from moeq.checkpoint.read import Reader
 from moeq.errors import BudgetError, OptionError, PackedError
 from moeq.format.manifest import read_manifest
-from moeq.kernels.tiled import TiledLayer
-from moeq.runtime.modules import TiledExperts
-from moeq.stages import bench, inspect, quality, setup, tiles
-from moeq.stages.packing import write_layer
+from moeq.layouts.tiled.reference import TiledLayer
+from moeq.layouts.tiled.serving import TiledExperts
+from moeq.runtime.load import load_any
+from moeq.stages import bench, inspect
+from moeq.writing.shard_writer import write_layer
 
 DATALESS = {
     "method": "tileq",
@@ -63,19 +67,19 @@ def side_and_matrix_bytes(packed: Path) -> int:
 
 
 def test_the_budget_is_obeyed_to_the_byte(packed: Path, demo_dir: Path) -> None:
-    inventory, _ = inspect.run(demo_dir)
+    inventory, _ = read_inventory(demo_dir)
     plan = Plan.load(packed / "moeq_plan.json")
     assert plan.layout == "tiled"
     assert plan.expert_bytes == expert_bytes(plan, inventory) == side_and_matrix_bytes(packed)
     assert 3.9 < 8 * plan.expert_bytes / inventory.expert_parameters <= 4.0
-    report = inspect.report(packed)
+    report = inspect.run(packed)
     assert report.expert_bytes == plan.expert_bytes
 
 
 def twin_of(model: torch.nn.Module, source: Path) -> torch.nn.Module:
     """The original's modules with the weights that residuals and factors stand for."""
-    twin = quality.load_any(source, "cpu", torch.float32)
-    inventory, _ = inspect.run(source)
+    twin = load_any(source, "cpu", torch.float32)
+    inventory, _ = read_inventory(source)
     with torch.no_grad():
         for tiled, layer in zip(layers_of(model), inventory.layers, strict=True):
             experts = twin.get_submodule(layer.path)
@@ -94,7 +98,7 @@ def test_it_runs_and_equals_the_model_of_its_decoded_weights(packed: Path, demo_
 
 
 def test_residuals_make_up_for_what_the_factors_lack(packed: Path, demo_dir: Path) -> None:
-    inventory, headers = inspect.run(demo_dir)
+    inventory, headers = read_inventory(demo_dir)
     layer, tiled = inventory.layers[1], layers_of(moeq.load(packed, device="cpu"))[1]
     with Reader(demo_dir, headers) as reader:
         for name in layer.projections:
@@ -105,7 +109,7 @@ def test_residuals_make_up_for_what_the_factors_lack(packed: Path, demo_dir: Pat
 
 def test_calibrated_residuals_come_close(calibrated: Path, tiny_dir: Path) -> None:
     model = moeq.load(calibrated, device="cpu", dtype=torch.float32)
-    original = quality.load_any(tiny_dir, "cpu", torch.float32)
+    original = load_any(tiny_dir, "cpu", torch.float32)
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():
         logits = original(ids).logits
@@ -127,7 +131,7 @@ def test_killed_runs_go_on_with_the_same_bytes(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr("moeq.stages.calibrated.write_layer", killed)
+        patched.setattr("moeq.writing.calibrated_packing.write_layer", killed)
         with pytest.raises(KeyboardInterrupt):
             moeq.quantize(tiny_dir, out, calibration=str(calibration_text), **CALIBRATED)
     assert not out.exists()
@@ -171,29 +175,29 @@ def test_widths_by_another_methods_costs(demo_dir: Path, calibration_text: Path,
     moeq.measure(demo_dir, method="gemq", calibration=str(calibration_text), nsamples=4, seqlen=32).save(costs)
     plan = moeq.allocate(demo_dir, method="tileq", allocation="gemq", rank="2", bits=3.0, costs=str(costs))
     assert (plan.unit, plan.cost, plan.layout, plan.method) == ("expert", "fisher", "tiled", "tileq")
-    inventory, _ = inspect.run(demo_dir)
+    inventory, _ = read_inventory(demo_dir)
     assert plan.expert_bytes == expert_bytes(plan, inventory)
     assert 8 * plan.expert_bytes / inventory.expert_parameters <= 3.0
     assert len({i for layer in plan.experts for expert in layer for i in expert}) > 1
 
 
 def test_rank_auto_takes_what_the_budget_leaves(demo_dir: Path) -> None:
-    inventory, _ = inspect.run(demo_dir)
+    inventory, _ = read_inventory(demo_dir)
     ranks = []
     for bits in (3.3, 3.6, 4.0):
-        plan = setup.setup(demo_dir, moeq.Recipe(**{**DATALESS, "bits": bits, "rank": "auto"})).plan
+        plan = draft(demo_dir, moeq.Recipe(**{**DATALESS, "bits": bits, "rank": "auto"})).plan
         ranks.append(plan.tiles[0]["up"].rank)
         assert 8 * plan.expert_bytes / inventory.expert_parameters <= bits
     assert 0 < ranks[0] < ranks[1] < ranks[2]
-    by_size = setup.setup(demo_dir, moeq.Recipe(**{**DATALESS, "bits": None, "size": "5MB", "rank": "auto"}))
+    by_size = draft(demo_dir, moeq.Recipe(**{**DATALESS, "bits": None, "size": "5MB", "rank": "auto"}))
     assert by_size.plan.tiles[0]["up"].rank > 0
     assert by_size.disk_bytes <= 5_000_000
 
 
 def test_unasked_factors_only_where_they_are_cheap(demo_dir: Path) -> None:
     recipe = moeq.Recipe(**{**DATALESS, "bits": 3.0, "rank": None, "tile_options": None})
-    assert not any(form.rank for layer in setup.setup(demo_dir, recipe).plan.tiles for form in layer.values())
-    inventory, _ = inspect.run(demo_dir)
+    assert not any(form.rank for layer in draft(demo_dir, recipe).plan.tiles for form in layer.values())
+    inventory, _ = read_inventory(demo_dir)
     shapes = {"gate": (768, 2048), "up": (768, 2048), "down": (2048, 768)}  # Qwen3-30B-A3B
     layers = tuple(replace(layer, num_experts=128, shapes=shapes) for layer in inventory.layers)
     large = tiles.forms(replace(inventory, layers=layers), recipe)
@@ -219,7 +223,7 @@ def test_families(model_type: str, tmp_path: Path) -> None:
         ({"tile_options": "grid"}, OptionError, "NAME=VALUE"),
         ({"tile_options": "colour=red"}, OptionError, "its names are"),
         ({"tile_options": "grid=2x2"}, OptionError, "do not fit"),
-        ({"method": "uniform"}, OptionError, "has no tiles"),
+        ({"method": "uniform"}, OptionError, "has no effect with method uniform"),
         ({"solver": "milp"}, OptionError, "no choice per unit"),
         ({"allocation": "gemq", "quantizer": "vector"}, OptionError, "codebooks"),
         ({"bits": 0.5}, BudgetError, "cannot be reached"),
@@ -231,7 +235,7 @@ def test_what_does_not_fit_is_refused(
     options: dict[str, object], error: type[Exception], message: str, demo_dir: Path
 ) -> None:
     with pytest.raises(error, match=message):
-        setup.setup(demo_dir, moeq.Recipe(**{**DATALESS, **options}))
+        draft(demo_dir, moeq.Recipe(**{**DATALESS, **options}))
 
 
 def test_checkpoints_without_their_sides_are_refused(packed: Path, tmp_path: Path) -> None:

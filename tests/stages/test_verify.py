@@ -6,10 +6,10 @@ import torch
 import moeq
 from hostile import OPTIONS, copy_of, edit_tensors, partial_of
 from moeq.errors import PackedError
-from moeq.format.packing import decode_matrix
+from moeq.format.records import decode_matrix
+from moeq.layouts.job import weights_digest
 from moeq.spec import Unit
 from moeq.stages import verify
-from moeq.stages.packing import weights_digest
 
 
 def unit(expert: int = 1, layer: int = 2, projection: str = "down") -> Unit:

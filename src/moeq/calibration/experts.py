@@ -16,7 +16,7 @@ from moeq.arch import hooks
 from moeq.artifacts import MoeLayer
 from moeq.calibration.stream import Capture
 from moeq.calibration.workers import in_order
-from moeq.format.packing import dequantize
+from moeq.format.records import dequantize
 from moeq.quantizers.base import QuantizedMatrix, Quantizer
 from moeq.spec import QuantSpec
 

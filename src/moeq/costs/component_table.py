@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeq import codec
-from moeq.artifact import Artifact
 from moeq.artifacts import CostTable, Inventory
 from moeq.checkpoint.header import read_header
 from moeq.checkpoint.mapped import map_file
 from moeq.checkpoint.write import ShardWriter, hash_file
-from moeq.components import BASIS_BITS, basis_spec
+from moeq.codec import Artifact
 from moeq.errors import ArtifactError, CheckpointError
+from moeq.layouts.spectral.shape import BASIS_BITS, basis_spec
 from moeq.spec import ALIGN, QuantSpec, num_groups
 
 FACTS: Final = "facts"

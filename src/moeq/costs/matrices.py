@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moeq.costs.base import LayerView
 from moeq.errors import OptionError, TensorError
-from moeq.format.packing import dequantize
+from moeq.format.records import dequantize
 from moeq.quantizers.base import Quantizer
 from moeq.quantizers.registry import QUANTIZERS, make_quantizer
 from moeq.spec import WHOLE_ROW, QuantSpec

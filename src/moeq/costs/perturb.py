@@ -27,7 +27,7 @@ from moeq.costs.base import Asked, LayerView
 from moeq.costs.options import check_choice, check_number, check_switch
 from moeq.costs.paper_rtn import paper_rtn
 from moeq.errors import OptionError, TensorError
-from moeq.format.packing import dequantize
+from moeq.format.records import dequantize
 from moeq.quantizers.base import Quantizer
 from moeq.quantizers.registry import QUANTIZERS, make_quantizer
 from moeq.spec import QuantSpec

@@ -29,12 +29,12 @@ from torch import Tensor
 
 from moeq.arch import hooks
 from moeq.calibration.spill import SpillPool
-from moeq.components import BASIS_BITS, basis_spec
 from moeq.costs.base import Asked, LayerView
 from moeq.costs.component_table import ProjectionCosts
 from moeq.costs.options import check_choice, check_number, check_switch
 from moeq.errors import CalibrationError, OptionError
-from moeq.format.packing import dequantize
+from moeq.format.records import dequantize
+from moeq.layouts.spectral.shape import BASIS_BITS, basis_spec
 from moeq.quantizers.gain import rounded_weights
 from moeq.quantizers.registry import QUANTIZERS, make_quantizer
 from moeq.transforms import shared_basis

@@ -10,11 +10,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Final
 
 from moeq import codec
-from moeq.artifact import Artifact
 from moeq.artifacts import PROJECTIONS
 from moeq.checkpoint.write import FileDigest, write_file_atomic
+from moeq.codec import Artifact
 from moeq.errors import ArtifactError, PackedError
-from moeq.format.spectral import SpectralShape
+from moeq.layouts.base import part
 from moeq.spec import LAYOUTS
 
 MANIFEST_NAME: Final = "moeq.json"
@@ -54,12 +54,6 @@ class PackedLayer:
     def named_shapes(self) -> dict[str, tuple[int, int]]:
         """Projection -> (N, K), in storage order; JSON objects have no order of their own."""
         return {name: self.shapes[name] for name in self.projections}
-
-    @property
-    def spectral_shape(self) -> SpectralShape:
-        """The layer's shape as the layout "spectral" needs it."""
-        hidden, inner = self.shapes["down"]
-        return SpectralShape(projections=self.projections, num_experts=self.num_experts, hidden=hidden, inner=inner)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,10 +168,9 @@ def _check_layer(layer: PackedLayer) -> None:
         _check_shape(layer.path, shape)
     if layer.layout not in LAYOUTS:
         raise ArtifactError(f"layout {layer.layout!r} is not known", tensor=layer.path, fix="upgrade moeq")
-    if layer.layout == "spectral":
-        hidden, inner = layer.shapes.get("down", (0, 0))
-        if layer.shapes != {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}:
-            raise ArtifactError("spectral layers have gated experts", tensor=layer.path, fix="download it again")
+    problem = part(layer.layout, "shape").problem(layer.shapes)
+    if problem is not None:
+        raise ArtifactError(problem, tensor=layer.path, fix="download it again")
 
 
 def _check_shape(path: str, shape: tuple[int, int]) -> None:

@@ -16,8 +16,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moeq import codec
 from moeq.arch import hooks
 from moeq.errors import VersionError
-from moeq.format.blob import SUFFIXES
 from moeq.format.manifest import Manifest, PackedLayer, PackedLinear
+from moeq.layouts.validate import SUFFIXES
 from moeq.runtime import attach
 
 QUANT_METHOD = "moeq"

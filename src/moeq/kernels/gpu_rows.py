@@ -1,6 +1,6 @@
 """Custom operators over rows that belong to groups, for the layouts "spectral" and "tiled" on GPUs.
 
-As in `moeq.kernels.gpu`, nothing here imports triton before a call asks for it.
+As in `moeq.layouts.grouped.gpu`, nothing here imports triton before a call asks for it.
 
 Legend: S choices, G groups, C numbers in a row of x, K columns of a packed row.
 """
@@ -11,8 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from moeq.kernels.rows import RowFacts, SideFacts
-from moeq.tiling import TileForm
+from moeq.kernels.facts import RowFacts
 
 
 def combine(x_RC: Tensor, index: Tensor | None, data: Tensor, facts: RowFacts, rows: int) -> Tensor:
@@ -23,13 +22,6 @@ def combine(x_RC: Tensor, index: Tensor | None, data: Tensor, facts: RowFacts, r
 def dots(x_SK: Tensor, index: Tensor, data: Tensor, facts: RowFacts, places: int) -> Tensor:
     """`moeq.kernels.triton_rows_launch.dots` as an operator."""
     return dots_op(x_SK.contiguous(), index, data, facts.table, facts.firsts, facts.places, _numbers(facts), places)
-
-
-def rotate(x_RI: Tensor, index: Tensor, form: TileForm, facts: SideFacts) -> Tensor:
-    """`moeq.kernels.triton_rows_launch.rotate` as an operator; x itself if nothing is rotated."""
-    if facts.orders is None:
-        return x_RI
-    return rotate_op(x_RI.contiguous(), index, facts.orders, facts.owner_E, facts.mixing, form.block, form.plain)
 
 
 def _launch() -> ModuleType:

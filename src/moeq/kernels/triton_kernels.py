@@ -1,4 +1,4 @@
-"""The Triton kernels; needs triton, so only `moeq.kernels.gpu` imports it.
+"""The Triton kernels; needs triton, so only `moeq.layouts.grouped.gpu` imports it.
 
 Four launches make a layer: `prepare`, `multiply_rows` for gate and up with the activation, `multiply_rows` for down,
 `combine`. Who gets which tile follows from counts that stay on the device: nothing here waits for the host, so that

@@ -1,4 +1,4 @@
-"""Launches the Triton kernels; needs triton, so only `moeq.kernels.gpu` imports it, when a call asks for it.
+"""Launches the Triton kernels; needs triton, so only `moeq.layouts.grouped.gpu` imports it, when a call asks for it.
 
 Grids follow from shapes alone; programs without work end at once. Every launch goes through `launch`, so that the
 kernels of a model can be compiled side by side before its first token (`compiling`).
@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from moeq.kernels import triton_kernels as kernels
-from moeq.kernels.packed import KernelFacts
+from moeq.kernels.facts import KernelFacts
 from moeq.kernels.tuning import (
     DECODE_FROM,
     DECODED_BYTES,

@@ -1,6 +1,6 @@
-"""Triton device functions that read packed records; needs triton, so only `moeq.kernels.gpu` imports it.
+"""Triton device functions that read packed records; needs triton, so only `moeq.layouts.grouped.gpu` imports it.
 
-What a kernel knows of a record is its line of `moeq.kernels.packed.KernelFacts.table`, here `facts`.
+What a kernel knows of a record is its line of `moeq.layouts.grouped.packed.KernelFacts.table`, here `facts`.
 
 Legend: N output rows, K input columns, M rows of x.
 """
@@ -11,7 +11,7 @@ import triton.language as tl
 BLOCK: tl.constexpr = tl.constexpr(128)
 """Codes that are interleaved together, `moeq.spec.BLOCK`."""
 FACTS: tl.constexpr = tl.constexpr(8)
-"""Columns of `moeq.kernels.packed.KernelFacts.table`."""
+"""Columns of `moeq.layouts.grouped.packed.KernelFacts.table`."""
 
 
 @triton.constexpr_function
@@ -53,7 +53,7 @@ def multiply(w_NK, x_KM, acc_NM):
 
 @triton.jit
 def zeros_of(record, group, levels, top):
-    """The zeros of a group of each row in codes, float32: `moeq.format.packing.real_zeros`.
+    """The zeros of a group of each row in codes, float32: `moeq.format.records.real_zeros`.
 
     `levels` has the id of the level set, -1 where there is nothing to read; `top` is the largest code.
     """

@@ -25,12 +25,12 @@ from moeq.kernels.triton_records import (
 from moeq.kernels.triton_tiles import product
 
 LINE: tl.constexpr = tl.constexpr(9)
-"""Columns of `moeq.kernels.rows.RowFacts.table`."""
+"""Columns of `moeq.kernels.facts.RowFacts.table`."""
 
 
 @triton.constexpr_function
 def bits_of(slab):
-    """Width of a slab, `moeq.components.SLAB_WIDTHS`."""
+    """Width of a slab, `moeq.layouts.spectral.shape.SLAB_WIDTHS`."""
     return 8 if slab == 0 else 7 - slab
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moeq.kernels import triton_rows as kernels
-from moeq.kernels.rows import DOT_ROWS, RowFacts
+from moeq.kernels.facts import DOT_ROWS, RowFacts
 from moeq.kernels.triton_launch import Routing, launch, multiply_decoded, prepare
 from moeq.kernels.tuning import DECODE_FROM, combined_tile, experts_at_once, power_of_two, rows_in_tile
 from moeq.spec import BLOCK
@@ -93,7 +93,7 @@ def rotate(
     Args:
         x_RI: a row for each choice, or for each k choices that follow one another.
         index: expert of each choice, int64; sentinels get some rotation.
-        orders, owner_E, mixing: see `moeq.kernels.rows.SideFacts`.
+        orders, owner_E, mixing: see `moeq.layouts.tiled.facts.SideFacts`.
         block, plain: see `moeq.transforms.rotation.rotate`.
     """
     inputs = x_RI.shape[1]

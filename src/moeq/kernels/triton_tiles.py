@@ -1,4 +1,4 @@
-"""Triton device functions that multiply with packed codes; needs triton, so only `moeq.kernels.gpu` imports it.
+"""Triton device functions that multiply with packed codes; needs triton, so only `moeq.layouts.grouped.gpu` imports it.
 
 A record is never unpacked into memory. A tile of weights is the left operand of the tensor cores, W x^T, because they
 take it from registers, where its codes were made:
@@ -40,7 +40,7 @@ from moeq.kernels.triton_vectors import walk_vectors
 VECTOR: tl.constexpr = tl.constexpr(4)
 """The level set "vector", as `moeq.spec.LEVELS` counts."""
 VECTOR_KINDS: tl.constexpr = tl.constexpr(16)
-"""Bits of WIDTHS from here on are of codebooks, `moeq.kernels.packed.kind_of`."""
+"""Bits of WIDTHS from here on are of codebooks, `moeq.kernels.facts.kind_of`."""
 
 
 @triton.jit

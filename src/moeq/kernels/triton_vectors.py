@@ -1,4 +1,4 @@
-"""Triton device functions for the level set "vector"; needs triton, so only `moeq.kernels.gpu` imports it.
+"""Triton device functions for the level set "vector"; needs triton, so only `moeq.layouts.grouped.gpu` imports it.
 
 A code names some weights that are neighbours (`moeq.spec.VECTORS`). One gather fetches them as the bytes of a word;
 each of them meets inputs that lie as far apart as vectors do, so that codes stay in the lanes that read them.

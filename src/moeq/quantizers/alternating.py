@@ -6,7 +6,7 @@ so at 4 bits it loses more than twice what `rtn` does (section 3, check values).
 Legend: M groups in a chunk.
 """
 
-from typing import Final
+from typing import ClassVar, Final
 
 from torch import Tensor
 
@@ -23,10 +23,11 @@ FITTED_BITS: Final = 4
 class Alternating:
     """Alternating least squares from mean |w|; meant for the level sets `half` at 1 bit and `sym` above."""
 
-    __slots__ = ("needs_hessian",)
+    __slots__ = ()
 
-    def __init__(self) -> None:
-        self.needs_hessian = False
+    needs_hessian: ClassVar[bool] = False
+    options: ClassVar[tuple[str, ...]] = ()
+    weights_per_second: ClassVar[float] = 20e6
 
     def quantize(self, w_NK: Tensor, spec: QuantSpec, hessian_KK: Tensor | None = None) -> QuantizedMatrix:
         """Round `w_NK`; see `moeq.quantizers.base.Quantizer`. The Hessian is not looked at."""

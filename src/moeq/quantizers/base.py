@@ -4,7 +4,7 @@ Legend: N output rows, K input columns, G groups per row.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from moeq.spec import QuantSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedMatrix:
-    """What a quantizer decided; exactly what `moeq.format.packing.pack_matrix` stores.
+    """What a quantizer decided; exactly what `moeq.format.records.pack_matrix` stores.
 
     Attributes:
         codes_NK: uint8 codes below 2^bits.
@@ -31,9 +31,13 @@ class Quantizer(Protocol):
 
     Attributes:
         needs_hessian: whether `quantize` wants the inputs' second moments.
+        options: options of a recipe that its constructor takes.
+        weights_per_second: roughly, on two CPU cores; for estimates of time alone.
     """
 
-    needs_hessian: bool
+    needs_hessian: ClassVar[bool]
+    options: ClassVar[tuple[str, ...]]
+    weights_per_second: ClassVar[float]
 
     def quantize(self, w_NK: Tensor, spec: QuantSpec, hessian_KK: Tensor | None) -> QuantizedMatrix:
         """Round `w_NK` to `spec`.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeq.components import Widths
+from moeq.layouts.spectral.shape import Widths
 from moeq.quantizers.base import QuantizedMatrix, Quantizer
 from moeq.quantizers.hessian import factorize
 from moeq.quantizers.levels import inverse, levels_of

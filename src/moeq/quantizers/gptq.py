@@ -11,7 +11,7 @@ matrix after each block; the last two are matrix products.
 Legend: N output rows, K input columns, G groups per row, M groups in a chunk, S columns of a strip or block.
 """
 
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -187,10 +187,13 @@ class Gptq:
             (docs/decisions/0013).
     """
 
-    __slots__ = ("_factors", "gain", "needs_hessian")
+    __slots__ = ("_factors", "gain")
+
+    needs_hessian: ClassVar[bool] = True
+    options: ClassVar[tuple[str, ...]] = ("gain", "act_order", "damp")
+    weights_per_second: ClassVar[float] = 4e6
 
     def __init__(self, *, damp: float = 0.01, act_order: bool = True, gain: bool = False) -> None:
-        self.needs_hessian = True
         self.gain = gain
         self._factors = FactorCache(damp=damp, act_order=act_order)
 

@@ -11,7 +11,7 @@ Only for reproducing published numbers; `gptq` is better at every width. What di
 Legend: N output rows, K input columns, M groups in a chunk, g weights per group.
 """
 
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -53,10 +53,13 @@ class GptqMc:
         damp: damping in units of the Hessian's mean diagonal; grows tenfold while the Hessian stays singular.
     """
 
-    __slots__ = ("_factors", "needs_hessian")
+    __slots__ = ("_factors",)
+
+    needs_hessian: ClassVar[bool] = True
+    options: ClassVar[tuple[str, ...]] = ()
+    weights_per_second: ClassVar[float] = 4e6
 
     def __init__(self, *, damp: float = 0.01) -> None:
-        self.needs_hessian = True
         self._factors = FactorCache(damp=damp, act_order=False)
 
     def quantize(self, w_NK: Tensor, spec: QuantSpec, hessian_KK: Tensor | None) -> QuantizedMatrix:

@@ -15,7 +15,7 @@ Legend: M groups in a chunk, g weights per group.
 """
 
 import math
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -95,12 +95,15 @@ class Hqq:
         gain: match the gain of every group (docs/decisions/0013); raises the squared error, lowers the model's.
     """
 
-    __slots__ = ("gain", "iterations", "needs_hessian", "p")
+    __slots__ = ("gain", "iterations", "p")
+
+    needs_hessian: ClassVar[bool] = False
+    options: ClassVar[tuple[str, ...]] = ("gain",)
+    weights_per_second: ClassVar[float] = 250e6
 
     def __init__(self, *, iterations: int = ITERATIONS, p: float = 0.7, gain: bool = False) -> None:
         if not 0 < p <= 1:
             raise OptionError(f"{p} is no exponent", option="p", fix="choose a number above 0 and at most 1")
-        self.needs_hessian = False
         self.iterations = iterations
         self.gain = gain
         self.p = p

@@ -51,7 +51,7 @@ class Levels:
         if self.zero is not None:
             return torch.full_like(zero, self.zero)
         if self.zero_step:
-            # Same expression as `moeq.format.packing.real_zeros`, so that both give the same float32 number.
+            # Same expression as `moeq.format.records.real_zeros`, so that both give the same float32 number.
             return (zero * (1 / self.zero_step)).round_().clamp_(0, 255) * self.zero_step
         return zero.clamp(-SCALE_MAX, SCALE_MAX).half().float()
 

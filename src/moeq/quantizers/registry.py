@@ -1,7 +1,6 @@
 """All quantizers by name."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any, Final
 
 from moeq.errors import OptionError
@@ -13,7 +12,7 @@ from moeq.quantizers.hqq import Hqq
 from moeq.quantizers.rtn import MinMax, Rtn
 from moeq.quantizers.vector import Vector
 
-QUANTIZERS: Final[dict[str, Callable[..., Quantizer]]] = {
+QUANTIZERS: Final[dict[str, type[Quantizer]]] = {
     "minmax": MinMax,
     "rtn": Rtn,
     "hqq": Hqq,

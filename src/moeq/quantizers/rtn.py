@@ -8,7 +8,7 @@ then alternates least squares for scale and zero with rounding, which finds the 
 Legend: M groups in a chunk, g weights per group.
 """
 
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -63,10 +63,11 @@ def fit_minmax(groups: Groups, bits: int) -> tuple[Tensor, Tensor]:
 class MinMax:
     """Plain rounding: the range of a group is that of its weights."""
 
-    __slots__ = ("needs_hessian",)
+    __slots__ = ()
 
-    def __init__(self) -> None:
-        self.needs_hessian = False
+    needs_hessian: ClassVar[bool] = False
+    options: ClassVar[tuple[str, ...]] = ()
+    weights_per_second: ClassVar[float] = 600e6
 
     def quantize(self, w_NK: Tensor, spec: QuantSpec, hessian_KK: Tensor | None = None) -> QuantizedMatrix:
         """Round `w_NK`; see `moeq.quantizers.base.Quantizer`. The Hessian is not looked at."""
@@ -83,10 +84,13 @@ class Rtn:
         gain: match the gain of every group (docs/decisions/0013); raises the squared error, lowers the model's.
     """
 
-    __slots__ = ("gain", "needs_hessian", "refits")
+    __slots__ = ("gain", "refits")
+
+    needs_hessian: ClassVar[bool] = False
+    options: ClassVar[tuple[str, ...]] = ("gain",)
+    weights_per_second: ClassVar[float] = 400e6
 
     def __init__(self, *, refits: int = REFITS, gain: bool = False) -> None:
-        self.needs_hessian = False
         self.gain = gain
         self.refits = refits
 

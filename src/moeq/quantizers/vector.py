@@ -10,7 +10,7 @@ column k. Rows are brought to the same length first and keep a scale of their ow
 Legend: N output rows, K input columns, d weights of a vector, V vectors, C entries of a codebook, B columns of a block.
 """
 
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -44,10 +44,13 @@ class Vector:
         gain: match the gain of each row over the calibration inputs (docs/decisions/0013).
     """
 
-    __slots__ = ("_factors", "_scalar", "gain", "needs_hessian")
+    __slots__ = ("_factors", "_scalar", "gain")
+
+    needs_hessian: ClassVar[bool] = True
+    options: ClassVar[tuple[str, ...]] = ("gain", "act_order", "damp")
+    weights_per_second: ClassVar[float] = 0.7e6
 
     def __init__(self, *, damp: float = 0.01, act_order: bool = True, gain: bool = False) -> None:
-        self.needs_hessian = True
         self.gain = gain
         self._factors = FactorCache(damp=damp, act_order=False)
         self._scalar = Gptq(damp=damp, act_order=act_order, gain=gain)

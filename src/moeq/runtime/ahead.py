@@ -1,6 +1,6 @@
 """Compiles the kernels of a packed model on a GPU side by side, before the first token asks for them one by one.
 
-What is compiled depends on shapes, on what all layers have in common (`moeq.kernels.packed.Kinds`), and on powers of
+What is compiled depends on shapes, on what all layers have in common (`moeq.kernels.facts.Kinds`), and on powers of
 two of the number of tokens: layers of one model share their kernels, and so do all prompts of about one length. Triton
 keeps what it compiled on disk, so that only the first load on a machine takes its time.
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from moeq.arch import hooks
 from moeq.arch.discover import TOP_K_NAMES
-from moeq.kernels import gpu, gpu_spectral, gpu_tiled
-from moeq.runtime.modules import PackedExperts, PackedLinear, SpectralExperts, TiledExperts
+from moeq.layouts.grouped import gpu
+from moeq.layouts.grouped.serving import PackedLinear
+from moeq.layouts.serving import ExpertsModule
 
 TOKENS: Final = (1, 32, 512)
 """Decoding, a short prompt and a long one. Other numbers of tokens may need a kernel more, when they come."""
@@ -56,44 +57,16 @@ def _calls(model: nn.Module, tokens: int) -> Iterator[tuple[str, Callable[[], Te
                 same = module.in_features, module.out_features, facts.widths, facts.spans, tokens
                 yield f"linear {same}", partial(gpu.run_linear, x_TK, module.matrix)
             continue
-        found = _experts(module, module._modules.get(hooks.HANDLER))
-        if found is None:
+        handler = module._modules.get(hooks.HANDLER)
+        call = handler.device_call(module) if isinstance(handler, ExpertsModule) else None
+        if call is None:
             continue
-        same_experts, hidden, place, run = found
-        x_TH = torch.empty(tokens, hidden, dtype=dtype, device=place)
-        index_Tk = torch.zeros(tokens, top_k, dtype=torch.int64, device=place)
+        x_TH = torch.empty(tokens, call.hidden, dtype=dtype, device=call.device)
+        index_Tk = torch.zeros(tokens, top_k, dtype=torch.int64, device=call.device)
         # Families weight in float32 or in the dtype of the model.
         for weights_dtype in {torch.float32, dtype}:
-            weights_Tk = torch.empty(tokens, top_k, dtype=weights_dtype, device=place)
-            yield f"{same_experts} {tokens} {weights_dtype}", partial(run, x_TH, index_Tk, weights_Tk)
-
-
-def _experts(
-    experts: nn.Module, handler: nn.Module | None
-) -> tuple[str, int, torch.device, Callable[[Tensor, Tensor, Tensor], Tensor]] | None:
-    """What a layer of experts has in common with those that need the same kernels; H; where it is; its call."""
-    if isinstance(handler, PackedExperts) and handler.layer.facts is not None:
-        layer, facts = handler.layer, handler.layer.facts
-        same = f"grouped {layer.shapes} {facts.widths} {facts.spans}"
-        return same, layer.shapes["up"][1], layer.data.device, partial(gpu.run_experts, experts, layer)
-    if isinstance(handler, SpectralExperts) and handler.layer.facts is not None:
-        spectral, rows = handler.layer, handler.layer.facts.factors
-        # Ranks and sizes of groups decide how sums are split; their powers of two, in how many ways.
-        sizes = {name: (rows[name].widths, rows[name].span, rows[name].rows.bit_length()) for name in rows}
-        ranks = [(entry.basis_bits, entry.rank.bit_length()) for entry in spectral.entries.values()]
-        run = partial(gpu_spectral.run_experts, experts, spectral)
-        return f"spectral {handler.shape} {sizes} {ranks}", handler.shape.hidden, spectral.data.device, run
-    if (
-        isinstance(handler, TiledExperts)
-        and handler.layer.residual.facts is not None
-        and handler.layer.facts is not None
-    ):
-        tiled, facts = handler.layer, handler.layer.residual.facts
-        forms = {name: tile.form for name, tile in handler.tiles.items()}
-        same = f"tiled {handler.shapes} {facts.widths} {facts.spans} {forms}"
-        run = partial(gpu_tiled.run_experts, experts, tiled)
-        return same, handler.shapes["up"][1], tiled.residual.data.device, run
-    return None
+            weights_Tk = torch.empty(tokens, top_k, dtype=weights_dtype, device=call.device)
+            yield f"{call.same} {tokens} {weights_dtype}", partial(call.run, x_TH, index_Tk, weights_Tk)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

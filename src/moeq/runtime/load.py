@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from moeq import codec
-from moeq.errors import DeviceError, MoeqError, PackedError
-from moeq.format.manifest import Manifest
-from moeq.format.validate import validate_packed
-from moeq.kernels import gpu
+from moeq.errors import CheckpointError, DeviceError, MoeqError, PackedError
+from moeq.format.manifest import MANIFEST_NAME, Manifest
+from moeq.layouts.grouped import gpu
+from moeq.layouts.grouped.serving import PackedLinear
+from moeq.layouts.serving import ExpertsModule
+from moeq.layouts.validate import validate_packed
 from moeq.runtime import ahead
-from moeq.runtime.modules import PackedExperts, PackedLinear, SpectralExperts, TiledExperts
 
 
 def load(
@@ -55,7 +56,7 @@ def load(
             fix="download the checkpoint again, or quantize the model again",
         ) from error
     for module in model.modules():
-        if isinstance(module, (PackedExperts, PackedLinear, SpectralExperts, TiledExperts)):
+        if isinstance(module, ExpertsModule | PackedLinear):
             module.exact = exact_activations
     model = model.to(place).eval()
     if gpu.usable(place):
@@ -104,3 +105,51 @@ def pick_device(device: str | torch.device) -> torch.device:
     if place.type not in ("cpu", "cuda"):
         raise DeviceError(f"device type {place.type} is not supported", option="device", fix="use cpu or cuda")
     return place
+
+
+def load_any(
+    directory: Path,
+    device: str | torch.device = "auto",
+    dtype: object = "auto",
+    *,
+    exact_activations: bool | None = True,
+    compiled: ahead.Told | None = None,
+) -> PreTrainedModel:
+    """A model to measure: packed by moeq, or any causal model that transformers loads.
+
+    What is measured is the weights: activations are not rounded unless asked for, however short a window is. `compiled`
+    is told of kernels that are compiled for a GPU.
+    """
+    if (directory / MANIFEST_NAME).is_file():
+        return load(directory, device=device, dtype=dtype, exact_activations=exact_activations, progress=compiled)
+    place = pick_device(device)
+    try:
+        model = from_pretrained(directory, dtype)
+    except (MoeqError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever transformers and a family's class make of broken files
+        raise CheckpointError(
+            f"transformers cannot load it: {_one_line(error)}", file=directory, fix="check the directory"
+        ) from error
+    return model.to(place).eval()
+
+
+def load_tokenizer(directory: Path) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint.
+
+    Raises:
+        CheckpointError: there is none that transformers can read.
+    """
+    fix = "copy the model's tokenizer files into the directory"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # each tokenizer class fails in its own way
+        raise CheckpointError(f"no tokenizer could be loaded: {_one_line(error)}", file=directory, fix=fix) from error
+    # Without files some families make one that knows its special tokens only, and encodes any text as nothing.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise CheckpointError("there is no tokenizer", file=directory, fix=fix)
+    return tokenizer
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -18,10 +18,10 @@ from torch import nn
 
 from moeq import native
 from moeq.checkpoint.read import resolve
-from moeq.components import basis_bytes
 from moeq.errors import OptionError
+from moeq.layouts.grouped.serving import PackedLinear
+from moeq.layouts.serving import ExpertsModule
 from moeq.runtime import load
-from moeq.runtime.modules import PackedExperts, PackedLinear, SpectralExperts, TiledExperts
 
 Progress = Callable[[str, int, int], None]
 
@@ -200,7 +200,7 @@ def _counted(model: nn.Module, sizes: list[int]) -> Iterator[None]:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    return isinstance(module, PackedExperts | SpectralExperts | TiledExperts)
+    return isinstance(module, ExpertsModule)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -209,18 +209,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _chosen_bytes(module: nn.Module, index_Tk: torch.Tensor) -> int:
     """Bytes that the chosen experts of a layer take, with all that they share."""
-    if isinstance(module, SpectralExperts):
-        layer = module.layer
-        entries = layer.entries.values()
-        bases = {entry.basis: basis_bytes(entry.basis_bits, entry.rank, layer.shape.hidden) for entry in entries}
-        slabs = layer.data.numel() - sum(bases.values())
-        return sum(bases.values()) + slabs * len(_chosen(index_Tk, layer.num_experts)) // layer.num_experts
-    assert isinstance(module, PackedExperts | TiledExperts)
-    packed = module.layer if isinstance(module, PackedExperts) else module.layer.residual
-    chosen = _chosen(index_Tk, packed.num_experts)
-    matrices = (packed.matrix(expert, name) for expert in chosen for name in packed.shapes)
-    shared = 0 if isinstance(module, PackedExperts) else sum(each.data.numel() for each in module.layer.sides.values())
-    return shared + sum(matrix.record.numel() for matrix in matrices)
+    assert isinstance(module, ExpertsModule)
+    return module.chosen_bytes(_chosen(index_Tk, module.layer.num_experts))
 
 
 def _chosen(index_Tk: torch.Tensor, num_experts: int) -> list[int]:

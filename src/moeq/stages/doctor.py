@@ -15,8 +15,9 @@ from typing import Final
 import torch
 
 from moeq import native
-from moeq.kernels import gpu, selftest, trust
-from moeq.kernels.selftest import Check
+from moeq.layouts import selftest, trust
+from moeq.layouts.grouped import gpu
+from moeq.layouts.selftest import Check
 from moeq.version import __version__
 
 BUFFER_BYTES: Final = 256 << 20
@@ -114,7 +115,7 @@ def _routes(place: torch.device, checks: list[Check]) -> list[Route]:
     failed = {check.subject for check in checks if check.path == path and check.device == str(place) and not check.ok}
     routes = []
     for layers in selftest.SUBJECTS[1:]:
-        needed = {*trust.NEEDS[path].get(layers, ()), layers}
+        needed = {*selftest.needs(path, layers), layers}
         if layers in there and not needed & failed:
             route = path, "its self-test passed"
         elif layers in there:

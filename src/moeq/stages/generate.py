@@ -8,7 +8,7 @@ import torch
 from moeq.checkpoint.read import resolve
 from moeq.errors import OptionError
 from moeq.runtime.ahead import Told
-from moeq.stages import quality
+from moeq.runtime.load import load_any, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +42,11 @@ def run(
     if temperature < 0:
         raise OptionError(f"{temperature} is negative", option="temperature", fix="give 0 for greedy, or more")
     directory = resolve(model)
-    tokenizer = quality.load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.numel() == 0:
         raise OptionError("the prompt has no tokens", option="prompt", fix="give some text")
-    loaded = quality.load_any(directory, device, exact_activations=None, compiled=compiled)
+    loaded = load_any(directory, device, exact_activations=None, compiled=compiled)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with torch.random.fork_rng(enabled=temperature > 0), torch.inference_mode():
         torch.manual_seed(seed)

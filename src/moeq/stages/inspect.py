@@ -5,47 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeq.arch.discover import discover
-from moeq.artifacts import Inventory
-from moeq.checkpoint.identity import model_hash
+from moeq.arch.inventory import read_inventory
 from moeq.checkpoint.read import read_headers, resolve
 from moeq.codec import read_json
-from moeq.format.blob import SUFFIXES
 from moeq.format.manifest import MANIFEST_NAME
-from moeq.format.validate import validate_packed
+from moeq.layouts.validate import SUFFIXES, validate_packed
 from moeq.spec import TensorInfo
-from moeq.stages import summary
-
-ELEMENT_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
-
-
-def run(directory: Path) -> tuple[Inventory, dict[str, TensorInfo]]:
-    """The Inventory of a checkpoint and the headers it was made from.
-
-    Raises:
-        CheckpointError: broken, not an MoE, quantized already, or of an unknown family.
-    """
-    headers = read_headers(directory)
-    return build(directory, headers), headers
-
-
-def build(directory: Path, headers: Mapping[str, TensorInfo]) -> Inventory:
-    """The Inventory that `headers` describe."""
-    found = discover(directory, headers)
-    first = found.layers[0]
-    sample = headers[first.sources["down"].tensor(0)]
-    inventory = Inventory(
-        model_type=found.model_type,
-        architecture=found.architecture,
-        model_hash=model_hash(directory, headers),
-        layers=found.layers,
-        dense=found.dense,
-        source_bytes=sum(info.stop - info.start for info in headers.values()),
-        parameters=sum(math.prod(info.shape) for info in headers.values()),
-        element_bytes=ELEMENT_BYTES[sample.dtype],
-    )
-    inventory.validate()
-    return inventory
+from moeq.writing import weight_families
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +34,12 @@ class InspectReport:
     stored_bytes: int
     expert_bytes: int
     expert_bits_per_weight: float
-    families: dict[str, summary.Family]
+    families: dict[str, weight_families.Family]
     plan_hash: str | None
     method: str | None
 
 
-def report(model: str | Path) -> InspectReport:
+def run(model: str | Path) -> InspectReport:
     """Sizes of a packed or source checkpoint, by family.
 
     Raises:
@@ -82,8 +48,8 @@ def report(model: str | Path) -> InspectReport:
     directory = resolve(model)
     if (directory / MANIFEST_NAME).is_file():
         return _packed_report(directory)
-    inventory, headers = run(directory)
-    rows = summary.families(inventory, headers)
+    inventory, headers = read_inventory(directory)
+    rows = weight_families.families(inventory, headers)
     return InspectReport(
         model=str(directory),
         packed=False,
@@ -111,14 +77,14 @@ def _packed_report(directory: Path) -> InspectReport:
         layer.num_experts * rows * columns for layer in manifest.layers for rows, columns in layer.shapes.values()
     )
     size = sum(_pair_bytes(headers, layer.path) for layer in manifest.layers)
-    families = {"experts": summary.family(weights, size)}
+    families = {"experts": weight_families.family(weights, size)}
     dense = sum(rows * columns for linear in manifest.dense for rows, columns in [linear.shape])
     dense_size = sum(_pair_bytes(headers, linear.path) for linear in manifest.dense)
     if dense:
-        families["packed linears"] = summary.family(dense, dense_size)
+        families["packed linears"] = weight_families.family(dense, dense_size)
     rest = [info for name, info in headers.items() if not name.endswith(SUFFIXES)]
     other = sum(math.prod(info.shape) for info in rest)
-    families["other"] = summary.family(other, sum(info.stop - info.start for info in rest))
+    families["other"] = weight_families.family(other, sum(info.stop - info.start for info in rest))
     return InspectReport(
         model=str(directory),
         packed=True,

@@ -1,82 +1,19 @@
-"""Measures a cost: from a checkpoint to a CostTable that serves many budgets."""
+"""`moeq measure`: from a checkpoint to a table of costs that serves many budgets."""
 
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
-from inspect import signature as inspect_signature
+import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from moeq import codec
-from moeq.artifacts import CostTable, DenseLinear, Inventory, MatrixSource
-from moeq.calibration.backprop import Labels
-from moeq.calibration.spill import SpillPool
-from moeq.calibration.tap import Hear
-from moeq.calibration.tokens import TokenBatch
-from moeq.checkpoint.read import Reader, resolve
+from moeq.allocation.measuring import subject, table
+from moeq.arch.inventory import read_inventory
+from moeq.artifacts import CostTable
+from moeq.checkpoint.read import resolve
 from moeq.checkpoint.write import write_file_atomic
-from moeq.costs.base import Asked, Cost, LayerCosts, LayerView, LinearView
-from moeq.costs.component_table import ComponentFacts, ComponentTable, write_table
-from moeq.costs.registry import COSTS, make_cost
-from moeq.costs.spectral_energy import SpectralEnergy
-from moeq.errors import OptionError
-from moeq.format.manifest import read_manifest
+from moeq.costs.component_table import ComponentTable
+from moeq.progress import Progress
 from moeq.recipe import Recipe
-from moeq.runtime.load import pick_device
-from moeq.spec import QuantSpec, TensorInfo, stored_bytes
-from moeq.stages import allocate, choices, inspect, joining
-from moeq.stages.packing import Progress
-from moeq.stages.streams import open_stream, packed_matrices
-from moeq.version import __version__
-
-LABELS = ("text", "sampled")
-"""What the gradients' loss predicts: the text's own next tokens, or tokens drawn from the model."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Subject:
-    """What is measured, and how.
-
-    Attributes:
-        source: the original checkpoint.
-        inventory: what it holds.
-        headers: its tensors.
-        recipe: settled: cost, its options, unit.
-        candidates: the specs a unit may get.
-        tokens: calibration tokens, if the cost needs any.
-    """
-
-    source: Path
-    inventory: Inventory
-    headers: dict[str, TensorInfo]
-    recipe: Recipe
-    candidates: tuple[QuantSpec, ...]
-    tokens: TokenBatch | None
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """What the numbers depend on."""
-        recipe = self.recipe
-        context = None if recipe.context is None else read_manifest(Path(recipe.context))
-        facts: dict[str, Any] = {
-            "options": codec.encode(recipe.options_of_cost()),
-            "seed": recipe.seed,
-            "tokens_hash": None if self.tokens is None else self.tokens.hash,
-            "source": None if self.tokens is None else self.tokens.source,
-            "context": None if context is None else codec.digest(context),
-            "moeq_version": __version__,
-        }
-        if recipe.joining():
-            facts["dense"] = {"kinds": list(recipe.joining()), "quantizer": joining.QUANTIZER, "gain": recipe.gain}
-        if context is not None and context.model_hash != self.inventory.model_hash:
-            raise OptionError(
-                "it was not made from this model", option="context", fix="give a packed checkpoint of this model"
-            )
-        return facts
 
 
 def run(
@@ -96,230 +33,84 @@ def run(
         CheckpointError, CalibrationError: the model or the text cannot be used.
     """
     source = resolve(model)
-    inventory, headers = inspect.run(source)
+    inventory, headers = read_inventory(source)
     found = table(subject(source, inventory, headers, recipe), progress, output=output)
     if output is not None and isinstance(found, CostTable):
         write_file_atomic(output, codec.canonical(found.to_dict()) + b"\n")
     return found
 
 
-def subject(
-    source: Path, inventory: Inventory, headers: dict[str, TensorInfo], recipe: Recipe, budget: float | None = None
-) -> Subject:
-    """Settle what is to be measured; reads the calibration text.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureReport:
+    """What was measured; field names are those of the JSON document (docs/json.md).
 
-    Args:
-        source: the original checkpoint.
-        inventory: what it holds.
-        headers: its tensors.
-        recipe: the options.
-        budget: mean bits that candidates must reach above.
+    Attributes:
+        output: file that the costs were written to.
+        units: how many there are.
+        linears: how many other linears may join them.
+        candidates: code widths.
+        totals: code width -> predicted harm of giving every unit this width.
+        statistics: name -> least, median and largest value over units.
+        provenance: what the numbers depend on.
     """
-    recipe = recipe.settled()
-    if recipe.cost is None:
-        raise OptionError(
-            f"method {recipe.method} ranks nothing", option="cost", fix="choose a --cost, or a method that has one"
-        )
-    cost, _ = _make(recipe)
-    if recipe.joining():
-        check_joining(recipe)
-    tokens = None
-    if cost.needs != "weights":
-        tokens, _ = choices.calibration_tokens(source, recipe, f"cost {recipe.cost}")
-    return Subject(
-        source=source,
-        inventory=inventory,
-        headers=headers,
-        recipe=recipe,
-        candidates=allocate.candidate_specs(recipe, budget),
-        tokens=tokens,
-    )
+
+    output: str
+    model_hash: str
+    cost: str
+    unit: str
+    units: int
+    linears: int
+    candidates: tuple[int, ...]
+    totals: dict[str, float]
+    statistics: dict[str, tuple[float, float, float]]
+    provenance: dict[str, Any]
 
 
-def table(
-    what: Subject, progress: Progress | None = None, scratch: Path | None = None, output: Path | None = None
-) -> CostTable | ComponentTable:
-    """Measure; see `run`.
-
-    Args:
-        what: from `subject`.
-        progress: called as work is done.
-        scratch: where activations may be spilled; the system's temporary directory by default.
-        output: where costs of components are written.
-    """
-    recipe, inventory = what.recipe, what.inventory
-    device = pick_device(recipe.device)
-    cost, labels = _make(recipe)
-    joined = joining.linears(inventory, recipe)
-    linears = joining.linear_cost(recipe, _options(recipe)) if joined else None
-    with Reader(what.source, what.headers) as reader:
-
-        def view(layer: int) -> LayerView:
-            shape = inventory.layers[layer]
-
-            def read(expert: int, projection: str) -> torch.Tensor:
-                return reader.matrix(shape.sources[projection], expert, shape.shapes[projection])
-
-            return LayerView(
-                index=layer,
-                layer=shape,
-                read=read,
-                candidates=what.candidates,
-                unit=str(recipe.unit),
-                device=device,
-            )
-
-        views = [_linear_view(reader, linear, recipe, device) for linear in joined]
-        if cost.needs == "weights":
-            for each in views:
-                assert linears is not None
-                linears.visit(each, None)
-            for layer in range(len(inventory.layers)):
-                cost.visit(view(layer), None)
-                if progress is not None:
-                    progress("layers", layer + 1, len(inventory.layers))
-        else:
-            hears = {} if linears is None else {each.path: partial(linears.visit, each) for each in views}
-            _stream(what, cost, labels, view, hears, device, progress, scratch)
-    if isinstance(cost, SpectralEnergy):
-        return _write(what, cost, output)
-    num_tokens = 0 if what.tokens is None else what.tokens.ids_NT.numel()
-    return _with_linears(_assemble(what, cost.result()), what, {} if linears is None else linears.result(num_tokens))
-
-
-def _linear_view(reader: Reader, linear: DenseLinear, recipe: Recipe, device: torch.device) -> LinearView:
-    source = MatrixSource(name=linear.source, stacked=False)
-    return LinearView(
-        path=linear.path,
-        block=linear.block,
-        read=partial(reader.matrix, source, 0, linear.shape),
-        candidates=joining.specs(recipe),
-        device=device,
-    )
-
-
-def _with_linears(table: CostTable, what: Subject, costs: Mapping[str, tuple[float, ...]]) -> CostTable:
-    """The table with rows of the linears that join; of zeros where nothing was heard of one."""
-    joined = joining.linears(what.inventory, what.recipe)
-    if not joined:
-        return table
-    specs = joining.specs(what.recipe)
-    found = replace(
-        table,
-        dense=tuple(linear.path for linear in joined),
-        dense_candidates=specs,
-        dense_costs=tuple((*costs.get(linear.path, (0.0,) * len(specs)), 0.0) for linear in joined),
-        dense_sizes=tuple(joining.sizes(linear, what.recipe, what.headers) for linear in joined),
-    )
-    found.validate()
-    return found
-
-
-def check_joining(recipe: Recipe) -> None:
-    """Raise OptionError unless other linears may join the experts of a settled recipe."""
-    joining.linear_cost(recipe, _options(recipe))
-
-
-def _write(what: Subject, cost: SpectralEnergy, output: Path | None) -> ComponentTable:
-    """The costs of components, in their file."""
-    layers = list(cost.layers())
-    facts = ComponentFacts(
-        model_hash=what.inventory.model_hash,
-        cost=str(what.recipe.cost),
-        provenance=what.provenance,
-        candidates=what.candidates,
-        basis_bits=cost.basis_bits,
-        joint=cost.joint,
-        exact=cost.exact,
-        drop=cost.drop,
-        layers=tuple((layer.num_experts, *layer.shapes["down"]) for layer in what.inventory.layers),
-        spread=tuple({name: part.spread for name, part in layer.items()} for layer in layers),
-        tokens=cost.tokens(),
-    )
-    home = None if output is not None else Path(tempfile.mkdtemp(prefix="moeq-costs-"))
-    path = output if home is None else home / "costs.safetensors"
-    assert path is not None
-    write_table(path, facts, layers)
-    return ComponentTable(path, home)
-
-
-def _stream(
-    what: Subject,
-    cost: Cost | SpectralEnergy,
-    labels: Labels,
-    view: Callable[[int], LayerView],
-    hears: Mapping[str, Hear],
-    device: torch.device,
-    progress: Progress | None,
-    scratch: Path | None,
-) -> None:
-    assert what.tokens is not None
-    recipe = what.recipe
-    directory = what.source if recipe.context is None else Path(recipe.context)
-    rounded = packed_matrices(directory) if recipe.round_context else None
-
-    def visit(layer: int, experts: nn.Module, asked: Asked) -> None:
-        assert experts is asked.experts
-        seen = view(layer)
-        cost.visit(seen if rounded is None else replace(seen, read=rounded(layer)), asked)
-
-    with (
-        tempfile.TemporaryDirectory(dir=scratch, prefix=".moeq-") as work,
-        open_stream(directory, what.inventory, device=device, scratch=Path(work), progress=progress) as stream,
-    ):
-        if isinstance(cost, SpectralEnergy):
-            cost.keep_bases_in(SpillPool(Path(work), in_memory=0))
-        gradients = cost.needs == "gradients"
-        stream.run(what.tokens.ids_NT, visit, gradients=gradients, labels=labels, seed=recipe.seed, linears=hears)
-
-
-def _make(recipe: Recipe) -> tuple[Cost | SpectralEnergy, Labels]:
-    """The recipe's cost, and the labels that gradients are taken for.
-
-    What the recipe says for all stages (seed, length of sequences, options of the quantizer) goes to costs that ask for
-    it and were not told otherwise.
-    """
-    labels: Labels = recipe.options_of_cost().get("labels", "text")
-    if labels not in LABELS:
-        raise OptionError(
-            f"{labels!r} is not supported", option="cost-options", fix=f"choose one of {', '.join(LABELS)}"
-        )
-    return make_cost(str(recipe.cost), **_options(recipe)), labels
-
-
-def _options(recipe: Recipe) -> dict[str, Any]:
-    """The options that the recipe's cost is made with."""
-    name = str(recipe.cost)
-    options = {key: value for key, value in recipe.options_of_cost().items() if key != "labels"}
-    if name in COSTS:
-        wanted = inspect_signature(COSTS[name]).parameters
-        if recipe.has_components and not str(recipe.quantizer).startswith("gptq"):
-            options.setdefault("perturb", recipe.quantizer)
-        common: dict[str, Any] = {"seed": recipe.seed, "seqlen": recipe.seqlen}
-        perturb = options.get("perturb", wanted["perturb"].default if "perturb" in wanted else None)
-        if perturb in choices.GAINED:
-            common |= choices.quantizer_options(recipe.replace(quantizer=perturb))
-        options = {key: value for key, value in common.items() if key in wanted} | options
-    return options
-
-
-def _assemble(what: Subject, layers: list[LayerCosts]) -> CostTable:
-    units = list(what.inventory.cost_units(str(what.recipe.unit)))
-    names = sorted({name for layer in layers for name in layer.statistics})
-    found = CostTable(
-        model_hash=what.inventory.model_hash,
-        cost=str(what.recipe.cost),
-        unit=str(what.recipe.unit),
-        provenance=what.provenance,
-        units=tuple(unit for unit, _ in units),
-        candidates=what.candidates,
-        costs=tuple(tuple(map(float, row)) for layer in layers for row in layer.costs_UC),
-        sizes=tuple(
-            tuple(sum(stored_bytes(spec, shape) for shape in shapes) for spec in what.candidates) for _, shapes in units
-        ),
-        statistics={
-            name: tuple(float(value) for layer in layers for value in layer.statistics[name]) for name in names
+def report(table: CostTable | ComponentTable, output: str) -> MeasureReport:
+    """What a table holds, for people."""
+    if isinstance(table, ComponentTable):
+        return _component_report(table, output)
+    return MeasureReport(
+        output=output,
+        model_hash=table.model_hash,
+        cost=table.cost,
+        unit=table.unit,
+        units=len(table.units),
+        linears=len(table.dense),
+        candidates=tuple(spec.bits for spec in table.candidates),
+        totals={
+            str(spec.bits): sum(row[column] for row in table.costs) for column, spec in enumerate(table.candidates)
         },
+        statistics={
+            name: (min(values), statistics.median(values), max(values)) for name, values in table.statistics.items()
+        },
+        provenance=table.provenance,
     )
-    found.validate()
-    return found
+
+
+def _component_report(table: ComponentTable, output: str) -> MeasureReport:
+    facts = table.facts
+    totals = dict.fromkeys(("0", *(str(spec.bits) for spec in facts.candidates)), 0.0)
+    spread: dict[str, list[float]] = {}
+    for index in range(len(facts.layers)):
+        for name, value in facts.spread[index].items():
+            spread.setdefault(f"spread_{name}", []).append(value)
+            part = table.layer(index, name)
+            weight = float(part.weight_EH.double().sum())
+            totals["0"] += weight * facts.drop
+            for spec, loss in zip(facts.candidates, part.curve_C.tolist(), strict=True):
+                totals[str(spec.bits)] += weight * loss
+    return MeasureReport(
+        output=output,
+        model_hash=facts.model_hash,
+        cost=facts.cost,
+        unit="component",
+        linears=0,
+        units=sum(3 * experts * hidden for experts, hidden, _ in facts.layers),
+        candidates=(0, *(spec.bits for spec in facts.candidates)),
+        totals=totals,
+        statistics={
+            name: (min(values), statistics.median(values), max(values)) for name, values in sorted(spread.items())
+        },
+        provenance=facts.provenance,
+    )

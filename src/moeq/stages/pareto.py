@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeq.allocation import measuring, other_linears, plans
+from moeq.arch.inventory import read_inventory
 from moeq.artifacts import CostTable, Inventory, Plan, expert_bytes
 from moeq.checkpoint.read import resolve
 from moeq.costs.component_table import ComponentTable, load_table
 from moeq.errors import ArtifactError, InfeasibleError, OptionError
 from moeq.recipe import Recipe
-from moeq.stages import allocate, card, inspect, joining, measure
+from moeq.writing import card_facts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,31 +60,31 @@ def run(model: str | Path, recipe: Recipe, points: int = 20) -> ParetoReport:
         raise OptionError("it needs measured costs", option="costs", fix="make them with moeq measure")
     if points < 2:
         raise OptionError(f"{points} points make no curve", option="points", fix="give at least 2")
-    inventory, _ = inspect.run(resolve(model))
+    inventory, _ = read_inventory(resolve(model))
     table = load_table(Path(recipe.costs))
     recipe = recipe.replace(cost=table.cost, unit=table.unit).settled()
     if recipe.joining():
-        measure.check_joining(recipe)
+        measuring.check_joining(recipe)
     narrowest, widest = _range(inventory, table, recipe)
     limits = [narrowest + (widest - narrowest) * step // (points - 1) for step in range(points)]
-    plans = [allocate.plan_within(inventory, table, recipe, limit) for limit in limits]
+    solved = [plans.plan_within(inventory, table, recipe, limit) for limit in limits]
     return ParetoReport(
         model=str(model),
         cost=table.cost,
         unit=table.unit,
-        points=tuple(_point(inventory, table, recipe, plan) for plan in plans),
+        points=tuple(_point(inventory, table, recipe, plan) for plan in solved),
     )
 
 
 def _range(inventory: Inventory, table: CostTable | ComponentTable, recipe: Recipe) -> tuple[int, int]:
     """Smallest and largest limit worth solving."""
     if isinstance(table, ComponentTable):
-        widest = allocate.widest_bytes(inventory, recipe)
+        widest = plans.widest_bytes(inventory, recipe)
     else:
         widest = sum(max(row) for row in table.sizes)
-        widest += sum(max(row.sizes) for row in joining.rows(table, inventory, recipe))
+        widest += sum(max(row.sizes) for row in other_linears.rows(table, inventory, recipe))
     try:
-        allocate.plan_within(inventory, table, recipe, 0)
+        plans.plan_within(inventory, table, recipe, 0)
     except InfeasibleError as error:
         if error.smallest is None:
             raise
@@ -92,6 +94,7 @@ def _range(inventory: Inventory, table: CostTable | ComponentTable, recipe: Reci
 
 def _point(inventory: Inventory, table: CostTable | ComponentTable, recipe: Recipe, plan: Plan) -> ParetoPoint:
     size = expert_bytes(plan, inventory)
+    dense = 0 if isinstance(table, ComponentTable) else other_linears.chosen_bytes(table, inventory, recipe, plan)
     assert plan.objective is not None
     assert plan.bound is not None
     return ParetoPoint(
@@ -99,6 +102,6 @@ def _point(inventory: Inventory, table: CostTable | ComponentTable, recipe: Reci
         expert_bits_per_weight=8 * size / inventory.expert_parameters,
         objective=plan.objective,
         gap=max(0.0, plan.objective - plan.bound) / max(abs(plan.objective), 1e-300),
-        allocation=card.counts(inventory, plan),
-        dense_bytes=0 if isinstance(table, ComponentTable) else joining.chosen_bytes(table, inventory, recipe, plan),
+        allocation=card_facts.counts(inventory, plan),
+        dense_bytes=dense,
     )

@@ -1,54 +1,44 @@
-"""The whole way from a checkpoint to a packed one."""
+"""`moeq quantize`: the whole way from a checkpoint to a packed one."""
 
+import dataclasses
 import os
+import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moeq import codec, native
+from moeq import codec
+from moeq.allocation.decide import COSTS_NAME, decide, draft
+from moeq.arch.inventory import read_inventory
 from moeq.calibration.tokens import TokenBatch
-from moeq.checkpoint.identity import fingerprint
-from moeq.checkpoint.journal import Journal
-from moeq.checkpoint.read import Reader
+from moeq.checkpoint.read import resolve
 from moeq.checkpoint.write import FileDigest, write_file_atomic
-from moeq.errors import OptionError
+from moeq.errors import MoeqError, OptionError
 from moeq.format.manifest import read_manifest, write_manifest
-from moeq.quantizers.base import Quantizer
-from moeq.quantizers.registry import make_quantizer
+from moeq.progress import Progress
 from moeq.recipe import Recipe
-from moeq.repair.tune import TuneOptions
 from moeq.report.card import CalibrationFacts, RouterFacts, model_card
 from moeq.runtime.load import pick_device
-from moeq.stages import (
-    calibrated,
-    card,
-    choices,
-    finish,
-    joining,
-    output,
-    quality,
-    spectral_packing,
-    summary,
-    tuning,
-    verify,
-)
-from moeq.stages.packing import Job, Progress, expert_records, write_copied, write_layer
-from moeq.stages.setup import COSTS_NAME, Setup, decide, setup
-from moeq.stages.shards import Shard
-from moeq.stages.tile_packing import TileRounding
-from moeq.version import __version__
+from moeq.spec import Unit
+from moeq.stages import verify
+from moeq.stages.evaluate import held_out
+from moeq.writing import card_facts, directory, other_files, weight_families
+from moeq.writing.calibration_text import calibration_tokens
+from moeq.writing.decision import Decision
+from moeq.writing.packing import pack
+from moeq.writing.quantizer_choice import chosen_quantizer
+from moeq.writing.routers import REPAIRS, tune_packed
 
-ROUTERS = "routers"
-"""The journal's note of router tuning."""
 QUALITY_BYTES = 2**30
 """Originals up to this size are loaded to measure quality; above it the promise of bounded memory counts."""
+STAGES_SUFFIX = ".stages"
+"""Of the directory beside the output that holds what falling budgets gave."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeReport:
     """What was done; field names are those of the JSON document (docs/json.md)."""
 
@@ -63,7 +53,7 @@ class QuantizeReport:
     expert_bytes: int
     expert_parameters: int
     expert_bits_per_weight: float
-    families: dict[str, summary.Family]
+    families: dict[str, weight_families.Family]
     tokens_per_expert: dict[str, Any] | None
     quality: dict[str, float] | None
     quality_note: str | None
@@ -79,11 +69,14 @@ def run(
     resume: bool = False,
     command: str = "",
     progress: Progress | None = None,
-    context: str | None = None,
 ) -> QuantizeReport:
     """Quantize a checkpoint.
 
     Nothing appears under `out` until every file is written, hashed, reloaded and compared.
+
+    With falling budgets (GEMQ, section on progressive quantization) each is measured on the packed and tuned result of
+    the one before. Every stage rounds the original's weights again: errors of rounding do not add up. Stages lie in
+    OUT.stages until the last one is complete; a run that goes on takes them up.
 
     Args:
         model: local directory, or hub id.
@@ -92,46 +85,91 @@ def run(
         resume: go on with an unfinished run of the same input, options and version.
         command: the command line, for the model card.
         progress: called as work is done.
-        context: packed checkpoint to measure costs on, instead of the recipe's own.
 
     Raises:
         MoeqError: of the kind that says what is wrong.
     """
+    budgets = recipe.progressive_bits()
+    if not budgets:
+        return _once(model, out, recipe, resume=resume, command=command, progress=progress)
+    source, out = resolve(model), Path(os.path.abspath(out))
+    directory.check_free(source, out, directory.partial_of(out), resume)
+    work = out.with_name(out.name + STAGES_SUFFIX)
+    context = recipe.context
+    for number, bits in enumerate(budgets, start=1):
+        path = work / f"{number}-{bits:g}-bits"
+        stage = dataclasses.replace(
+            recipe,
+            bits=bits,
+            progressive=None,
+            context=context,
+            round_context=recipe.round_context and context is not None,
+        )
+        if not _is_done(path, source, stage):
+            shutil.rmtree(path, ignore_errors=True)
+            _once(model, path, stage, resume=resume, command=command, progress=progress)
+        context = str(path)
+    report = _once(model, out, recipe, resume=resume, command=command, progress=progress, context=context)
+    shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def _once(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    resume: bool,
+    command: str,
+    progress: Progress | None,
+    context: str | None = None,
+) -> QuantizeReport:
+    """As `run`, for one budget; costs are measured on `context` instead of the recipe's own."""
     clock = _Clock()
     device = pick_device(recipe.device)
-    draft = setup(model, recipe)
-    recipe, out = draft.recipe, Path(os.path.abspath(out))
-    quantizer = make_quantizer(str(recipe.quantizer), **choices.quantizer_options(recipe))
+    decision = draft(model, recipe)
+    recipe, out = decision.recipe, Path(os.path.abspath(out))
+    quantizer = chosen_quantizer(recipe)
     needed_by = recipe.quantizer if quantizer.needs_hessian else None
     if needed_by is None and recipe.router != "none":
         needed_by = "router tuning"
-    tokens, rest = choices.calibration_tokens(draft.source, recipe, needed_by)
-    with output.building(draft.source, out, resume=resume, needed_bytes=draft.disk_bytes) as partial:
-        plan = draft if draft.decided else decide(draft, partial, progress, context)
+    tokens, rest = calibration_tokens(decision.source, recipe, needed_by)
+    with directory.building(decision.source, out, resume=resume, needed_bytes=decision.disk_bytes) as partial:
+        if not decision.decided:
+            decision = decide(decision, partial, progress, context)
         clock.stop("allocate")
-        job, journal, counts = _pack(plan, partial, quantizer, tokens, device, progress)
+        job, journal, counts = pack(decision, partial, quantizer, tokens, device, progress)
         clock.stop("pack")
-        _write_rest(plan, partial, journal.finished, tokens, counts)
-        router = _tune(plan, partial, journal, tokens, device, progress)
+        _write_rest(decision, partial, journal.finished, tokens, counts)
+        router = tune_packed(decision, partial, journal, tokens, device, progress)
         clock.stop("tune")
-        if progress is not None:
-            progress("verify", 0, 1)
-        checked = verify.run(partial, expected=job.noted)
-        if progress is not None:
-            progress("verify", 1, 1)
+        checked = _verify(partial, job.noted, progress)
         clock.stop("verify")
-        measured, note = _quality(plan, partial, rest, device)
+        measured, note = _quality(decision, partial, rest, device)
         clock.stop("quality")
-        report = _report(plan, out, partial, counts, checked)
-        report = replace(report, quality=measured, quality_note=note, seconds=clock.seconds)
-        uses = (("costs",) if plan.plan.cost else ()) + (("routers",) if router else ())
-        facts = card.calibration_facts(tokens, counts, uses=uses)
-        _write_card(model, plan, partial, report, command, facts, router)
-        report = replace(report, directory_bytes=directory_bytes(partial))
+        report = _report(decision, out, partial, counts, checked)
+        report = dataclasses.replace(report, quality=measured, quality_note=note, seconds=clock.seconds)
+        uses = (("costs",) if decision.plan.cost else ()) + (("routers",) if router else ())
+        facts = card_facts.calibration_facts(tokens, counts, uses=uses)
+        _write_card(model, decision, partial, report, command, facts, router)
+        report = dataclasses.replace(report, directory_bytes=directory_bytes(partial))
         _check_budget(recipe, report)
         (partial / COSTS_NAME).unlink(missing_ok=True)
-        output.publish(partial, out)
+        directory.publish(partial, out)
     return report
+
+
+def _is_done(path: Path, source: Path, stage: Recipe) -> bool:
+    """Whether an earlier run finished exactly this stage."""
+    if not path.is_dir():
+        return False
+    try:
+        manifest = read_manifest(path)
+    except MoeqError:
+        return False
+    inventory, _ = read_inventory(source)
+    done = {name: value for name, value in manifest.recipe.items() if name != REPAIRS}
+    return manifest.model_hash == inventory.model_hash and done == codec.encode(stage.settled())
 
 
 class _Clock:
@@ -149,21 +187,26 @@ class _Clock:
 
 
 def _write_rest(
-    plan: Setup,
+    decision: Decision,
     partial: Path,
     shards: Mapping[str, FileDigest],
     tokens: TokenBatch | None,
     counts: Mapping[int, list[int]],
 ) -> None:
     """Everything that makes the finished shards a checkpoint, but the model card."""
-    files = finish.write_files(plan.source, partial, plan.inventory, plan.plan, plan.recipe, plan.shards)
+    files = other_files.write_files(
+        decision.source, partial, decision.inventory, decision.plan, decision.recipe, decision.shards
+    )
     calibration = _calibration(tokens, counts)
-    write_manifest(partial, finish.manifest(plan.inventory, plan.plan, plan.recipe, {**shards, **files}, calibration))
+    write_manifest(
+        partial,
+        other_files.manifest(decision.inventory, decision.plan, decision.recipe, {**shards, **files}, calibration),
+    )
 
 
 def _write_card(
     model: str | Path,
-    plan: Setup,
+    decision: Decision,
     partial: Path,
     report: QuantizeReport,
     command: str,
@@ -172,12 +215,12 @@ def _write_card(
 ) -> None:
     measured = report.quality
     text = "windows of the calibration text that calibration did not see" if measured else report.quality_note or ""
-    facts = card.facts(
+    facts = card_facts.facts(
         model=model,
-        source=plan.source,
+        source=decision.source,
         out=Path(report.output),
-        inventory=plan.inventory,
-        plan=plan.plan,
+        inventory=decision.inventory,
+        plan=decision.plan,
         quantizer=report.quantizer,
         stored_bytes=report.stored_bytes,
         command=command,
@@ -189,125 +232,14 @@ def _write_card(
     write_file_atomic(partial / "README.md", model_card(facts).encode())
 
 
-def _tune(
-    plan: Setup,
-    partial: Path,
-    journal: Journal,
-    tokens: TokenBatch | None,
-    device: torch.device,
-    progress: Progress | None,
-) -> RouterFacts | None:
-    """Tune the routers if the recipe says so and an interrupted run did not; the manifest is up to date after it.
-
-    Between `forget` and `replaced` the journal does not know the files: a run that is killed there packs them again.
-    """
-    recipe = plan.recipe
-    if recipe.router == "none":
-        return None
-    assert tokens is not None
-    options = TuneOptions(loss=str(recipe.router), lr=recipe.router_lr, epochs=recipe.router_epochs)
-    note = journal.notes.get(ROUTERS)
-    if note is not None:
-        write_manifest(partial, tuning.updated(read_manifest(partial), {}, tokens, options))
-        return codec.decode(RouterFacts, note)
-    replaced: list[str] = []
-
-    def replacing(names: tuple[str, ...]) -> None:
-        replaced.extend(names)
-        journal.forget(partial, names)
-
-    result = tuning.tune_directory(
-        partial,
-        tokens,
-        options,
-        reference=plan.source,
-        device=device,
-        replacing=replacing,
-        progress=progress,
-    )
-    files = read_manifest(partial).files
-    journal.replaced(partial, {name: files[name] for name in replaced}, ROUTERS, codec.encode(result.facts))
-    return result.facts
-
-
-def _pack(
-    plan: Setup,
-    partial: Path,
-    quantizer: Quantizer,
-    tokens: TokenBatch | None,
-    device: torch.device,
-    progress: Progress | None,
-) -> tuple[Job, Journal, dict[int, list[int]]]:
-    """Write all shards that are not finished yet; each is entered in the journal as it is on disk."""
-    recipe = plan.recipe
-    options = {**codec.encode(recipe), "tokens": None if tokens is None else tokens.hash}
-    journal = Journal.open_or_create(
-        partial,
-        fingerprint=fingerprint(plan.source),
-        # Compiled and torch rounding differ in last bits.
-        options={**options, "native_rounding": native.available()},
-        plan_hash=plan.plan.hash,
-        moeq_version=__version__,
-    )
-    with Reader(plan.source, plan.headers) as reader:
-        job = Job(
-            inventory=plan.inventory,
-            plan=plan.plan,
-            shards=plan.shards,
-            reader=reader,
-            partial=partial,
-            quantizer=quantizer,
-            dense_quantizer=joining.dense_quantizer(recipe),
-            device=device,
-            table=plan.table,
-            gain=recipe.gain,
-            damp=recipe.damp,
-            tiles=recipe.tiles(),
-            seed=recipe.seed,
-        )
-        journal, counts = _pack_shards(job, plan, journal, tokens, progress)
-    return job, journal, counts
-
-
-def _pack_shards(
-    job: Job, plan: Setup, journal: Journal, tokens: TokenBatch | None, progress: Progress | None
-) -> tuple[Journal, dict[int, list[int]]]:
-    state = journal
-    counts: dict[int, list[int]] = {}
-
-    def done(name: str, digest: FileDigest) -> None:
-        nonlocal state
-        state = state.finish_shard(job.partial, name, digest)
-        if progress is not None:
-            progress("shards", len(state.finished), len(job.shards))
-
-    for shard in job.shards:
-        if shard.layer is None and shard.file not in state.finished:
-            done(shard.file, write_copied(job, shard))
-    if tokens is not None and job.quantizer.needs_hessian:
-        counts = calibrated.run(
-            job,
-            plan.source,
-            tokens.ids_NT,
-            routing=plan.recipe.routing,
-            finished=dict(state.finished),
-            done=done,
-            progress=progress,
-        )
-    else:
-        for shard in job.shards:
-            if shard.layer is not None and shard.file not in state.finished:
-                done(shard.file, _pack_plainly(job, shard, shard.layer))
-    return state, counts
-
-
-def _pack_plainly(job: Job, shard: Shard, layer: int) -> FileDigest:
-    """Write a layer whose experts are rounded without data."""
-    if job.plan.tiles:
-        rounding = TileRounding(job, layer)
-        return write_layer(job, shard, rounding.records(), rounding.sides())
-    pack = expert_records if job.plan.components is None else spectral_packing.component_records
-    return write_layer(job, shard, pack(job, layer))
+def _verify(partial: Path, noted: Mapping[Unit, str], progress: Progress | None) -> verify.VerifyReport:
+    """Reload what was written and compare."""
+    if progress is not None:
+        progress("verify", 0, 1)
+    checked = verify.run(partial, expected=noted)
+    if progress is not None:
+        progress("verify", 1, 1)
+    return checked
 
 
 def _calibration(tokens: TokenBatch | None, counts: Mapping[int, list[int]]) -> dict[str, Any] | None:
@@ -323,21 +255,21 @@ def _calibration(tokens: TokenBatch | None, counts: Mapping[int, list[int]]) -> 
 
 
 def _quality(
-    plan: Setup, partial: Path, rest: TokenBatch | None, device: torch.device
+    decision: Decision, partial: Path, rest: TokenBatch | None, device: torch.device
 ) -> tuple[dict[str, float] | None, str | None]:
     """Quality on held-out windows when the original is small, or why it was not measured."""
-    if not plan.recipe.quality:
+    if not decision.recipe.quality:
         return None, "not measured, as asked; run moeq eval"
     if rest is None:
         return None, "not measured: no calibration text was left over; run moeq eval"
-    if plan.inventory.source_bytes > QUALITY_BYTES:
+    if decision.inventory.source_bytes > QUALITY_BYTES:
         return None, "not measured: the original is too large to load it unasked; run moeq eval"
-    result = quality.held_out(plan.source, partial, list(rest.ids_NT), device)
+    result = held_out(decision.source, partial, list(rest.ids_NT), device)
     return {**result.metrics, "tokens": float(result.tokens)}, None
 
 
 def _report(
-    plan: Setup, out: Path, partial: Path, counts: Mapping[int, list[int]], checked: verify.VerifyReport
+    decision: Decision, out: Path, partial: Path, counts: Mapping[int, list[int]], checked: verify.VerifyReport
 ) -> QuantizeReport:
     tokens = None
     if counts:
@@ -351,17 +283,17 @@ def _report(
         }
     return QuantizeReport(
         output=str(out),
-        model_type=plan.inventory.model_type,
-        method=plan.plan.method,
-        quantizer=str(plan.recipe.quantizer),
-        plan_hash=plan.plan.hash,
-        stored_bytes=sum((partial / shard.file).stat().st_size for shard in plan.shards),
+        model_type=decision.inventory.model_type,
+        method=decision.plan.method,
+        quantizer=str(decision.recipe.quantizer),
+        plan_hash=decision.plan.hash,
+        stored_bytes=sum((partial / shard.file).stat().st_size for shard in decision.shards),
         directory_bytes=directory_bytes(partial),
-        source_bytes=plan.inventory.source_bytes,
-        expert_bytes=plan.plan.expert_bytes,
-        expert_parameters=plan.inventory.expert_parameters,
-        expert_bits_per_weight=8 * plan.plan.expert_bytes / plan.inventory.expert_parameters,
-        families=summary.families(plan.inventory, plan.headers, plan.plan),
+        source_bytes=decision.inventory.source_bytes,
+        expert_bytes=decision.plan.expert_bytes,
+        expert_parameters=decision.inventory.expert_parameters,
+        expert_bits_per_weight=8 * decision.plan.expert_bytes / decision.inventory.expert_parameters,
+        families=weight_families.families(decision.inventory, decision.headers, decision.plan),
         tokens_per_expert=tokens,
         quality=None,
         quality_note=None,

@@ -16,16 +16,18 @@ from moeq.checkpoint.read import resolve
 from moeq.checkpoint.write import write_file_atomic
 from moeq.errors import StorageError
 from moeq.format.manifest import Manifest, write_manifest
-from moeq.format.validate import validate_packed, verify_files
+from moeq.layouts.validate import validate_packed, verify_files
+from moeq.progress import Progress
 from moeq.recipe import Recipe
 from moeq.repair import store
 from moeq.repair.tune import TuneOptions
 from moeq.report.card import ROUTERS_KEPT, ROUTERS_TUNED
 from moeq.report.tables import human_number, markdown_table
 from moeq.runtime import load
-from moeq.stages import choices, output, quality, verify
-from moeq.stages.packing import Progress
-from moeq.stages.tuning import Retuned, inventory_of, retune, teaching, updated
+from moeq.stages import verify
+from moeq.writing import calibration_text
+from moeq.writing.directory import building, publish
+from moeq.writing.routers import Retuned, inventory_of, retune, teaching, updated
 
 REFERENCE_BYTES = 2**30
 """Originals up to this size are loaded to compare predictions on held-out windows."""
@@ -116,11 +118,11 @@ def run(
     original = None if reference is None else resolve(reference)
     inventory = inventory_of(original, manifest, options)
     recipe = Recipe(calibration=calibration, nsamples=nsamples, seqlen=seqlen, seed=seed)
-    tokens, rest = choices.calibration_tokens(source, recipe, "router tuning")
+    tokens, rest = calibration_text.calibration_tokens(source, recipe, "router tuning")
     assert tokens is not None
     rows = () if rest is None else tuple(rest.ids_NT)
     needed = sum(digest.bytes for digest in manifest.files.values()) + BESIDE_BYTES
-    with output.building(source, out, resume=False, needed_bytes=needed) as partial, _all_or_nothing(partial):
+    with building(source, out, resume=False, needed_bytes=needed) as partial, _all_or_nothing(partial):
         # What is about to get new hashes must be what was packed.
         verify_files(source, manifest)
         with teaching(original, inventory, tokens, options, place, partial, progress) as teacher:
@@ -134,7 +136,7 @@ def run(
         write_manifest(partial, updated(manifest, digests, tokens, options))
         _write_card(source, partial, out.name, result)
         checked = verify.run(partial)
-        output.publish(partial, out)
+        publish(partial, out)
     seconds = {"tune": tuned - started, "write": time.perf_counter() - tuned}
     return _report(out, options, result, note, checked, seconds)
 
@@ -176,7 +178,7 @@ def _comparable(
         return "not compared with the original: no reference was given", None
     if inventory.source_bytes > REFERENCE_BYTES:
         return "not compared: the original is too large to load it unasked; run moeq eval", None
-    return "", quality.load_any(reference, device)
+    return "", load.load_any(reference, device)
 
 
 @contextmanager

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from moeq.errors import PackedError
-from moeq.format.validate import validate_packed, verify_files
+from moeq.layouts.job import weights_digest
+from moeq.layouts.serving import ExpertsModule
+from moeq.layouts.validate import validate_packed, verify_files
 from moeq.runtime import attach, load
-from moeq.runtime.modules import PackedExperts, SpectralExperts, TiledExperts
 from moeq.spec import Unit
-from moeq.stages.packing import weights_digest
 
 PROBE_TOKENS = 2
 """Enough to see every part of the model work; more would decode most experts of a large one."""
@@ -57,7 +57,7 @@ def run(
     decoded = 0
     for index, layer in enumerate(manifest.layers):
         packed = attach.find(model, layer.path).get_submodule("moeq")
-        assert isinstance(packed, PackedExperts | SpectralExperts | TiledExperts)
+        assert isinstance(packed, ExpertsModule)
         for expert in range(layer.num_experts):
             for projection in layer.projections:
                 unit = Unit(layer=index, expert=expert, projection=projection)
@@ -79,9 +79,7 @@ def _not_finite(model: nn.Module, directory: Path) -> PackedError:
     return PackedError("the reloaded model gives logits that are not finite", file=directory, tensor=bad, fix=fix)
 
 
-def _check_matrix(
-    packed: PackedExperts | SpectralExperts | TiledExperts, unit: Unit, path: str, wanted: str | None
-) -> None:
+def _check_matrix(packed: ExpertsModule, unit: Unit, path: str, wanted: str | None) -> None:
     weights = packed.weights(unit.expert, unit.projection)
     if not bool(weights.isfinite().all()):
         raise PackedError(

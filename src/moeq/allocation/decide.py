@@ -1,0 +1,143 @@
+"""Decides a run before it begins: the model, the plan, the files; measures costs where the method needs them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from moeq import codec
+from moeq.allocation import measuring, other_linears, plans
+from moeq.arch.inventory import read_inventory
+from moeq.artifacts import CostTable, Inventory, Plan
+from moeq.checkpoint.read import resolve
+from moeq.costs.component_table import ComponentTable, Table, load_table
+from moeq.errors import ArtifactError, OptionError
+from moeq.progress import Progress
+from moeq.recipe import Recipe
+from moeq.spec import TensorInfo
+from moeq.writing import arrangement, other_files
+from moeq.writing.decision import Decision
+from moeq.writing.quantizer_choice import chosen_quantizer
+
+COSTS_NAME = ".moeq-costs"
+"""Measured costs of an unfinished run, so that one that goes on need not measure again."""
+
+
+def draft(model: str | Path, recipe: Recipe, table: Table | None = None) -> Decision:
+    """Read headers, decide the plan, lay out the files. No weights are read but a few samples.
+
+    Args:
+        model: local directory or hub id.
+        recipe: all options.
+        table: costs, for methods that have one; those of `recipe.costs` by default.
+
+    Raises:
+        CheckpointError, BudgetError, ArtifactError: as the stages do.
+    """
+    source = resolve(model)
+    inventory, headers = read_inventory(source)
+    recipe = recipe.settled()
+    chosen_quantizer(recipe)  # refuses names that nobody knows
+    if recipe.joining():
+        measuring.check_joining(recipe)
+    if recipe.plan is not None:
+        plan = Plan.load(Path(recipe.plan))
+        plan.check_model(inventory)
+        recipe = recipe.replace(method=plan.method)
+        table = _table_of(plan, recipe)
+    else:
+        if table is None and recipe.costs is not None:
+            table = load_table(Path(recipe.costs))
+            if (table.cost, table.unit) != (recipe.cost, recipe.unit):
+                raise ArtifactError(
+                    f"these are {table.cost} costs of each {table.unit}, not {recipe.cost} costs of each {recipe.unit}",
+                    file=Path(recipe.costs),
+                    option="costs",
+                    fix=f"add --cost {table.cost} --unit {table.unit}, or measure again",
+                )
+        plan = plans.run(inventory, headers, recipe, sidecars_of(source, inventory, headers, recipe), table)
+    files = arrangement.arrange(inventory, plan, headers)
+    return Decision(
+        source=source,
+        inventory=inventory,
+        headers=headers,
+        recipe=recipe,
+        plan=plan,
+        shards=files,
+        decided=recipe.cost is None or table is not None,
+        table=table if isinstance(table, ComponentTable) else None,
+    )
+
+
+def _table_of(plan: Plan, recipe: Recipe) -> ComponentTable | None:
+    """The costs that a plan of components was made from: they hold the bases. No other plan needs any."""
+    if plan.components is None:
+        if recipe.costs is not None:
+            raise OptionError("it has no effect with this plan", option="costs", fix="drop one of the two")
+        return None
+    if recipe.costs is None:
+        raise OptionError(
+            "a plan of components needs the bases of the costs that it was made from",
+            option="costs",
+            fix="add --costs with the file that moeq allocate was given",
+        )
+    table = load_table(Path(recipe.costs))
+    if not isinstance(table, ComponentTable) or table.hash != plan.costs_hash:
+        raise ArtifactError(
+            "the plan was made from other costs", file=Path(recipe.costs), option="costs", fix="allocate again"
+        )
+    return table
+
+
+def sidecars_of(
+    source: Path, inventory: Inventory, headers: Mapping[str, TensorInfo], recipe: Recipe
+) -> Callable[[Plan], int]:
+    """Plan -> bytes that the files beside the weights take at most."""
+
+    def sidecars(plan: Plan) -> int:
+        files = arrangement.arrange(inventory, plan, headers)
+        return other_files.sidecar_limit(source, inventory, plan, recipe, files)
+
+    return sidecars
+
+
+def decide(first: Decision, partial: Path, progress: Progress | None, context: str | None = None) -> Decision:
+    """Measure the costs, unless an interrupted run did, and make the plan.
+
+    Args:
+        first: from `draft`.
+        partial: the output's directory, where measured costs are kept until it is complete.
+        progress: called as work is done.
+        context: packed checkpoint to measure on, instead of the recipe's own.
+    """
+    bits = plans.spendable_bits(
+        first.inventory,
+        first.headers,
+        first.recipe,
+        sidecars_of(first.source, first.inventory, first.headers, first.recipe),
+    )
+    recipe = first.recipe if context is None else replace(first.recipe, context=context, progressive=None)
+    what = measuring.subject(first.source, first.inventory, first.headers, recipe, bits)
+    path = partial / COSTS_NAME
+    table = _measured(path, what)
+    if table is None:
+        table = measuring.table(what, progress, scratch=partial, output=path)
+        if isinstance(table, CostTable):
+            table.save(path)
+    return draft(first.source, first.recipe, table)
+
+
+def _measured(path: Path, what: measuring.Subject) -> Table | None:
+    """What an interrupted run measured, if it is what this one would costs."""
+    if not path.is_file():
+        return None
+    try:
+        found = load_table(path)
+    except ArtifactError:  # killed while it was written
+        return None
+    linears = found.dense if isinstance(found, CostTable) else ()
+    same = (found.model_hash, found.cost, found.unit, found.candidates, codec.encode(found.provenance), linears)
+    recipe = what.recipe
+    dense = tuple(linear.path for linear in other_linears.linears(what.inventory, recipe))
+    facts = codec.encode(what.provenance)
+    wanted = (what.inventory.model_hash, recipe.cost, recipe.unit, what.candidates, facts, dense)
+    return found if same == wanted else None

@@ -1,0 +1,301 @@
+"""Measures a cost on an opened model: settles what is measured, and fills the table."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from inspect import signature as inspect_signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeq import codec
+from moeq.allocation import other_linears, plans
+from moeq.artifacts import CostTable, DenseLinear, Inventory, MatrixSource
+from moeq.calibration.backprop import Labels
+from moeq.calibration.opening import open_stream, packed_matrices
+from moeq.calibration.spill import SpillPool
+from moeq.calibration.tap import Hear
+from moeq.calibration.tokens import TokenBatch
+from moeq.checkpoint.read import Reader
+from moeq.costs.base import Asked, Cost, LayerCosts, LayerView, LinearView
+from moeq.costs.component_table import ComponentFacts, ComponentTable, write_table
+from moeq.costs.registry import COSTS, make_cost
+from moeq.costs.spectral_energy import SpectralEnergy
+from moeq.errors import OptionError
+from moeq.format.manifest import read_manifest
+from moeq.progress import Progress
+from moeq.recipe import Recipe
+from moeq.runtime.load import pick_device
+from moeq.spec import QuantSpec, TensorInfo, stored_bytes
+from moeq.version import __version__
+from moeq.writing.calibration_text import calibration_tokens
+from moeq.writing.quantizer_choice import DENSE_QUANTIZER, quantizer_options
+
+LABELS = ("text", "sampled")
+"""What the gradients' loss predicts: the text's own next tokens, or tokens drawn from the model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Subject:
+    """What is measured, and how.
+
+    Attributes:
+        source: the original checkpoint.
+        inventory: what it holds.
+        headers: its tensors.
+        recipe: settled: cost, its options, unit.
+        candidates: the specs a unit may get.
+        tokens: calibration tokens, if the cost needs any.
+    """
+
+    source: Path
+    inventory: Inventory
+    headers: dict[str, TensorInfo]
+    recipe: Recipe
+    candidates: tuple[QuantSpec, ...]
+    tokens: TokenBatch | None
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the numbers depend on."""
+        recipe = self.recipe
+        context = None if recipe.context is None else read_manifest(Path(recipe.context))
+        facts: dict[str, Any] = {
+            "options": codec.encode(recipe.options_of_cost()),
+            "seed": recipe.seed,
+            "tokens_hash": None if self.tokens is None else self.tokens.hash,
+            "source": None if self.tokens is None else self.tokens.source,
+            "context": None if context is None else codec.digest(context),
+            "moeq_version": __version__,
+        }
+        if recipe.joining():
+            facts["dense"] = {"kinds": list(recipe.joining()), "quantizer": DENSE_QUANTIZER, "gain": recipe.gain}
+        if context is not None and context.model_hash != self.inventory.model_hash:
+            raise OptionError(
+                "it was not made from this model", option="context", fix="give a packed checkpoint of this model"
+            )
+        return facts
+
+
+def subject(
+    source: Path, inventory: Inventory, headers: dict[str, TensorInfo], recipe: Recipe, budget: float | None = None
+) -> Subject:
+    """Settle what is to be measured; reads the calibration text.
+
+    Args:
+        source: the original checkpoint.
+        inventory: what it holds.
+        headers: its tensors.
+        recipe: the options.
+        budget: mean bits that candidates must reach above.
+    """
+    recipe = recipe.settled()
+    if recipe.cost is None:
+        raise OptionError(
+            f"method {recipe.method} ranks nothing", option="cost", fix="choose a --cost, or a method that has one"
+        )
+    cost, _ = _make(recipe)
+    if recipe.joining():
+        check_joining(recipe)
+    tokens = None
+    if cost.needs != "weights":
+        tokens, _ = calibration_tokens(source, recipe, f"cost {recipe.cost}")
+    return Subject(
+        source=source,
+        inventory=inventory,
+        headers=headers,
+        recipe=recipe,
+        candidates=plans.candidate_specs(recipe, budget),
+        tokens=tokens,
+    )
+
+
+def table(
+    what: Subject, progress: Progress | None = None, scratch: Path | None = None, output: Path | None = None
+) -> CostTable | ComponentTable:
+    """Measure; see `run`.
+
+    Args:
+        what: from `subject`.
+        progress: called as work is done.
+        scratch: where activations may be spilled; the system's temporary directory by default.
+        output: where costs of components are written.
+    """
+    recipe, inventory = what.recipe, what.inventory
+    device = pick_device(recipe.device)
+    cost, labels = _make(recipe)
+    joined = other_linears.linears(inventory, recipe)
+    linears = other_linears.linear_cost(recipe, _options(recipe)) if joined else None
+    with Reader(what.source, what.headers) as reader:
+
+        def view(layer: int) -> LayerView:
+            shape = inventory.layers[layer]
+
+            def read(expert: int, projection: str) -> torch.Tensor:
+                return reader.matrix(shape.sources[projection], expert, shape.shapes[projection])
+
+            return LayerView(
+                index=layer,
+                layer=shape,
+                read=read,
+                candidates=what.candidates,
+                unit=str(recipe.unit),
+                device=device,
+            )
+
+        views = [_linear_view(reader, linear, recipe, device) for linear in joined]
+        if cost.needs == "weights":
+            for each in views:
+                assert linears is not None
+                linears.visit(each, None)
+            for layer in range(len(inventory.layers)):
+                cost.visit(view(layer), None)
+                if progress is not None:
+                    progress("layers", layer + 1, len(inventory.layers))
+        else:
+            hears = {} if linears is None else {each.path: partial(linears.visit, each) for each in views}
+            _stream(what, cost, labels, view, hears, device, progress, scratch)
+    if isinstance(cost, SpectralEnergy):
+        return _write(what, cost, output)
+    num_tokens = 0 if what.tokens is None else what.tokens.ids_NT.numel()
+    return _with_linears(_assemble(what, cost.result()), what, {} if linears is None else linears.result(num_tokens))
+
+
+def _linear_view(reader: Reader, linear: DenseLinear, recipe: Recipe, device: torch.device) -> LinearView:
+    source = MatrixSource(name=linear.source, stacked=False)
+    return LinearView(
+        path=linear.path,
+        block=linear.block,
+        read=partial(reader.matrix, source, 0, linear.shape),
+        candidates=other_linears.specs(recipe),
+        device=device,
+    )
+
+
+def _with_linears(table: CostTable, what: Subject, costs: Mapping[str, tuple[float, ...]]) -> CostTable:
+    """The table with rows of the linears that join; of zeros where nothing was heard of one."""
+    joined = other_linears.linears(what.inventory, what.recipe)
+    if not joined:
+        return table
+    specs = other_linears.specs(what.recipe)
+    found = replace(
+        table,
+        dense=tuple(linear.path for linear in joined),
+        dense_candidates=specs,
+        dense_costs=tuple((*costs.get(linear.path, (0.0,) * len(specs)), 0.0) for linear in joined),
+        dense_sizes=tuple(other_linears.sizes(linear, what.recipe, what.headers) for linear in joined),
+    )
+    found.validate()
+    return found
+
+
+def check_joining(recipe: Recipe) -> None:
+    """Raise OptionError unless other linears may join the experts of a settled recipe."""
+    other_linears.linear_cost(recipe, _options(recipe))
+
+
+def _write(what: Subject, cost: SpectralEnergy, output: Path | None) -> ComponentTable:
+    """The costs of components, in their file."""
+    layers = list(cost.layers())
+    facts = ComponentFacts(
+        model_hash=what.inventory.model_hash,
+        cost=str(what.recipe.cost),
+        provenance=what.provenance,
+        candidates=what.candidates,
+        basis_bits=cost.basis_bits,
+        joint=cost.joint,
+        exact=cost.exact,
+        drop=cost.drop,
+        layers=tuple((layer.num_experts, *layer.shapes["down"]) for layer in what.inventory.layers),
+        spread=tuple({name: part.spread for name, part in layer.items()} for layer in layers),
+        tokens=cost.tokens(),
+    )
+    home = None if output is not None else Path(tempfile.mkdtemp(prefix="moeq-costs-"))
+    path = output if home is None else home / "costs.safetensors"
+    assert path is not None
+    write_table(path, facts, layers)
+    return ComponentTable(path, home)
+
+
+def _stream(
+    what: Subject,
+    cost: Cost | SpectralEnergy,
+    labels: Labels,
+    view: Callable[[int], LayerView],
+    hears: Mapping[str, Hear],
+    device: torch.device,
+    progress: Progress | None,
+    scratch: Path | None,
+) -> None:
+    assert what.tokens is not None
+    recipe = what.recipe
+    directory = what.source if recipe.context is None else Path(recipe.context)
+    rounded = packed_matrices(directory) if recipe.round_context else None
+
+    def visit(layer: int, experts: nn.Module, asked: Asked) -> None:
+        assert experts is asked.experts
+        seen = view(layer)
+        cost.visit(seen if rounded is None else replace(seen, read=rounded(layer)), asked)
+
+    with (
+        tempfile.TemporaryDirectory(dir=scratch, prefix=".moeq-") as work,
+        open_stream(directory, what.inventory, device=device, scratch=Path(work), progress=progress) as stream,
+    ):
+        if isinstance(cost, SpectralEnergy):
+            cost.keep_bases_in(SpillPool(Path(work), in_memory=0))
+        gradients = cost.needs == "gradients"
+        stream.run(what.tokens.ids_NT, visit, gradients=gradients, labels=labels, seed=recipe.seed, linears=hears)
+
+
+def _make(recipe: Recipe) -> tuple[Cost | SpectralEnergy, Labels]:
+    """The recipe's cost, and the labels that gradients are taken for.
+
+    What the recipe says for all stages (seed, length of sequences, options of the quantizer) goes to costs that ask for
+    it and were not told otherwise.
+    """
+    labels: Labels = recipe.options_of_cost().get("labels", "text")
+    if labels not in LABELS:
+        raise OptionError(
+            f"{labels!r} is not supported", option="cost-options", fix=f"choose one of {', '.join(LABELS)}"
+        )
+    return make_cost(str(recipe.cost), **_options(recipe)), labels
+
+
+def _options(recipe: Recipe) -> dict[str, Any]:
+    """The options that the recipe's cost is made with."""
+    name = str(recipe.cost)
+    options = {key: value for key, value in recipe.options_of_cost().items() if key != "labels"}
+    if name in COSTS:
+        wanted = inspect_signature(COSTS[name]).parameters
+        if recipe.has_components and not str(recipe.quantizer).startswith("gptq"):
+            options.setdefault("perturb", recipe.quantizer)
+        common: dict[str, Any] = {"seed": recipe.seed, "seqlen": recipe.seqlen}
+        perturb = options.get("perturb", wanted["perturb"].default if "perturb" in wanted else None)
+        common |= quantizer_options(recipe, str(perturb))
+        options = {key: value for key, value in common.items() if key in wanted} | options
+    return options
+
+
+def _assemble(what: Subject, layers: list[LayerCosts]) -> CostTable:
+    units = list(what.inventory.cost_units(str(what.recipe.unit)))
+    names = sorted({name for layer in layers for name in layer.statistics})
+    found = CostTable(
+        model_hash=what.inventory.model_hash,
+        cost=str(what.recipe.cost),
+        unit=str(what.recipe.unit),
+        provenance=what.provenance,
+        units=tuple(unit for unit, _ in units),
+        candidates=what.candidates,
+        costs=tuple(tuple(map(float, row)) for layer in layers for row in layer.costs_UC),
+        sizes=tuple(
+            tuple(sum(stored_bytes(spec, shape) for shape in shapes) for spec in what.candidates) for _, shapes in units
+        ),
+        statistics={
+            name: tuple(float(value) for layer in layers for value in layer.statistics[name]) for name in names
+        },
+    )
+    found.validate()
+    return found

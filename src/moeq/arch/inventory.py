@@ -1,0 +1,42 @@
+"""The Inventory of a source checkpoint, from its config and headers; no weights are read but a few samples."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from moeq.arch.discover import discover
+from moeq.artifacts import Inventory
+from moeq.checkpoint.identity import model_hash
+from moeq.checkpoint.read import read_headers
+from moeq.spec import TensorInfo
+
+ELEMENT_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+
+
+def read_inventory(directory: Path) -> tuple[Inventory, dict[str, TensorInfo]]:
+    """The Inventory of a checkpoint and the headers it was made from.
+
+    Raises:
+        CheckpointError: broken, not an MoE, quantized already, or of an unknown family.
+    """
+    headers = read_headers(directory)
+    return inventory_of(directory, headers), headers
+
+
+def inventory_of(directory: Path, headers: Mapping[str, TensorInfo]) -> Inventory:
+    """The Inventory that `headers` describe."""
+    found = discover(directory, headers)
+    first = found.layers[0]
+    sample = headers[first.sources["down"].tensor(0)]
+    inventory = Inventory(
+        model_type=found.model_type,
+        architecture=found.architecture,
+        model_hash=model_hash(directory, headers),
+        layers=found.layers,
+        dense=found.dense,
+        source_bytes=sum(info.stop - info.start for info in headers.values()),
+        parameters=sum(math.prod(info.shape) for info in headers.values()),
+        element_bytes=ELEMENT_BYTES[sample.dtype],
+    )
+    inventory.validate()
+    return inventory

@@ -1,0 +1,263 @@
+"""Modules over grouped records: experts, and linears outside them. They hold uint8 buffers only.
+
+Nothing is ever unpacked into memory for good.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Self
+
+import torch
+from torch import Tensor, nn
+
+from moeq.errors import PackedError
+from moeq.format.manifest import PackedLayer as Entry
+from moeq.format.records import decode_matrix
+from moeq.kernels.facts import Kinds, entry_kinds
+from moeq.layouts import trust
+from moeq.layouts.base import DATA_SUFFIX, TABLE_SUFFIX
+from moeq.layouts.grouped import cpu, gpu, reference
+from moeq.layouts.grouped.packed import PackedLayer, PackedMatrix, device_facts
+from moeq.layouts.grouped.stored import Entries, Shapes, parse_table, table_of
+from moeq.layouts.serving import FIX, DeviceCall, ExpertsModule, Layout, OpenedLayer, Tables, first, is_placed, pair
+from moeq.spec import TABLE_COLUMNS, QuantSpec
+
+ExpertsKernel = Callable[[nn.Module, PackedLayer, Tensor, Tensor, Tensor], Tensor | None]
+LinearKernel = Callable[[Tensor, PackedMatrix], Tensor | None]
+
+EXPERTS: Final[tuple[ExpertsKernel, ...]] = (gpu.experts, cpu.experts, reference.experts)
+LINEAR: Final[tuple[LinearKernel, ...]] = (gpu.linear, cpu.linear, reference.linear)
+"""Which kernel computes a call: candidates in order, each may refuse."""
+
+
+class PackedExperts(ExpertsModule):
+    """Experts of the layout "grouped"."""
+
+    data: Tensor | None
+
+    def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
+        super().__init__()
+        self.shapes = shapes
+        self.entries: Entries = ()
+        self.exact: bool | None = None
+        self._table: Tensor | None = None
+        self._kinds: Kinds | None = None
+        self._layer: PackedLayer | None = None
+        self.register_buffer("data", None, persistent=False)
+
+    def bind(self, data: Tensor, entries: Entries, kinds: Kinds | None = None) -> None:
+        """Take the layer's blob (uint8), what its table says, and what it has in common with other layers."""
+        self.data = data
+        self._kinds = kinds
+        self.entries = entries
+        self._table = table_of(entries)
+        # Now, not in the first call: that may be a graph's, whose memory does not last.
+        self._layer = self._made(data)
+
+    @property
+    def layer(self) -> PackedLayer:
+        """The packed weights, as views."""
+        assert self.data is not None, "used before loading"
+        known = self._layer
+        if known is None or known.data is not self.data or known.exact != self.exact:
+            known = self._layer = self._made(self.data)
+        return known
+
+    def _made(self, data: Tensor) -> PackedLayer:
+        compiled = trust.compiled(data.device, *subjects("grouped", self.entries))
+        shapes = list(self.shapes.values())
+        return PackedLayer(
+            data=data,
+            entries=self.entries,
+            shapes=self.shapes,
+            table=self._table if compiled else None,
+            exact=self.exact,
+            facts=device_facts(data, self.entries, shapes, self._kinds) if compiled else None,
+        )
+
+    def weights(self, expert: int, projection: str) -> Tensor:
+        """What the bytes of one matrix decode to, (N, K) float32 on the CPU."""
+        matrix = self.layer.matrix(expert, projection)
+        return decode_matrix(matrix.record, matrix.spec, matrix.shape).cpu()
+
+    def forward(self, experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(T, H), (T, k), (T, k) -> (T, H)."""
+        return first(EXPERTS, experts, self.layer, hidden_states, top_k_index, top_k_weights)
+
+    def chosen_bytes(self, experts: Sequence[int]) -> int:
+        """Bytes of the records of these experts."""
+        return sum(self.layer.matrix(expert, name).record.numel() for expert in experts for name in self.shapes)
+
+    def device_call(self, experts: nn.Module) -> DeviceCall | None:
+        """`moeq.layouts.grouped.gpu.run_experts`."""
+        layer, facts = self.layer, self.layer.facts
+        if facts is None:
+            return None
+        return DeviceCall(
+            same=f"grouped {layer.shapes} {facts.widths} {facts.spans}",
+            hidden=layer.shapes["up"][1],
+            device=layer.data.device,
+            run=partial(gpu.run_experts, experts, layer),
+        )
+
+    def extra_repr(self) -> str:
+        """Shapes and size, for print(model)."""
+        size = 0 if self.data is None else self.data.numel()
+        return f"experts={len(self.entries)}, shapes={self.shapes}, bytes={size}"
+
+
+class PackedLinear(nn.Module):
+    """A linear layer over packed weights; stands in for nn.Linear."""
+
+    data: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.bias = linear.bias
+        self.spec: QuantSpec | None = None
+        self.exact: bool | None = None
+        self._matrix: PackedMatrix | None = None
+        self.register_buffer("data", None, persistent=False)
+
+    def bind(self, data: Tensor, spec: QuantSpec) -> None:
+        """Take the matrix record (uint8) and its spec."""
+        self.data = data
+        self.spec = spec
+        self._matrix = self._made(data, spec)  # with the facts, see `ExpertsModule`
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        """The packed weights, as views."""
+        assert self.data is not None, "used before loading"
+        assert self.spec is not None
+        known = self._matrix
+        if known is None or known.record is not self.data or known.exact != self.exact:
+            known = self._matrix = self._made(self.data, self.spec)
+        return known
+
+    def _made(self, data: Tensor, spec: QuantSpec) -> PackedMatrix:
+        shape = self.out_features, self.in_features
+        entries: Entries = (((0, spec),),)
+        compiled = trust.compiled(data.device, *subjects("linear", entries))
+        facts = device_facts(data, entries, [shape]) if compiled else None
+        return PackedMatrix(record=data, spec=spec, shape=shape, exact=self.exact, facts=facts, compiled=compiled)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if is_placed(self.data):
+            _ = self.matrix  # now, see `ExpertsModule`
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weights (out_features, in_features), float32; for code that looks at them."""
+        return decode_matrix(self.matrix.record, self.matrix.spec, self.matrix.shape)
+
+    def forward(self, hidden_states: Tensor, *_: Any) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        flat = hidden_states.reshape(-1, self.in_features)
+        out = first(LINEAR, flat, self.matrix)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.view(*hidden_states.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Shape and width, for print(model)."""
+        bits = "?" if self.spec is None else self.spec.bits
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={bits}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OpenedRecords(OpenedLayer):
+    """The records of a layer.
+
+    Attributes:
+        shapes: projection -> (N, K), in storage order.
+        data: the blob.
+        entries: where its records lie.
+    """
+
+    shapes: dict[str, tuple[int, int]]
+    data: Tensor
+    entries: Entries
+
+    @property
+    def layer(self) -> PackedLayer:
+        """The layer, without what kernels want to know."""
+        return PackedLayer(data=self.data, entries=self.entries, shapes=self.shapes)
+
+    def dense(self, expert: int, projection: str) -> Tensor:
+        """The matrix (N, K), float32."""
+        matrix = self.layer.matrix(expert, projection)
+        return decode_matrix(matrix.record, matrix.spec, matrix.shape)
+
+    def kinds(self) -> Mapping[Hashable, Kinds]:
+        """One key for all layers of the same shapes."""
+        return {self.key: entry_kinds(self.entries, len(self.shapes))}
+
+    @property
+    def key(self) -> Hashable:
+        """What layers that share kernels have in common."""
+        return "records", tuple(self.shapes.items())
+
+    def fill(self, module: nn.Module, device: torch.device, common: Mapping[Hashable, Kinds]) -> None:
+        """Bind `PackedExperts`."""
+        assert isinstance(module, PackedExperts)
+        module.bind(self.data.to(device), self.entries, common[self.key])
+
+
+class GroupedLayout(Layout):
+    """Records of single matrices, back to back."""
+
+    def check(self, layer: Entry, tables: Tables) -> None:
+        """The table has a row for every matrix, and the records fill the blob."""
+        check_records(layer.path, layer.num_experts, layer.ordered_shapes, tables)
+
+    def module(self, layer: Entry) -> ExpertsModule:
+        """Empty `PackedExperts`."""
+        return PackedExperts(layer.named_shapes)
+
+    def open(self, layer: Entry, tensors: Mapping[str, Tensor]) -> OpenedRecords:
+        """The records of a layer."""
+        data, entries = open_records(layer.path, layer.ordered_shapes, tensors)
+        return OpenedRecords(shapes=layer.named_shapes, data=data, entries=entries)
+
+
+LAYOUT: Final = GroupedLayout()
+
+
+def check_records(path: str, num_experts: int, shapes: Shapes, tables: Tables) -> None:
+    """Prove the table of some records; a linear outside the experts has one expert and one shape.
+
+    Raises:
+        PackedError: it contradicts the blob's size or the manifest.
+    """
+    data = tables.expect(path + DATA_SUFFIX, "U8", 1)
+    table = tables.expect(path + TABLE_SUFFIX, "I64", 3)
+    if table.shape != (num_experts, len(shapes), len(TABLE_COLUMNS)):
+        raise PackedError(
+            f"the table has shape {list(table.shape)}, the manifest says {num_experts} experts "
+            f"with {len(shapes)} matrices",
+            tensor=path + TABLE_SUFFIX,
+            fix=FIX,
+        )
+    parse_table(tables.tensor(path + TABLE_SUFFIX), shapes, data.shape[0], tensor=path + TABLE_SUFFIX)
+
+
+def open_records(path: str, shapes: Shapes, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Entries]:
+    """A blob, and where its records lie.
+
+    Raises:
+        PackedError: bytes are missing, or contradict each other.
+    """
+    data, table = pair(tensors, path)
+    return data, parse_table(table, shapes, data.numel(), tensor=path + TABLE_SUFFIX)
+
+
+def subjects(layout: str, entries: Entries) -> tuple[str, ...]:
+    """What `moeq.layouts.trust` is asked about such a layer."""
+    books = any(spec.codebooks is not None for expert in entries for _, spec in expert)
+    return (layout, "codebooks") if books else (layout,)

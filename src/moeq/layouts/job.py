@@ -1,0 +1,84 @@
+"""What the writers of layouts are told."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moeq.artifacts import DenseLinear, Inventory, MatrixSource, Plan
+from moeq.checkpoint.read import Reader
+from moeq.costs.component_table import ComponentTable
+from moeq.format.records import decode_matrix, dequantize, pack_matrix
+from moeq.layouts.tiled.shape import TileOptions
+from moeq.quantizers.base import QuantizedMatrix, Quantizer
+from moeq.spec import QuantSpec, Unit
+
+
+def weights_digest(weights_NK: Tensor) -> str:
+    """sha256 of decoded float32 weights."""
+    return hashlib.sha256(memoryview(weights_NK.contiguous().view(-1).numpy())).hexdigest()  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Job:
+    """Everything that packing needs to know.
+
+    Attributes:
+        inventory: the source.
+        plan: the spec of every unit.
+        reader: the source's tensors.
+        partial: where the files go.
+        quantizer: rounds the experts.
+        dense_quantizer: rounds the other linears; needs no data.
+        device: where rounding is done.
+        table: the costs that a plan of components came from, for their bases.
+        gain: match the gain of components' scales.
+        damp: damping of Hessians, in mean diagonals.
+        tiles: choices of the tiled layout.
+        seed: of everything random.
+        noted: unit -> digest of its rounded weights, filled for a few units of each layer; what
+            `verify` compares the reloaded model with.
+    """
+
+    inventory: Inventory
+    plan: Plan
+    reader: Reader
+    partial: Path
+    quantizer: Quantizer
+    dense_quantizer: Quantizer
+    device: torch.device
+    table: ComponentTable | None = None
+    gain: bool = True
+    damp: float = 0.1
+    tiles: TileOptions = field(default_factory=TileOptions)
+    seed: int = 0
+    noted: dict[Unit, str] = field(default_factory=dict)
+
+    def settle(self, unit: Unit, rounded: QuantizedMatrix) -> Tensor:
+        """The matrix record of a rounded expert matrix."""
+        layer = self.inventory.layers[unit.layer]
+        spec = self.plan.spec(unit, layer.projections)
+        parts = (rounded.codes_NK, rounded.scale_NG, rounded.zero_NG)
+        if unit.expert in (0, layer.num_experts - 1):
+            self.noted[unit] = weights_digest(dequantize(*parts, spec))
+        return pack_matrix(*parts, spec)
+
+    def matrix(self, unit: Unit) -> Tensor:
+        """The source weights (N, K) of a unit."""
+        layer = self.inventory.layers[unit.layer]
+        return self.reader.matrix(layer.sources[unit.projection], unit.expert, layer.shapes[unit.projection])
+
+    def dense_record(self, linear: DenseLinear) -> tuple[Tensor, QuantSpec]:
+        """The matrix record of a linear outside the experts."""
+        spec = self.plan.specs[self.plan.dense[linear.path]]
+        source = MatrixSource(name=linear.source, stacked=False)
+        weights = self.reader.matrix(source, 0, linear.shape).to(self.device)
+        rounded = self.dense_quantizer.quantize(weights, spec, None)
+        return pack_matrix(rounded.codes_NK, rounded.scale_NG, rounded.zero_NG, spec), spec
+
+    def dense_weights(self, linear: DenseLinear, dtype: torch.dtype) -> Tensor:
+        """What a packed linear outside the experts decodes to."""
+        record, spec = self.dense_record(linear)
+        return decode_matrix(record, spec, linear.shape, dtype)

@@ -1,0 +1,136 @@
+"""`moeq plan`: what a run would do and need, before any weight is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeq.allocation import decide
+from moeq.quantizers.registry import QUANTIZERS
+from moeq.recipe import Recipe
+from moeq.spec import WHOLE_ROW
+from moeq.writing import card_facts, weight_families
+from moeq.writing.decision import Decision
+
+READ_WRITE_BYTES_PER_SECOND = 0.5e9
+"""A modest disk; only for the rough time estimate."""
+BASE_RAM = 600 * 2**20
+"""The interpreter with torch and transformers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanReport:
+    """What `moeq quantize` with the same options would do; field names are those of the JSON document.
+
+    Attributes:
+        families: sizes by kind of tensor.
+        allocation: code bits -> expert matrices that get them; empty while costs must still be measured.
+        tiles: projection -> what its experts share in tiles, in words; empty if the layout has none.
+        decided: the plan is the one that quantize would follow; false if costs must be measured first.
+        quantized: kinds of linears that are quantized beside the experts.
+        untouched: kinds of tensors that stay as they are.
+        ram_bytes: estimate of peak memory, without quality measurement.
+        disk_bytes: what the output directory will take.
+        seconds: rough estimate on two CPU cores.
+        warnings: what the user should know before starting.
+    """
+
+    model: str
+    model_type: str
+    architecture: str
+    method: str
+    quantizer: str
+    plan_hash: str
+    layers: int
+    experts_per_layer: int
+    expert_parameters: int
+    source_bytes: int
+    stored_bytes: int
+    expert_bytes: int
+    expert_bits_per_weight: float
+    families: dict[str, weight_families.Family]
+    allocation: dict[str, int]
+    tiles: dict[str, str]
+    decided: bool
+    quantized: tuple[str, ...]
+    untouched: tuple[str, ...]
+    ram_bytes: int
+    disk_bytes: int
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+def run(model: str | Path, recipe: Recipe) -> PlanReport:
+    """Everything `moeq quantize` decides before it reads weights.
+
+    Raises:
+        CheckpointError, BudgetError, OptionError: as `moeq quantize` would.
+    """
+    decision = decide.draft(model, recipe)
+    inventory, plan = decision.inventory, decision.plan
+    rows = weight_families.families(inventory, decision.headers, plan)
+    packed = {linear.kind for linear in inventory.dense if linear.path in plan.dense}
+    return PlanReport(
+        model=str(decision.source),
+        model_type=inventory.model_type,
+        architecture=inventory.architecture,
+        method=plan.method,
+        quantizer=str(decision.recipe.quantizer),
+        plan_hash=plan.hash,
+        layers=len(inventory.layers),
+        experts_per_layer=inventory.layers[0].num_experts,
+        expert_parameters=inventory.expert_parameters,
+        source_bytes=inventory.source_bytes,
+        stored_bytes=decision.sizes.total,
+        expert_bytes=plan.expert_bytes,
+        expert_bits_per_weight=8 * plan.expert_bytes / inventory.expert_parameters,
+        families=rows,
+        allocation=card_facts.counts(inventory, plan) if decision.decided else {},
+        tiles=card_facts.shared(inventory, plan),
+        decided=decision.decided,
+        quantized=("experts", *sorted(packed)),
+        untouched=tuple(sorted((set(rows) | {"other"}) - packed - {"experts"})),
+        ram_bytes=_ram(decision),
+        disk_bytes=decision.disk_bytes,
+        seconds=_seconds(decision),
+        warnings=_warnings(decision),
+    )
+
+
+def _ram(decision: Decision) -> int:
+    inventory, recipe = decision.inventory, decision.recipe
+    largest = max(rows * columns for layer in inventory.layers for rows, columns in layer.shapes.values())
+    scratch = max(decision.plan.layer(index, layer).scratch_bytes for index, layer in enumerate(inventory.layers))
+    if not QUANTIZERS[str(recipe.quantizer)].needs_hessian:
+        return BASE_RAM + 24 * largest + scratch
+    tokens = recipe.nsamples * recipe.seqlen
+    hidden = inventory.layers[0].shapes["down"][0]
+    widest = max(columns for layer in inventory.layers for _, columns in layer.shapes.values())
+    block = sum(2 * linear.shape[0] * linear.shape[1] for linear in inventory.dense if linear.block) // max(
+        1, len({linear.block for linear in inventory.dense if linear.block})
+    )
+    # Inputs, answers and two streams of hidden states; one Hessian with its factors; one expert; one block.
+    return BASE_RAM + tokens * hidden * 14 + 5 * 4 * widest**2 + 24 * largest + block + scratch
+
+
+def _seconds(decision: Decision) -> float:
+    inventory = decision.inventory
+    moved = (inventory.source_bytes + decision.sizes.total) / READ_WRITE_BYTES_PER_SECOND
+    return moved + inventory.expert_parameters / QUANTIZERS[str(decision.recipe.quantizer)].weights_per_second
+
+
+def _warnings(decision: Decision) -> tuple[str, ...]:
+    found = []
+    if not decision.decided:
+        found.append(
+            f"the plan is decided when {decision.recipe.cost} costs are measured; sizes are those of the budget"
+        )
+    bits = 8 * decision.plan.expert_bytes / decision.inventory.expert_parameters
+    recipe = decision.recipe
+    if bits < 4 and decision.plan.components is None and not QUANTIZERS[str(recipe.quantizer)].needs_hessian:
+        found.append("below 4 bits a calibrated quantizer (--quantizer gptq --calibration FILE) keeps far more quality")
+    widths = {columns for layer in decision.inventory.layers for _, columns in layer.shapes.values()}
+    if recipe.group_size != WHOLE_ROW and any(columns % recipe.group_size for columns in widths):
+        found.append(
+            f"group size {recipe.group_size} does not divide {min(w for w in widths if w % recipe.group_size)}: "
+            "the last group of each row is shorter"
+        )
+    return tuple(found)

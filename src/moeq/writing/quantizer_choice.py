@@ -1,0 +1,30 @@
+"""The quantizers that a recipe means, and their options."""
+
+from typing import Any, Final
+
+from moeq.quantizers.base import Quantizer
+from moeq.quantizers.registry import QUANTIZERS, make_quantizer
+from moeq.recipe import Recipe
+
+DENSE_QUANTIZER: Final = "rtn"
+"""What rounds linears outside the experts (docs/decisions/0011)."""
+
+
+def quantizer_options(recipe: Recipe, name: str) -> dict[str, Any]:
+    """What `make_quantizer` is to be given for a quantizer; nothing for a name that nobody knows."""
+    found = QUANTIZERS.get(name)
+    return {} if found is None else {option: getattr(recipe, option) for option in found.options}
+
+
+def chosen_quantizer(recipe: Recipe) -> Quantizer:
+    """What rounds the experts.
+
+    Raises:
+        OptionError: nobody knows its name.
+    """
+    return make_quantizer(str(recipe.quantizer), **quantizer_options(recipe, str(recipe.quantizer)))
+
+
+def dense_quantizer(recipe: Recipe) -> Quantizer:
+    """What rounds linears outside the experts."""
+    return make_quantizer(DENSE_QUANTIZER, gain=recipe.gain)
