@@ -9,9 +9,7 @@ of similar score; single matrices drawn from every layer and projection. Results
 """
 
 import argparse
-import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness import BATCH, SEQLEN, Bench, Row, Rows, arguments, parse, write_page
 from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
-from transformers.utils import logging
 
 import moeq
 from moeq.arch.inventory import read_inventory
-from moeq.calibration.tokens import read_text, windows
 from moeq.checkpoint.read import Reader
 from moeq.costs import spectra
 from moeq.costs.base import LayerView
@@ -39,12 +36,10 @@ from moeq.evals.reference import save_reference
 from moeq.format.records import dequantize
 from moeq.quantizers.registry import make_quantizer
 from moeq.report.tables import markdown_table
-from moeq.runtime.load import load_any, load_tokenizer
 from moeq.spec import QuantSpec, Unit
 
-TEXTS = ("c4/eval.txt", "wikitext2/test.txt")
-SEQLEN = 256
-BATCH = 16
+HALVES = ("c4", "wikitext2")
+"""The texts that harm is measured on, half the tokens each."""
 GAMMAS = (1.0, 12.0, 40.0)
 BINS = 12
 BINNED = ("tail", "noise", "product")
@@ -340,50 +335,37 @@ layer and projection with each other.
 
 ## V3: what else alpha stands for
 
-{confounds(facts)}
-"""
-    args.output.write_text(text, encoding="utf-8")
+{confounds(facts)}"""
+    write_page(args.output, [text])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("../shared/models/ref-qwen3moe-22m"))
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/alpha_validation.md"))
+def key_of(row: Row) -> Any:
+    """What tells a part from the others."""
+    return row["kind"], row["name"]
+
+
+def main() -> None:
+    """Measure what is missing and write the page."""
+    parser = arguments("alpha_validation", __doc__)
+    parser.set_defaults(max_tokens=8192)
     parser.add_argument("--conclusion", type=Path, help="a text that goes on top of the report")
-    parser.add_argument("--log", type=Path, default=Path("build/alpha_validation.jsonl"))
-    parser.add_argument("--max-tokens", type=int, default=8192)
     parser.add_argument("--sample", type=int, default=3, help="single matrices of each layer and projection")
-    args = parser.parse_args()
-    logging.disable_progress_bar()
-    args.log.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(args.model)
-    model = load_any(args.model, "cpu", torch.float32)
-    share = args.max_tokens // len(TEXTS)
-    rows = [row for path in TEXTS for row in windows(tokenizer, read_text(args.data / path), SEQLEN, max_tokens=share)]
+    args = parse(parser)
+    bench = Bench.of(args, texts=HALVES, max_tokens=args.max_tokens // len(HALVES))
+    model, rows = bench.open(args.model), [row for part in bench.windows.values() for row in part]
     inventory, _ = read_inventory(args.model)
     args.shape = inventory.layers[0].shapes["up"]
     tokens = routed(model, rows, inventory.layers[0].num_experts)
     facts, inventory, rounded = gather(args, QuantSpec(bits=2), tokens)
-    reference = args.log.with_name("alpha-reference.safetensors")
+    reference = args.work / "reference.safetensors"
     save_reference(model, rows, reference, batch_size=BATCH)
-    swap = Swap(model, inventory, rounded)
-    results = (
-        [json.loads(line) for line in args.log.read_text(encoding="utf-8").splitlines()] if args.log.exists() else []
-    )
-    for part in parts_to_round(facts, args.sample):
-        if any((result["kind"], result["name"]) == (part["kind"], part["name"]) for result in results):
-            continue
+    swap, log = Swap(model, inventory, rounded), Rows(work=args.work, name="alpha_validation", key=key_of)
+    for part in log.missing(parts_to_round(facts, args.sample)):
         units = [facts.units[member] for member in part["members"]]
-        metrics = swap.run(units, lambda: suite.compare_all(model, reference, rows, BATCH, None)[0])
-        results.append({**part, **metrics})
-        with args.log.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(results[-1]) + "\n")
-        print(part["kind"], part["name"], f"{metrics['kl']:.6f}", file=sys.stderr, flush=True)
+        log.add({**part, **swap.run(units, lambda: suite.compare_all(model, reference, rows, BATCH, None)[0])})
     conclusion = args.conclusion.read_text(encoding="utf-8").strip() if args.conclusion else ""
-    write(facts, results, args, conclusion)
-    return 0
+    write(facts, log.all(), args, conclusion)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,40 +4,41 @@
     python benchmarks/bitsmoe.py surrogate   twenty allocations of one budget: predicted cost against measured KL
     python benchmarks/bitsmoe.py write       write benchmarks/bitsmoe.md from what was measured
 
-Texts, tokens and measures are those of benchmarks/allocation.py. Results go to JSON lines files.
+Texts, tokens and measures are those of benchmarks/harness.py.
 """
 
-import argparse
-import json
 import statistics
-import sys
 import tempfile
-import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from harness import (
+    BATCH,
+    SEQLEN,
+    TEXTS,
+    Bench,
+    Row,
+    Rows,
+    arguments,
+    mean_kl,
+    parse,
+    top1,
+    write_page,
+)
 from scipy.stats import spearmanr
 from torch import nn
-from transformers.utils import logging
-from uniform import BATCH, SEQLEN, TEXTS
 
 import moeq
-from allocation import KNOWN, mean_kl, open_texts
 from moeq.allocation import plans as allocate
 from moeq.arch.inventory import read_inventory
-from moeq.checkpoint.write import write_file_atomic
-from moeq.codec import canonical
 from moeq.costs.component_table import ComponentTable
-from moeq.evals import suite
 from moeq.evals.forward import batches
 from moeq.layouts.spectral.shape import basis_bytes
 from moeq.recipe import Recipe
 from moeq.report.tables import markdown_table
-from moeq.runtime.load import load_any
-from moeq.stages import measure
 
 BUDGETS = (2.0, 3.0, 2.5, 1.6)
 SEEDS = (0, 1, 2)
@@ -82,7 +83,8 @@ SEEDED = (
 """Rows that are measured with several seeds of the calibration text."""
 
 
-def costs_for(options: dict[str, Any], args: argparse.Namespace) -> str | None:
+def costs_for(options: dict[str, Any], bench: Bench) -> str | None:
+    """The costs that these options need, measured once."""
     wanted = {key: value for key, value in options.items() if key not in ("bits", "scope")}
     recipe = Recipe(**wanted)
     if recipe.settled().cost is None:
@@ -91,68 +93,44 @@ def costs_for(options: dict[str, Any], args: argparse.Namespace) -> str | None:
         wanted.pop("candidates")  # the table knows all widths
     if recipe.quantizer == "gptq" or (recipe.settled().quantizer == "gptq" and not recipe.has_components):
         wanted.pop("quantizer", None)
-    path = args.work / f"costs-{zlib.crc32(repr(sorted(wanted.items())).encode()):08x}"
-    if not path.exists():
-        if recipe.has_components:
-            measure.run(args.model, Recipe(**wanted), output=path)
-        else:
-            table = measure.run(args.model, Recipe(**wanted).replace(candidates="1,2,3,4"))
-            write_file_atomic(path, canonical(table.to_dict()))
-    return str(path)
+    recipe = Recipe(**wanted)
+    if not recipe.has_components:
+        recipe = recipe.replace(candidates="1,2,3,4")
+    return str(bench.costs(recipe, sorted(wanted.items())))
 
 
-def common(args: argparse.Namespace) -> dict[str, Any]:
-    text = {"calibration": str(args.work / "calibration.txt"), "nsamples": args.nsamples, "seqlen": SEQLEN}
-    return {**text, "device": args.device, "quality": False}
-
-
-def spared(args: argparse.Namespace) -> float:
+def spared(bench: Bench) -> float:
     """Bits per expert weight that a basis for both gate and up saves."""
-    layer = read_inventory(args.model)[0].layers[0]
+    layer = read_inventory(bench.model)[0].layers[0]
     hidden = layer.shapes["down"][0]
     weights = layer.num_experts * sum(rows * columns for rows, columns in layer.shapes.values())
     return 8 * basis_bytes(8, hidden, hidden) / weights
 
 
-def jobs(args: argparse.Namespace) -> list[tuple[str, float, int]]:
+def jobs(budgets: list[float]) -> list[Row]:
     """Name, bits and seed of every row: the first seed of everything, then the others."""
-    first = [(name, bits, SEEDS[0]) for bits in args.budgets for name in METHODS]
-    return first + [(name, bits, seed) for bits in args.budgets for seed in SEEDS[1:] for name in SEEDED]
+    first = [{"name": name, "bits": bits, "seed": SEEDS[0]} for bits in budgets for name in METHODS]
+    more = [{"name": name, "bits": bits, "seed": s} for bits in budgets for s in SEEDS[1:] for name in SEEDED]
+    return first + more
 
 
-def evaluate(packed: Path, args: argparse.Namespace, rows: dict[str, Any]) -> dict[str, float]:
-    model = load_any(packed, args.device, torch.float32)
-    found: dict[str, float] = {}
-    for name, windows_ in rows.items():
-        metrics, _ = suite.compare_all(model, args.work / f"reference-{name}.safetensors", windows_, BATCH, None)
-        found |= {f"{name}_{key}": value for key, value in metrics.items()}
-    return found
+def measure_one(job: Row, bench: Bench) -> Row:
+    """The row of a job."""
+    name, bits = job["name"], job["bits"]
+    options = bench.options(**METHODS[name], seed=job["seed"])
+    bits += spared(bench) if name == "second basis not charged" else 0
+    try:
+        with bench.packed(**options, bits=bits, costs=costs_for(options, bench)) as (packed, report):
+            measured = bench.measure(bench.open(packed))
+            return {**job, "bits_per_weight": report.expert_bits_per_weight} | measured
+    except moeq.MoeqError as error:
+        return {**job, "error": str(error)}
 
 
-def run(args: argparse.Namespace, rows: dict[str, Any]) -> None:
-    log = args.work / "bitsmoe.jsonl"
-    done = {key_of(row) for row in rows_of(args)}
-    for name, bits, seed in jobs(args):
-        if (name, bits, seed) in done:
-            continue
-        options = {**common(args), **METHODS[name], "seed": seed}
-        row: dict[str, Any] = {"name": name, "bits": bits, "seed": seed}
-        try:
-            options["costs"] = costs_for(options, args)
-            options["bits"] = bits + (spared(args) if name == "second basis not charged" else 0)
-            with tempfile.TemporaryDirectory(dir=args.work) as scratch:
-                report = moeq.quantize(args.model, Path(scratch) / "packed", **options)
-                row |= {"bits_per_weight": report.expert_bits_per_weight}
-                row |= evaluate(Path(scratch) / "packed", args, rows)
-        except moeq.MoeqError as error:
-            row["error"] = str(error)
-        append(log, row)
-
-
-def block_error(packed: Path, args: argparse.Namespace, rows: dict[str, Any]) -> float:
+def block_error(packed: Path, bench: Bench) -> float:
     """Mean over MoE layers of |z' - z|^2 / |z|^2, z the experts' answers to what the original model asks them."""
-    stock, rounded = (load_any(path, args.device, torch.float32) for path in (args.model, packed))
-    paths = [layer.path for layer in read_inventory(args.model)[0].layers]
+    stock, rounded = (bench.open(path) for path in (bench.model, packed))
+    paths = [layer.path for layer in read_inventory(bench.model)[0].layers]
     sums = torch.zeros(len(paths), 2, dtype=torch.float64)
 
     def compare(index: int, _: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -163,83 +141,76 @@ def block_error(packed: Path, args: argparse.Namespace, rows: dict[str, Any]) ->
     for index, path in enumerate(paths):
         stock.get_submodule(path).register_forward_hook(partial(compare, index))
     with torch.inference_mode():
-        for ids_NT in rows.values():
+        for ids_NT in bench.windows.values():
             for _, batch in batches(ids_NT, BATCH):
                 stock(input_ids=batch, use_cache=False)
     return float((sums[:, 0] / sums[:, 1]).mean())
 
 
-def surrogate(args: argparse.Namespace, rows: dict[str, Any], bits: float = 2.0, plans: int = 20) -> None:
+def surrogate_key(row: Row) -> Any:
+    """What tells an allocation from the others."""
+    return row["kind"], row["strength"]
+
+
+def surrogate(bench: Bench, log: Rows, bits: float = 2.0, plans: int = 20) -> None:
     """Allocations by factors that are more and more unlike the true ones, all of the same stored bytes."""
-    options = {**common(args), **METHODS["bitsmoe"], "bits": bits}
-    costs = costs_for(options, args)
+    options = bench.options(**METHODS["bitsmoe"], bits=bits)
+    costs = costs_for(options, bench)
     assert costs is not None
     recipe = Recipe(**options, costs=costs).settled()
-    inventory, headers = read_inventory(args.model)
-    log = args.work / "surrogate.jsonl"
-    for seed in range(len(read(log)), plans):
-        table, true = ComponentTable(Path(costs)), ComponentTable(Path(costs))
-        random = np.random.default_rng(seed)
-        kind = ("noise", "energy", "power", "random")[seed % 4]
-        strength = 0.5 * (1 + seed // 4)
-
-        def factors(index: int, projection: str) -> Any:
-            costs_of = true.layer(index, projection)  # noqa: B023
-            weight = costs_of.weight_EH.numpy().astype(np.float64)
-            if kind == "noise":  # noqa: B023
-                weight = weight * np.exp(strength * random.standard_normal(weight.shape))  # noqa: B023
-            elif kind == "energy":  # noqa: B023
-                weight = costs_of.energy_EH.numpy() ** strength  # noqa: B023
-            elif kind == "power":  # noqa: B023
-                weight = weight**strength  # noqa: B023
-            else:
-                weight = np.exp(strength * random.standard_normal(weight.shape))  # noqa: B023
-            return weight.astype(np.float32) / float(weight.mean())
-
-        table.weights = factors  # type: ignore[method-assign]
-        plan = allocate.run(inventory, headers, recipe, table=table)
-        predicted = 0.0
-        for index, layer in enumerate(inventory.layers):
-            for name, widths in plan.widths(index, layer).items():
-                part = true.layer(index, name)
-                curve = {0: true.facts.drop} | {
-                    spec.bits: loss for spec, loss in zip(true.candidates, part.curve_C.tolist(), strict=True)
-                }
-                lost = np.vectorize(curve.get)(widths)
-                predicted += float((part.weight_EH.numpy() * lost).sum(dtype=np.float64))
-        with tempfile.TemporaryDirectory(dir=args.work) as scratch:
-            plan.save(Path(scratch) / "plan.json")
-            text = {"quality": False, "device": args.device, "quantizer": "rtn"}
-            moeq.quantize(
-                args.model, Path(scratch) / "packed", plan=str(Path(scratch) / "plan.json"), costs=costs, **text
-            )
-            row = {"kind": kind, "strength": strength, "bytes": plan.expert_bytes, "predicted": predicted}
-            row["block_error"] = block_error(Path(scratch) / "packed", args, rows)
-            append(log, row | evaluate(Path(scratch) / "packed", args, rows))
+    inventory, headers = read_inventory(bench.model)
+    kinds = ("noise", "energy", "power", "random")
+    wanted = [{"kind": kinds[seed % 4], "strength": 0.5 * (1 + seed // 4), "seed": seed} for seed in range(plans)]
+    for job in log.missing(wanted):
+        plan, predicted = distorted(job, Path(costs), recipe, inventory, headers)
+        with tempfile.TemporaryDirectory(dir=bench.work) as scratch:
+            file = Path(scratch) / "plan.json"
+            plan.save(file)
+            text = {"quality": False, "device": bench.device, "quantizer": "rtn"}
+            with bench.packed(plan=str(file), costs=costs, **text) as (packed, _):
+                row = {"kind": job["kind"], "strength": job["strength"], "bytes": plan.expert_bytes}
+                row |= {"predicted": predicted, "block_error": block_error(packed, bench)}
+                log.add(row | bench.measure(bench.open(packed)))
 
 
-def append(log: Path, row: dict[str, Any]) -> None:
-    with log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    shown = row.get("error") or f"KL {mean_kl(row):.5f}"
-    print({k: v for k, v in row.items() if "_" not in k}, shown, file=sys.stderr, flush=True)
+def distorted(job: Row, costs: Path, recipe: Recipe, inventory: Any, headers: Any) -> tuple[Any, float]:
+    """A plan by factors that are not the true ones, and what the true ones predict of it."""
+    table, true = ComponentTable(costs), ComponentTable(costs)
+    random, kind, strength = np.random.default_rng(job["seed"]), job["kind"], job["strength"]
+
+    def factors(index: int, projection: str) -> Any:
+        costs_of = true.layer(index, projection)
+        weight = costs_of.weight_EH.numpy().astype(np.float64)
+        if kind == "noise":
+            weight = weight * np.exp(strength * random.standard_normal(weight.shape))
+        elif kind == "energy":
+            weight = costs_of.energy_EH.numpy() ** strength
+        elif kind == "power":
+            weight = weight**strength
+        else:
+            weight = np.exp(strength * random.standard_normal(weight.shape))
+        return weight.astype(np.float32) / float(weight.mean())
+
+    table.weights = factors  # type: ignore[method-assign]
+    plan = allocate.run(inventory, headers, recipe, table=table)
+    predicted = 0.0
+    for index, layer in enumerate(inventory.layers):
+        for name, widths in plan.widths(index, layer).items():
+            part = true.layer(index, name)
+            curve = {0: true.facts.drop} | {
+                spec.bits: loss for spec, loss in zip(true.candidates, part.curve_C.tolist(), strict=True)
+            }
+            lost = np.vectorize(curve.get)(widths)
+            predicted += float((part.weight_EH.numpy() * lost).sum(dtype=np.float64))
+    return plan, predicted
 
 
-def read(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-
-
-def key_of(row: dict[str, Any]) -> tuple[str, float, int]:
+def key_of(row: Row) -> tuple[str, float, int]:
+    """What tells a row from all others."""
     return row["name"], row["bits"], row.get("seed", SEEDS[0])
 
 
-def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What was measured, now or before, each row once."""
-    logs = (KNOWN / "bitsmoe.jsonl", *sorted(args.work.glob("bitsmoe*.jsonl")))
-    return list({key_of(row): row for log in logs for row in read(log)}.values())
-
-
-def table_of(found: list[dict[str, Any]], bits: float) -> str:
+def table_of(found: list[Row], bits: float) -> str:
     """The rows of one budget, means over seeds."""
     lines = []
     base = [mean_kl(row) for row in found if key_of(row) == ("bitsmoe", bits, SEEDS[0])]
@@ -253,7 +224,6 @@ def table_of(found: list[dict[str, Any]], bits: float) -> str:
         kls = [mean_kl(row) for row in mine]
         spread = f" ({min(kls):.4f} to {max(kls):.4f})" if len(kls) > 1 else ""
         texts = " / ".join(f"{statistics.fmean(row[f'{text}_perplexity'] for row in mine):.2f}" for text in TEXTS)
-        top1 = statistics.fmean(row[f"{text}_top1_agreement"] for row in mine for text in TEXTS)
         lines.append(
             (
                 name,
@@ -261,15 +231,15 @@ def table_of(found: list[dict[str, Any]], bits: float) -> str:
                 f"{statistics.fmean(kls):.4f}{spread}",
                 f"{kls[0] / base[0]:.2f}" if base else "",
                 texts,
-                f"{100 * top1:.1f} %",
+                top1(mine),
             )
         )
     header = ("method", "stored bits", "KL", "KL / bitsmoe's", f"perplexity {' / '.join(TEXTS)}", "top-1")
     return f"## {bits:g} bits\n\n{markdown_table(header, lines)}"
 
 
-def write(args: argparse.Namespace) -> None:
-    found = rows_of(args)
+def write(args: Any, found: list[Row], pairs: list[Row]) -> None:
+    """The page."""
     parts = [
         f"# BitsMoE: components of a shared basis\n\nMade by `python benchmarks/bitsmoe.py run` (moeq "
         f"{moeq.__version__}, torch {torch.__version__}), model `{args.model.name}`, {args.nsamples} x {SEQLEN} tokens "
@@ -280,7 +250,6 @@ def write(args: argparse.Namespace) -> None:
         "a basis each for gate and up, as in the paper, and the change that they name."
     ]
     parts += [table_of(found, bits) for bits in sorted(BUDGETS)]
-    pairs = read(args.work / "surrogate.jsonl") or read(KNOWN / "bitsmoe_surrogate.jsonl")
     if pairs:
         kls = [mean_kl(row) for row in pairs]
         rank = spearmanr([row["predicted"] for row in pairs], kls).statistic
@@ -298,41 +267,25 @@ def write(args: argparse.Namespace) -> None:
             "answers (mean over layers of the relative squared error, each asked what the original model asks it): "
             f"**{predicts:.3f}**; that error with KL: {follows:.3f}."
         )
-    notes = args.output.with_name("bitsmoe_notes.md")
-    if notes.exists():
-        parts.append(notes.read_text(encoding="utf-8").strip())
-    args.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_page(args.output, parts)
 
 
-def arguments(
-    name: str, text: str | None, verbs: tuple[str, ...], budgets: tuple[float, ...]
-) -> argparse.ArgumentParser:
-    """The command line that benchmarks of one method share."""
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=verbs)
-    parser.add_argument("--model", type=Path, default=Path("../shared/models/ref-qwen3moe-22m"))
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--work", type=Path, default=Path("build") / name)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks") / f"{name}.md")
-    parser.add_argument("--nsamples", type=int, default=64)
-    parser.add_argument("--max-tokens", type=int, default=4096)
-    parser.add_argument("--budgets", type=float, nargs="+", default=budgets)
-    parser.add_argument("--device", default="cpu")
-    return parser
-
-
-def main() -> int:
-    parser = arguments("bitsmoe", __doc__, ("run", "surrogate", "write"), BUDGETS)
-    args = parser.parse_args()
-    logging.disable_progress_bar()
-    args.work.mkdir(parents=True, exist_ok=True)
+def main() -> None:
+    """Measure, or write the page."""
+    parser = arguments("bitsmoe", __doc__, ("run", "surrogate", "write"))
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    args = parse(parser)
+    rows = Rows(work=args.work, name="bitsmoe", key=key_of)
+    pairs = Rows(work=args.work, name="bitsmoe_surrogate", key=surrogate_key)
     if args.what == "write":
-        write(args)
-        return 0
-    rows = open_texts(args)
-    (run if args.what == "run" else surrogate)(args, rows)
-    return 0
+        write(args, rows.all(), pairs.all())
+    elif args.what == "surrogate":
+        surrogate(Bench.of(args), pairs)
+    else:
+        bench = Bench.of(args)
+        for job in rows.missing(jobs(args.budgets)):
+            rows.add(measure_one(job, bench))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,10 +4,9 @@
     python benchmarks/tileq.py latency     time of the tiled reference against the same residuals without factors
     python benchmarks/tileq.py write       write benchmarks/tileq.md from what was measured
 
-Texts, tokens and measures are those of benchmarks/allocation.py. Results go to JSON lines files.
+Texts, tokens and measures are those of benchmarks/harness.py.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -17,12 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsmoe import append, arguments, common, evaluate, read
-from transformers.utils import logging
-from uniform import SEQLEN, TEXTS
+from harness import KNOWN, SEQLEN, Bench, Row, Rows, arguments, mean_kl, parse, read, spread, top1, write_page
 
 import moeq
-from allocation import KNOWN, mean_kl, open_texts, spread
 from moeq.arch.inventory import read_inventory
 from moeq.checkpoint.read import Reader
 from moeq.layouts.grouped import reference
@@ -32,7 +28,6 @@ from moeq.layouts.tiled import serving as tiled_serving
 from moeq.layouts.tiled.serving import TiledExperts
 from moeq.layouts.tiled.shape import TileForm, sides_bytes
 from moeq.report.tables import markdown_table
-from moeq.runtime.load import load_any
 
 BUDGETS = (2.25, 3.3)
 SEEDS = (0, 1, 2)
@@ -77,9 +72,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def energies(packed: Path, source: Path) -> dict[str, float]:
+def energies(model: torch.nn.Module, source: Path) -> dict[str, float]:
     """Projection -> captured energy of the factors as they are stored, mean over layers, all inputs alike."""
-    model = load_any(packed, "cpu", torch.float32)
     handlers = [module for module in model.modules() if isinstance(module, TiledExperts)]
     inventory, headers = read_inventory(source)
     found: dict[str, list[float]] = {}
@@ -98,31 +92,24 @@ def energies(packed: Path, source: Path) -> dict[str, float]:
     return {f"energy_{name}": statistics.fmean(values) for name, values in found.items()}
 
 
-def jobs(args: argparse.Namespace) -> list[tuple[str, float, int]]:
+def jobs(seeds: list[int], budgets: list[float]) -> list[Row]:
     """The first seed of everything, then the other seeds."""
-    return [(name, bits, seed) for seed in args.seeds for bits in args.budgets for name in METHODS]
+    return [{"name": name, "bits": bits, "seed": seed} for seed in seeds for bits in budgets for name in METHODS]
 
 
-def run(args: argparse.Namespace, rows: dict[str, Any]) -> None:
-    part, parts = map(int, args.part.split("/"))
-    log = args.work / f"tileq-{part}.jsonl"
-    done = {key_of(row) for row in rows_of(args)}
-    for index, (name, bits, seed) in enumerate(jobs(args)):
-        if index % parts != part or (name, bits, seed) in done or (args.only and name not in args.only):
-            continue
-        row: dict[str, Any] = {"name": name, "bits": bits, "seed": seed}
-        try:
-            with tempfile.TemporaryDirectory(dir=args.work) as scratch:
-                packed = Path(scratch) / "packed"
-                started = time.perf_counter()
-                report = moeq.quantize(args.model, packed, **{**common(args), **METHODS[name]}, bits=bits, seed=seed)
-                row |= {"bits_per_weight": report.expert_bits_per_weight, "seconds": time.perf_counter() - started}
-                if METHODS[name]["method"] == "tileq":
-                    row |= energies(packed, args.model) | {"ranks": ranks_of(packed)}
-                row |= evaluate(packed, args, rows)
-        except moeq.MoeqError as error:
-            row["error"] = str(error)
-        append(log, row)
+def measure_one(job: Row, bench: Bench) -> Row:
+    """The row of a job."""
+    options = bench.options(**METHODS[job["name"]], bits=job["bits"], seed=job["seed"])
+    started = time.perf_counter()
+    try:
+        with bench.packed(**options) as (packed, report):
+            seconds, model = time.perf_counter() - started, bench.open(packed)
+            row = {**job, "bits_per_weight": report.expert_bits_per_weight, "seconds": seconds}
+            if options["method"] == "tileq":
+                row |= energies(model, bench.model) | {"ranks": ranks_of(packed)}
+            return row | bench.measure(model)
+    except moeq.MoeqError as error:
+        return {**job, "error": str(error)}
 
 
 def ranks_of(packed: Path) -> dict[str, int]:
@@ -130,17 +117,12 @@ def ranks_of(packed: Path) -> dict[str, int]:
     return {name: form["rank"] for name, form in tiles[0].items()}
 
 
-def key_of(row: dict[str, Any]) -> tuple[str, float, int]:
+def key_of(row: Row) -> tuple[str, float, int]:
+    """What tells a row from all others."""
     return row["name"], row["bits"], row["seed"]
 
 
-def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What was measured, now or before, each row once."""
-    logs = (KNOWN / "tileq.jsonl", *sorted(args.work.glob("tileq-*.jsonl")))
-    return list({key_of(row): row for log in logs for row in read(log)}.values())
-
-
-def latency(args: argparse.Namespace, repeats: int = 7) -> None:
+def latency(args: Any, repeats: int = 7) -> None:
     """All models in one process, by turns; medians. All of them run on the torch reference."""
     grouped_serving.EXPERTS, tiled_serving.EXPERTS = (reference.experts,), (tiled_kernel.experts,)
     common_ = {"device": args.device, "quality": False, "quantizer": "rtn", "bits": 3.3}
@@ -195,8 +177,8 @@ def memory() -> str:
     return markdown_table(("model", "grid", *grids, "ratio"), lines)
 
 
-def write(args: argparse.Namespace) -> None:
-    found = rows_of(args)
+def write(args: Any, found: list[Row]) -> None:
+    """The page."""
     parts = [
         f"# TileQ: shared low-rank factors in tiles\n\nMade by `python benchmarks/tileq.py run` (moeq "
         f"{moeq.__version__}, torch {torch.__version__}), model `{args.model.name}`, {args.nsamples} x {SEQLEN} tokens "
@@ -217,7 +199,6 @@ def write(args: argparse.Namespace) -> None:
             if not good:
                 continue
             kls = [mean_kl(row) for row in good]
-            top1 = statistics.fmean(row[f"{text}_top1_agreement"] for row in good for text in TEXTS)
             ranks = (
                 "/".join(str(good[0]["ranks"].get(each, 0)) for each in ("gate", "up", "down"))
                 if good[0].get("ranks")
@@ -233,7 +214,7 @@ def write(args: argparse.Namespace) -> None:
                     f"{good[0]['bits_per_weight']:.4f}",
                     spread(kls, 4),
                     f"{statistics.fmean(kls) / statistics.fmean(base):.2f}" if base else "",
-                    f"{100 * top1:.1f} %",
+                    top1(good),
                     ranks,
                     energy,
                 )
@@ -254,30 +235,29 @@ def write(args: argparse.Namespace) -> None:
             "ratio to a model of plain matrices at the same bytes. Rank 8, private rank 2; all on the reference.\n\n"
             + markdown_table(("tokens", *names), lines)
         )
-    notes = args.output.with_name("tileq_notes.md")
-    if notes.exists():
-        parts.append(notes.read_text(encoding="utf-8").strip())
-    args.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_page(args.output, parts)
 
 
-def main() -> int:
-    parser = arguments("tileq", __doc__, ("run", "latency", "write"), BUDGETS)
+def main() -> None:
+    """Measure, or write the page."""
+    parser = arguments("tileq", __doc__, ("run", "latency", "write"))
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--only", nargs="+", help="names of rows")
     parser.add_argument("--part", default="0/1", help="I/N: every N-th row from the I-th on")
-    args = parser.parse_args()
-    logging.disable_progress_bar()
-    args.work.mkdir(parents=True, exist_ok=True)
+    args = parse(parser)
+    part, parts = map(int, args.part.split("/"))
+    rows = Rows(work=args.work, name="tileq", key=key_of, part=str(part))
     if args.what == "write":
-        write(args)
-        return 0
-    if args.what == "latency":
+        write(args, rows.all())
+    elif args.what == "latency":
         latency(args)
-        return 0
-    rows = open_texts(args)
-    run(args, rows)
-    return 0
+    else:
+        bench = Bench.of(args)
+        for job in rows.missing(jobs(args.seeds, args.budgets)[part::parts]):
+            if not args.only or job["name"] in args.only:
+                rows.add(measure_one(job, bench))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
