@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench bench-cpu sanitize format clean
+.PHONY: demo test nightly check bench bench-cpu sanitize format clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py --output demo-output
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+nightly: $(STAMP)
+	$(BIN)/python -m pytest -m nightly
 
 check: $(STAMP)
 	$(BIN)/ruff format --check src tests scripts benchmarks
