@@ -4,19 +4,14 @@ import os
 # machine threads that wait for each other make tests ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import string
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import moeq
@@ -86,12 +81,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     logging.disable_progress_bar()
     directory = tmp_path_factory.mktemp("session") / "tiny"
     zoo.make_tiny("qwen3_moe", directory, dtype=torch.bfloat16)
-    letters = ["<unk>", "<pad>", "<eos>", *string.printable]
-    tokenizer = Tokenizer(WordLevel({letter: index for index, letter in enumerate(letters)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Split("", "isolated")
-    tokenizer.decoder = Fuse()
-    special = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
+    zoo.write_tokenizer(directory)
     return directory
 
 

@@ -119,11 +119,6 @@ BROKEN: dict[str, tuple[Break, type[errors.MoeqError], tuple[str, ...]]] = {
     "index names a missing file": (
         index(lambda names: names.update({EXPERT: "c.safetensors"})), errors.MissingTensorError, ("c.safetensors",),
     ),
-    "index names a missing tensor": (
-        index(lambda names: names.update({"model.extra": "a.safetensors"})),
-        errors.MissingTensorError,
-        ("model.extra", "a.safetensors"),
-    ),
     "index leads out of the directory": (
         index(lambda names: names.update({EXPERT: "../a.safetensors"})), errors.HeaderError, ("index.json", "../a"),
     ),

@@ -87,7 +87,7 @@ TEXTS: dict[str, tuple[bytes | None, str, tuple[str, ...]]] = {
     "not UTF-8": (b"caf\xe9 au lait\n" * 99, "text.txt", ("text.txt", "byte 3 is not UTF-8")),
     "UTF-16": ("text".encode("utf-16"), "text.txt", ("text.txt", "UTF-8")),
     "missing": (None, "text.txt", ("text.txt", "does not exist")),
-    "unknown kind": (b"x", "text.parquet", ("text.parquet", ".jsonl")),
+    "unknown kind": (b"x", "text.csv", ("text.csv", ".jsonl")),
     "broken jsonl": (b'{"text": "a"}\n{"text": \n', "text.jsonl", ("text.jsonl", "line 2")),
     "jsonl without text": (b'{"body": "a"}\n', "text.jsonl", ("text.jsonl", "line 1")),
 }

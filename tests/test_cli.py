@@ -20,7 +20,7 @@ DOCUMENTATION = Path(__file__).parent.parent / "docs" / "json.md"
 
 RECIPE_OPTIONS = (
     "--recipe --method --bits --size --accounting --quantizer --group-size --levels --dense-bits --calibration "
-    "--nsamples --seqlen --seed --routing --act-order --no-act-order --damp --gain "
+    "--mtp --nsamples --seqlen --seed --routing --act-order --no-act-order --damp --gain "
     "--no-gain --device --plan --costs --cost --cost-options --unit --candidates --context --round-context "
     "--no-round-context --scope --shares --solver --router --router-epochs --router-lr --quality --no-quality "
     "--rank --allocation --tile-options --progressive"
@@ -340,3 +340,17 @@ def test_a_real_process(tiny_dir: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     check_fields(json.loads(done.stdout), "quantize")
     assert "shards" in done.stderr
+
+
+def test_nothing_but_a_typed_error_leaves_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_dir: Path
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("moeq.stages.inspect.run", broken)
+    assert cli.main(["inspect", str(tiny_dir), "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["error"] == "InternalError"
+    assert "ZeroDivisionError: division by zero" in err.splitlines()[-1]
+    assert "doctor" in err

@@ -4,6 +4,7 @@ The families are listed in `families`; `python tests/zoo.py` prints which of the
 """
 
 import dataclasses
+import string
 import tempfile
 import warnings
 from pathlib import Path
@@ -11,7 +12,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from families import EXPERTS, FAMILIES, TEXT, TOP_K, TOWER, VOCABULARY, Family
 from moeq.arch.discover import discover
@@ -115,6 +120,16 @@ def make_tiny(model_type: str, directory: Path, seed: int = 0, dtype: torch.dtyp
         warnings.simplefilter("ignore")
         model.save_pretrained(directory)
     return model
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A tokenizer whose tokens are letters."""
+    letters = ["<unk>", "<pad>", "<eos>", *string.printable]
+    tokenizer = Tokenizer(WordLevel({letter: index for index, letter in enumerate(letters)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    tokenizer.decoder = Fuse()
+    special = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
 
 
 def support(directory: Path) -> str:

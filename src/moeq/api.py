@@ -5,7 +5,7 @@ from typing import Any
 
 from moeq.arch.inventory import read_inventory
 from moeq.artifacts import CostTable, EvalResult, Inventory, Plan
-from moeq.checkpoint.read import resolve
+from moeq.checkpoint.locate import resolve, resolve_packed
 from moeq.costs.component_table import ComponentTable
 from moeq.progress import Progress
 from moeq.recipe import Recipe
@@ -96,7 +96,7 @@ def evaluate(
 
 def verify(directory: str | Path) -> VerifyReport:
     """Prove a packed checkpoint: structure, hashes, every matrix, a forward pass."""
-    return verify_stage.run(Path(directory), every=True)
+    return verify_stage.run(resolve_packed(directory), every=True)
 
 
 def doctor() -> DoctorReport:

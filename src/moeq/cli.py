@@ -10,15 +10,17 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from moeq import cli_text, codec
 from moeq.allocation import decide as decisions
+from moeq.checkpoint.locate import resolve_packed
 from moeq.checkpoint.write import write_file_atomic
 from moeq.cli_args import build_parser
-from moeq.errors import MoeqError, OutputError
+from moeq.errors import InternalError, MoeqError, OutputError
 from moeq.layouts import trust
 from moeq.recipe import Recipe
 from moeq.recipe_file import load_recipe
@@ -183,7 +185,7 @@ def _bench(args: argparse.Namespace) -> Any:
 
 
 def _verify(args: argparse.Namespace) -> Any:
-    return verify_stage.run(Path(args.directory), every=True)
+    return verify_stage.run(resolve_packed(args.directory), every=True)
 
 
 def _doctor(_: argparse.Namespace) -> Any:
@@ -227,6 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = run(args)
     except MoeqError as error:
         return _fail(args, type(error).__name__, str(error))
+    except Exception as error:  # nothing but a typed error leaves the command line; the trace is for the report
+        traceback.print_exc()
+        return _fail(args, InternalError.__name__, str(InternalError.of(error)))
     except KeyboardInterrupt:
         print("interrupted" + ("; go on with --resume" if args.verb == "quantize" else ""), file=sys.stderr)
         return 130

@@ -18,7 +18,8 @@
     |  `- VersionError        an artifact or checkpoint of a future format
     |- PackedError            a packed checkpoint is inconsistent or was tampered with
     |- ResumeError            a journal does not match what is asked for now
-    `- StorageError           the disk is full or refuses to write
+    |- StorageError           the disk is full or refuses to write
+    `- InternalError          a bug of moeq's, or an error below it that nobody foresaw
 
 Each message names what is at fault (file, tensor or option) and says the fix. One thing is no error, because answers
 stay right: `KernelWarning`.
@@ -142,6 +143,16 @@ class ResumeError(MoeqError):
 
 class StorageError(MoeqError):
     """The disk is full or refuses to write."""
+
+
+class InternalError(MoeqError):
+    """Something in moeq or below it went wrong in a way that nobody foresaw."""
+
+    @classmethod
+    def of(cls, error: Exception) -> "InternalError":
+        """What to say of an error of another kind."""
+        line = " ".join(str(error).split())[:200]
+        return cls(f"{type(error).__name__}: {line}", fix="report this as a bug, with what moeq doctor --json says")
 
 
 class KernelWarning(RuntimeWarning):

@@ -20,6 +20,7 @@ AUTO = "auto"
 JOINING_KINDS = ("attention", "shared", "dense")
 """Linears that may be units of the program. The head is not one: it decides about tokens, and is none of any block."""
 ACCOUNTINGS = ("bytes", "codes")
+MTP = ("keep", "drop")
 UNITS = ("expert", "matrix", "component")
 SCOPES = ("global", "layer")
 ROUTER_LOSSES = ("none", "task", "kl")
@@ -69,6 +70,7 @@ class Recipe:
         rank: components of the tiled low-rank factors; "auto" takes what the budget leaves, None a small share if any.
         allocation: for the tiled layout, the method whose unit, cost and solver choose the residuals' widths.
         tile_options: choices of the tiled layout, as "grid=8x16,rotation=expert" (`layouts.tiled.shape.TileOptions`).
+        mtp: layers that predict further tokens, which transformers ignores: "keep" copies them, "drop" leaves them out.
         progressive: falling budgets to go through before the last one, as "3,2.5", each measured on the
             packed and tuned result of the one before.
     """
@@ -109,6 +111,7 @@ class Recipe:
     allocation: str | None = None
     tile_options: str | None = None
     progressive: str | None = None
+    mtp: str = "keep"
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(Recipe).items():
@@ -116,6 +119,7 @@ class Recipe:
             object.__setattr__(self, name, typed(name, kind, getattr(self, name)))
         method(self.method)
         choose("accounting", self.accounting, ACCOUNTINGS)
+        choose("mtp", self.mtp, MTP)
         choose("group-size", self.group_size, GROUP_SIZES)
         choose("levels", self.levels, ("auto", *SCALAR_LEVELS))
         for name, value, least in (("nsamples", self.nsamples, 1), ("seqlen", self.seqlen, 2), ("seed", self.seed, 0)):

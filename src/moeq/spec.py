@@ -216,6 +216,21 @@ def stored_bytes(spec: QuantSpec, shape: tuple[int, int]) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rounded:
+    """What stands behind a tensor that was rounded before moeq saw it (`moeq.checkpoint.rounded`).
+
+    Attributes:
+        form: name of the format.
+        parts: (role, stored tensor): codes, scales, zeros.
+        options: (name, number) that decoding needs beside them.
+    """
+
+    form: str
+    parts: tuple[tuple[str, "TensorInfo"], ...]
+    options: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
     """What a safetensors header says of one tensor.
 
@@ -225,6 +240,8 @@ class TensorInfo:
         shape: dimensions.
         start: first byte of the data, counted from the start of the file.
         stop: one past the last byte.
+        rounded: set for a tensor that lies in parts and is decoded when it is read; `dtype` and bytes are then those
+            of the decoded one.
     """
 
     file: str
@@ -232,6 +249,12 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     stop: int
+    rounded: Rounded | None = None
+
+    @property
+    def stored(self) -> "tuple[TensorInfo, ...]":
+        """What lies in files: the parts, or the tensor itself."""
+        return (self,) if self.rounded is None else tuple(part for _, part in self.rounded.parts)
 
 
 TABLE_COLUMNS = ("offset", "bits", "group_size", "levels")

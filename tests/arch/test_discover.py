@@ -294,8 +294,8 @@ def discover_changed(sound: tuple[Path, dict[str, TensorInfo]], directory: Path,
 
 
 def test_quantized_source(sound: tuple[Path, dict[str, TensorInfo]], tmp_path: Path) -> None:
-    with pytest.raises(AlreadyQuantizedError, match="16-bit"):
-        discover_changed(sound, tmp_path, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(AlreadyQuantizedError, match="packed checkpoint"):
+        discover_changed(sound, tmp_path, quantization_config={"quant_method": "moeq"})
 
 
 def test_dense_model(sound: tuple[Path, dict[str, TensorInfo]], tmp_path: Path) -> None:

@@ -108,6 +108,27 @@ def test_micro_batches_do_not_change_what_is_seen(demo_dir: Path, tmp_path: Path
             assert torch.equal(left.index_Tk, right.index_Tk)
 
 
+@pytest.mark.parametrize("tokens", [24, 10_000])
+def test_there_may_be_as_many_sequences_as_tokens(tokens: int, demo_dir: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("moeq.calibration.stream.MICRO_BATCH_TOKENS", tokens)
+    ids_NT = torch.randint(0, 4000, (13, 12), generator=torch.Generator().manual_seed(3))
+    runs = []
+    for count in (13, 12):  # the second has as many as tokens
+        captures: list[Capture] = []
+
+        def visitor(layer: int, experts: nn.Module, capture: Capture, captures: list = captures) -> Tensor:
+            captures.append(capture)
+            return capture.x_TH * 0.5
+
+        stream(demo_dir, ids_NT[:count], visitor, routing=2, tmp=tmp_path)
+        runs.append(captures)
+    for more, square in zip(*runs, strict=True):
+        for name in ("x_TH", "index_Tk", "weights_Tk", "stats_Tk"):
+            found, wanted = getattr(square, name), getattr(more, name)[: 12 * 12]
+            assert found.shape == wanted.shape
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_wider_routing_keeps_the_natural_choices(demo_dir: Path, tmp_path: Path) -> None:
     ids_NT = torch.randint(0, 4000, (3, 16), generator=torch.Generator().manual_seed(2))
     captures: list[Capture] = []

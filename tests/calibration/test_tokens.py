@@ -89,7 +89,7 @@ def test_unusable_files(tmp_path: Path, reader) -> None:
         "byte 0 is not UTF-8": write(tmp_path / "utf16.txt", "text".encode("utf-16")),
         "there is no text": write(tmp_path / "empty.txt", ""),
         "no text in it": write(tmp_path / "blank.jsonl", '{"text": " "}\n'),
-        "what a .parquet is": write(tmp_path / "a.parquet", "PAR1"),
+        "what a .csv is": write(tmp_path / "a.csv", "text"),
     }
     for message, path in cases.items():
         with pytest.raises(CalibrationError, match=message) as caught:

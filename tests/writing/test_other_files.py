@@ -11,7 +11,7 @@ import moeq
 from moeq.allocation import plans as allocate
 from moeq.arch.inventory import read_inventory
 from moeq.artifacts import Inventory, Plan, expert_bytes
-from moeq.checkpoint.read import resolve
+from moeq.checkpoint.locate import resolve
 from moeq.format.manifest import read_manifest
 from moeq.layouts.grouped.shown import matrices_map
 from moeq.recipe import Recipe

@@ -7,8 +7,9 @@ from pathlib import Path
 from moeq import codec
 from moeq.allocation import measuring, other_linears, plans
 from moeq.arch.inventory import read_inventory
+from moeq.arch.mtp import mtp_tensors
 from moeq.artifacts import CostTable, Inventory, Plan
-from moeq.checkpoint.read import resolve
+from moeq.checkpoint.locate import resolve
 from moeq.costs.component_table import ComponentTable, Table, load_table
 from moeq.errors import ArtifactError, OptionError
 from moeq.progress import Progress
@@ -36,6 +37,9 @@ def draft(model: str | Path, recipe: Recipe, table: Table | None = None) -> Deci
     source = resolve(model)
     inventory, headers = read_inventory(source)
     recipe = recipe.settled()
+    if recipe.mtp == "drop":
+        dropped = mtp_tensors(source, headers)
+        headers = {name: info for name, info in headers.items() if name not in dropped}
     chosen_quantizer(recipe)  # refuses names that nobody knows
     if recipe.joining():
         measuring.check_joining(recipe)

@@ -49,7 +49,7 @@ def _check_fit(name: str, info: TensorInfo, value: Tensor) -> None:
                 f"a weight has dtype {info.dtype}: it was rounded before",
                 file=info.file,
                 tensor=name,
-                fix="start from the original 16-bit checkpoint",
+                fix="download config.json again: its quantization_config says how the weights are to be decoded",
             )
         raise TensorError(
             f"a weight has dtype {info.dtype}, not one of {', '.join(FLOAT_DTYPES)}",

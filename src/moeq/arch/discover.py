@@ -4,6 +4,7 @@ All families share one experts protocol (transformers.integrations.moe): a modul
 `gate_up_proj` or `up_proj` and `down_proj` and four flags. No family is named here.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,16 @@ from transformers import PreTrainedModel
 from moeq.arch.complete import check_complete
 from moeq.arch.dense import dense_linears
 from moeq.arch.keymap import KeyMap, build_keymap
-from moeq.arch.meta import CONFIG_NAME, build_meta_model
+from moeq.arch.meta import build_meta_model
 from moeq.arch.sources import Stack, matrix_sources
 from moeq.artifacts import DenseLinear, MoeLayer
+from moeq.checkpoint.locate import CONFIG_NAME
 from moeq.errors import CheckpointError, NotMoeError
 from moeq.spec import TensorInfo
 
 FLAGS = frozenset({"has_gate", "has_bias", "is_transposed", "is_concatenated"})
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_NAMES = re.compile(r"(^|[._])experts?([._]|\d|$)")
 TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 
 
@@ -63,11 +67,7 @@ def discover_model(model: PreTrainedModel, keymap: KeyMap, tensors: Mapping[str,
     """As `discover`, for callers that have the meta model and its key map already."""
     paths = list(experts_paths(model))
     if not paths:
-        raise NotMoeError(
-            f"{type(model).__name__} has no routed experts with this config",
-            file=file,
-            fix="give a Mixture-of-Experts checkpoint; moeq does not quantize dense models",
-        )
+        raise _no_experts(model, tensors, file)
     layers = tuple(_layer(model, path, keymap, tensors, file) for path in paths)
     check_complete(model, keymap, tensors, file)
     blocks = decoder_blocks(model, layers)
@@ -79,16 +79,38 @@ def discover_model(model: PreTrainedModel, keymap: KeyMap, tensors: Mapping[str,
     )
 
 
+def _no_experts(model: PreTrainedModel, tensors: Mapping[str, TensorInfo], file: Path) -> NotMoeError:
+    """A model whose experts moeq cannot see is not a dense one."""
+    name = type(model).__name__
+    seen = next((tensor for tensor in tensors if EXPERT_NAMES.search(tensor)), None)
+    configs = (model.config, model.config.get_text_config())
+    counts = [getattr(config, key, None) for config in configs for key in EXPERT_COUNTS]
+    if seen is None and not any(isinstance(count, int) and count > 1 for count in counts):
+        return NotMoeError(
+            f"{name} has no routed experts with this config",
+            file=file,
+            fix="give a Mixture-of-Experts checkpoint; moeq does not quantize dense models",
+        )
+    return NotMoeError(
+        f"{name} keeps its experts outside transformers' experts protocol, or in a part that moeq does not look into",
+        tensor=seen,
+        fix="moeq cannot quantize this family yet (docs/families.md)",
+    )
+
+
 def experts_paths(model: PreTrainedModel) -> Iterator[str]:
-    """Paths of the modules that follow the experts protocol, outside vision and audio towers."""
+    """Paths of the modules that follow the experts protocol, outside vision and audio towers.
+
+    A part that has a vocabulary is no tower: the talker of an omni model speaks.
+    """
     text_types = {model.config.model_type, model.config.get_text_config().model_type}
-    towers = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, PreTrainedModel) and module.config.model_type not in text_types
-    ]
+    models = {path: module for path, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     for path, module in model.named_modules():
-        if is_experts(module) and not any(path.startswith(tower + ".") for tower in towers):
+        if not is_experts(module):
+            continue
+        nearest = max((each for each in models if not each or path.startswith(each + ".")), key=len)
+        config = models[nearest].config
+        if config.model_type in text_types or getattr(config, "vocab_size", None):
             yield path
 
 

@@ -8,6 +8,7 @@ Legend: T tokens, k experts per token, S tokens routed to one expert, H hidden, 
 """
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,8 @@ def attach_handler(experts: nn.Module, handler: nn.Module) -> None:
     """
     experts.add_module(HANDLER, handler)
     handler._is_hf_initialized = True  # type: ignore[assignment]
+    # A config of its own: `set_experts_implementation` on the model must not send calls to weights that are not there.
+    experts.config = copy(experts.config)
     experts.config._experts_implementation = EXPERTS_IMPLEMENTATION  # type: ignore[union-attr]
 
 

@@ -34,7 +34,7 @@ def inventory_of(directory: Path, headers: Mapping[str, TensorInfo]) -> Inventor
         model_hash=model_hash(directory, headers),
         layers=found.layers,
         dense=found.dense,
-        source_bytes=sum(info.stop - info.start for info in headers.values()),
+        source_bytes=sum(part.stop - part.start for info in headers.values() for part in info.stored),
         parameters=sum(math.prod(info.shape) for info in headers.values()),
         element_bytes=ELEMENT_BYTES[sample.dtype],
     )

@@ -1,6 +1,5 @@
 """A checkpoint's model as a skeleton: every module of transformers' own class, no weights."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
+from moeq.checkpoint.locate import CONFIG_NAME, read_config
+from moeq.checkpoint.rounded.registry import OURS
 from moeq.errors import AlreadyQuantizedError, CheckpointError
-
-CONFIG_NAME = "config.json"
 
 
 def build_meta_model(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -26,14 +25,14 @@ def build_meta_model(directory: Path, dtype: torch.dtype | None = None) -> PreTr
         dtype: of the parameters; the config's own when None, float32 when it names none.
 
     Raises:
-        AlreadyQuantizedError: config.json has a quantization_config.
+        AlreadyQuantizedError: it is a packed checkpoint.
         CheckpointError: config.json is absent or malformed, or transformers does not know the model.
     """
     file = directory / CONFIG_NAME
-    data = _read_config(file)
+    data = read_config(file)
     config = load_config(directory, data)
     model_class = _model_class(config, data.get("architectures"), file)
-    wanted = dtype or config.dtype or config.get_text_config().dtype or torch.float32
+    wanted = dtype or config.dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
     try:
         with torch.device("meta"):
             model: PreTrainedModel = model_class._from_config(config, dtype=wanted)
@@ -49,12 +48,10 @@ def build_meta_model(directory: Path, dtype: torch.dtype | None = None) -> PreTr
 def load_config(directory: Path, data: dict[str, Any]) -> PreTrainedConfig:
     """The transformers config of a checkpoint whose config.json holds `data`; raises as `build_meta_model`."""
     file = directory / CONFIG_NAME
-    sections = [data, *(value for value in data.values() if isinstance(value, dict))]
-    if any(section.get("quantization_config") for section in sections):
+    packed = data.get("quantization_config")
+    if isinstance(packed, dict) and packed.get("quant_method") == OURS:
         raise AlreadyQuantizedError(
-            "config.json has a quantization_config: these weights were rounded before",
-            file=file,
-            fix="start from the original 16-bit checkpoint",
+            "this is a packed checkpoint of moeq", file=file, fix="give the original that it was made from"
         )
     model_type = data.get("model_type")
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
@@ -72,20 +69,6 @@ def load_config(directory: Path, data: dict[str, Any]) -> PreTrainedConfig:
             fix="download config.json again",
         ) from error
     return config
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            "the model directory has no config.json", file=file, fix="give the directory of a transformers checkpoint"
-        ) from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"config.json cannot be read: {error}", file=file, fix="download it again") from error
-    if not isinstance(data, dict):
-        raise CheckpointError("config.json holds no JSON object", file=file, fix="download it again")
-    return data
 
 
 def _model_class(config: PreTrainedConfig, architectures: Any, file: Path) -> type[PreTrainedModel]:

@@ -217,7 +217,7 @@ def _check(name: str, info: TensorInfo, wanted: Sequence[int]) -> None:
                 f"an expert weight has dtype {info.dtype}: it was rounded before",
                 file=info.file,
                 tensor=name,
-                fix="start from the original 16-bit checkpoint",
+                fix="download config.json again: its quantization_config says how the weights are to be decoded",
             )
         raise TensorError(
             f"an expert weight has dtype {info.dtype}, not one of {', '.join(WEIGHT_DTYPES)}",
@@ -227,7 +227,8 @@ def _check(name: str, info: TensorInfo, wanted: Sequence[int]) -> None:
         )
     if tuple(info.shape) == tuple(wanted):
         return
-    message = f"shape {list(info.shape)}, wanted {list(wanted)}"
+    codes = "" if info.rounded is None else f"its {info.rounded.form} codes dequantize to "
+    message = f"{codes}shape {list(info.shape)}, wanted {list(wanted)}"
     if len(wanted) == 3 and info.shape[1:] == tuple(wanted[1:]):
         message = f"{info.shape[0]} experts are stored, unlike the config's {wanted[0]}"
     raise TensorError(message, file=info.file, tensor=name, fix="check that config.json belongs to these weights")

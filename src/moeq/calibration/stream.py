@@ -10,7 +10,7 @@ Legend: N sequences, T tokens (of a sequence, or of all where flattened), H hidd
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from moeq.arch import hooks
 from moeq.calibration.spill import SpillPool
-from moeq.errors import CalibrationError, OptionError
+from moeq.errors import OptionError
 
 MICRO_BATCH_TOKENS = 4096
 TOP_K_NAMES = ("top_k", "num_experts_per_tok", "moe_topk", "n_activated_experts", "k")
@@ -171,27 +171,27 @@ class Streamer:
     def run(self, ids_NT: Tensor) -> None:
         """Stream the sequences through all blocks.
 
-        Raises:
-            CalibrationError: N equals T, which would make batched tensors ambiguous.
+        Batched tensors are told by their first dimension. Where there are as many sequences as tokens in one, the last
+        sequence runs twice, and nobody is shown the second time.
         """
         num_sequences, seqlen = ids_NT.shape
-        if num_sequences == seqlen:
-            raise CalibrationError(
-                f"{num_sequences} sequences of {seqlen} tokens: the two must differ",
-                option="nsamples",
-                fix=f"use --nsamples {num_sequences + 1}",
-            )
+        again = seqlen if num_sequences == seqlen else 0
+        if again:
+            ids_NT = torch.cat([ids_NT, ids_NT[-1:]])
+            num_sequences += 1
         for position, path in enumerate(self.blocks):
             parent, _, name = path.rpartition(".")
             block = self.driver.get_submodule(path)
-            stand_in = _StandIn(block, self._runner(position, path, num_sequences))
+            stand_in = _StandIn(block, self._runner(position, path, num_sequences, again))
             self.driver.get_submodule(parent).add_module(name, stand_in)
         # The base model: logits of all sequences would not fit, and nobody needs them. It stays on the CPU, where
         # blocks leave the states of all sequences: its embeddings and last norm would not find them elsewhere.
         base_model = cast(nn.Module, self.driver.base_model).to("cpu")
         base_model(input_ids=ids_NT.cpu(), use_cache=False)
 
-    def _runner(self, position: int, path: str, num_sequences: int) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    def _runner(
+        self, position: int, path: str, num_sequences: int, again: int
+    ) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             block = self.loader(path)
             batches = list(self._micro_batches(args, kwargs, num_sequences))
@@ -199,7 +199,7 @@ class Streamer:
             for _, experts in inside:
                 hooks.attach_handler(experts, _Recorder(None, None, None))
             for name, experts in inside:
-                y_TH = self._answer(block, experts, self.experts[f"{path}.{name}"], batches)
+                y_TH = self._answer(block, experts, self.experts[f"{path}.{name}"], batches, again)
                 hooks.attach_handler(experts, _Replayer(y_TH))
                 del y_TH
             output = self._outputs(block, batches, num_sequences)
@@ -228,10 +228,20 @@ class Streamer:
 
             yield pytree.tree_map(cut, args), pytree.tree_map(cut, kwargs)
 
-    def _answer(self, block: nn.Module, experts: nn.Module, layer: int, batches: Sequence[Any]) -> Tensor:
+    def _answer(self, block: nn.Module, experts: nn.Module, layer: int, batches: Sequence[Any], again: int) -> Tensor:
         """What the visitor makes of one layer; everything captured for it is gone on return."""
         capture = self._capture(block, experts, layer, batches)
-        return self.visitor(layer, experts, capture)
+        if not again or not len(capture.x_TH):
+            return self.visitor(layer, experts, capture)
+        shown = replace(
+            capture,
+            x_TH=capture.x_TH[:-again],
+            index_Tk=capture.index_Tk[:-again],
+            weights_Tk=capture.weights_Tk[:-again],
+            stats_Tk=None if capture.stats_Tk is None else capture.stats_Tk[:-again],
+        )
+        y_TH = self.visitor(layer, experts, shown)
+        return torch.cat([y_TH, y_TH[-again:]])
 
     def _capture(self, block: nn.Module, experts: nn.Module, layer: int, batches: Sequence[Any]) -> Capture:
         num_tokens = sum(_num_tokens(*batch) for batch in batches)

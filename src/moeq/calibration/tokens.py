@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moeq.calibration.rows import TABLES, Template, document, read_table
 from moeq.errors import CalibrationError, OptionError
 
 DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
@@ -63,22 +64,28 @@ def token_hash(rows: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_documents(source: str | Path, *, split: str = "train") -> list[str]:
+def read_documents(source: str | Path, *, split: str = "train", template: Template | None = None) -> list[str]:
     """The documents of a text: the unit that calibration shuffles.
 
     Args:
-        source: a .txt file with one document per line (empty lines are dropped), a .jsonl file of
-            {"text": ...} objects, or a hub dataset "org/name[:config]" with a "text" column.
+        source: a .txt file with one document per line (empty lines are dropped), a .jsonl, .parquet or .arrow file of
+            rows, or a hub dataset "org/name[:config]". A row has a "text", or is a conversation: "messages" or
+            "conversations", or "prompt" and "completion" (`moeq.calibration.rows`).
         split: which split of a hub dataset.
+        template: turns a conversation into text; None if there is no tokenizer that has one.
 
     Raises:
         CalibrationError: the file is absent, a directory, empty, not UTF-8, or a line is no such object;
             or the dataset cannot be read.
     """
     if _is_dataset(source):
-        documents = list(_dataset_documents(str(source), split))
+        documents = list(_dataset_documents(str(source), split, template))
     elif _suffix(Path(source)) == ".jsonl":
-        documents = [_document(row, line, Path(source)) for line, row in read_json_lines(Path(source))]
+        rows = read_json_lines(Path(source))
+        documents = [document(row, f"line {line}", Path(source), template) for line, row in rows]
+    elif _suffix(Path(source)) in TABLES:
+        rows = enumerate(read_table(Path(source)), start=1)
+        documents = [document(row, f"row {number}", Path(source), template) for number, row in rows]
     else:
         documents = _decode(Path(source)).split("\n")
     documents = [document for document in documents if document.strip()]
@@ -96,7 +103,7 @@ def read_text(source: str | Path, *, split: str = "test") -> str:
     Raises:
         CalibrationError: as `read_documents`.
     """
-    if _is_dataset(source) or _suffix(Path(source)) == ".jsonl":
+    if _is_dataset(source) or _suffix(Path(source)) != ".txt":
         return "\n\n".join(read_documents(source, split=split))
     text = _decode(Path(source))
     if not text.strip():
@@ -149,8 +156,8 @@ def sample_tokens(
     random.Random(seed).shuffle(shuffled)
     needed = nsamples * seqlen
     ids: list[int] = []
-    for document in shuffled:
-        ids += _encode(tokenizer, document)
+    for text in shuffled:
+        ids += _encode(tokenizer, text)
         if len(ids) >= needed:
             break
     if len(ids) < needed:
@@ -205,12 +212,12 @@ def _is_dataset(source: str | Path) -> bool:
     return (
         isinstance(source, str)
         and DATASET_ID.fullmatch(source) is not None
-        and Path(source).suffix not in (".txt", ".jsonl")
+        and Path(source).suffix not in (".txt", ".jsonl", *TABLES)
         and not Path(source).parent.exists()
     )
 
 
-def _dataset_documents(name: str, split: str) -> Iterator[str]:
+def _dataset_documents(name: str, split: str, template: Template | None) -> Iterator[str]:
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
@@ -222,34 +229,23 @@ def _dataset_documents(name: str, split: str) -> Iterator[str]:
     repository, _, config = name.partition(":")
     try:
         rows = datasets.load_dataset(repository, config or None, split=split, streaming=True)
-        texts = [row["text"] for row in itertools.islice(rows, DATASET_DOCUMENTS)]
-    except (OSError, ValueError, KeyError) as error:
+        texts = [document(row, "a row", Path(name), template) for row in itertools.islice(rows, DATASET_DOCUMENTS)]
+    except (OSError, ValueError) as error:
         raise CalibrationError(
             f"cannot read split {split!r} of the dataset {name!r}: {error}",
             option="dataset",
-            fix='check name, configuration ("org/name:config") and split, and that it has a "text" column',
+            fix='check name, configuration ("org/name:config") and split',
         ) from error
     yield from texts
 
 
-def _document(row: dict[str, Any], line: int, path: Path) -> str:
-    text = row.get("text")
-    if not isinstance(text, str):
-        raise CalibrationError(f'line {line} has no string "text"', file=path, fix='write {"text": ...} on each line')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise CalibrationError(
-            f"line {line} has half a surrogate pair in its text", file=path, fix="write the file as UTF-8 again"
-        ) from error
-    return text
-
-
 def _suffix(path: Path) -> str:
     suffix = path.suffix.lower()
-    if suffix not in (".txt", ".jsonl") and path.exists() and not path.is_dir():
+    if suffix not in (".txt", ".jsonl", *TABLES) and path.exists() and not path.is_dir():
         raise CalibrationError(
-            f"cannot tell what a {suffix or 'file without suffix'} is", file=path, fix="rename it to .txt or .jsonl"
+            f"cannot tell what a {suffix or 'file without suffix'} is",
+            file=path,
+            fix="rename it to .txt, .jsonl, .parquet or .arrow",
         )
     return suffix
 

@@ -108,6 +108,8 @@ def parse_header(header: bytes, data_size: int, path: Path) -> Header:
         raise HeaderError("the header does not start with '{'", file=path, fix="give a safetensors file")
     entries = parse_json_object(header, path)
     metadata = entries.pop(METADATA_KEY, {})
+    if metadata is None:  # the library opens such files
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise HeaderError(f"{METADATA_KEY} must map strings to strings", file=path, fix=_REWRITE)
     start = LENGTH_BYTES + len(header)

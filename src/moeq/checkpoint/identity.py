@@ -1,18 +1,18 @@
 """Tells checkpoints apart: by file (has an input changed since?) and as a model (is this the one measured?)."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from moeq import codec
-from moeq.checkpoint.header import parse_json_object, read_header_bytes, unreadable
-from moeq.checkpoint.read import INDEX_NAME, SINGLE_NAME, read_headers
-from moeq.errors import CheckpointError
+from moeq.checkpoint.header import read_header_bytes, unreadable
+from moeq.checkpoint.locate import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, read_config
+from moeq.checkpoint.read import read_headers
 from moeq.spec import TensorInfo
 
-CONFIG_NAME: Final = "config.json"
 VOLATILE_KEYS: Final = frozenset(("_name_or_path", "_commit_hash", "transformers_version"))
 """Keys of config.json that say where a model came from, not what it is."""
 SAMPLE_PAGES: Final = 64
@@ -43,7 +43,7 @@ def fingerprint(directory: Path) -> dict[str, FileStamp]:
         CheckpointError: the checkpoint is broken or cannot be read.
     """
     single = (directory / SINGLE_NAME).exists()
-    names = {info.file for info in read_headers(directory).values()}
+    names = {part.file for info in read_headers(directory).values() for part in info.stored}
     names |= {name for name in (CONFIG_NAME, INDEX_NAME) if (directory / name).exists()} - (
         {INDEX_NAME} if single else set()
     )
@@ -63,21 +63,19 @@ def model_hash(directory: Path, headers: Mapping[str, TensorInfo]) -> str:
     Raises:
         CheckpointError: config.json is absent or malformed, or a file cannot be read.
     """
-    path = directory / CONFIG_NAME
-    try:
-        config = parse_json_object(path.read_bytes(), path)
-    except FileNotFoundError:
-        raise CheckpointError("the checkpoint has no config.json", file=path, fix="download the whole model") from None
-    except OSError as error:
-        raise unreadable(path, error) from error
+    config = read_config(directory / CONFIG_NAME)
+    stored = {name: info for name, info in headers.items() if info.rounded is None}
+    for name, info in headers.items():
+        if info.rounded is not None:
+            stored |= {f"{name}:{role}": part for role, part in info.rounded.parts}
     spans: dict[str, tuple[int, int]] = {}
-    for info in headers.values():
+    for info in stored.values():
         start, stop = spans.get(info.file, (info.start, info.stop))
         spans[info.file] = min(start, info.start), max(stop, info.stop)
     return codec.digest(
         {
             "config": _stable(config),
-            "tensors": [[name, info.dtype, list(info.shape)] for name, info in sorted(headers.items())],
+            "tensors": [[name, info.dtype, list(info.shape)] for name, info in sorted(stored.items())],
             "samples": [_sample(directory / name, *span) for name, span in sorted(spans.items())],
         }
     )
@@ -87,7 +85,9 @@ def _stable(value: Any) -> Any:
     """A config without its volatile keys, at every depth."""
     if isinstance(value, dict):
         return {key: _stable(item) for key, item in value.items() if key not in VOLATILE_KEYS}
-    return [_stable(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_stable(item) for item in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _stamp(path: Path) -> FileStamp:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Final, Self
 
 from moeq import codec
 from moeq.checkpoint.identity import FileStamp
-from moeq.checkpoint.read import is_plain_name
+from moeq.checkpoint.locate import is_plain_name
 from moeq.checkpoint.write import FileDigest, hash_file, write_file_atomic
 from moeq.codec import Artifact
 from moeq.errors import ArtifactError, ResumeError

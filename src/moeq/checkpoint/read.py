@@ -10,7 +10,6 @@ Legend: N output rows, K input columns.
 """
 
 import os
-import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,134 +21,38 @@ from torch import Tensor
 
 from moeq.artifacts import MatrixSource
 from moeq.checkpoint.dtypes import DTYPE_BITS, TORCH_DTYPES, WEIGHT_DTYPES
-from moeq.checkpoint.header import parse_json_object, read_header, unreadable
+from moeq.checkpoint.header import unreadable
+from moeq.checkpoint.locate import CONFIG_NAME, read_config, stored_headers
+from moeq.checkpoint.rounded.registry import decode, facts_of, unrounded
 from moeq.errors import CheckpointError, HeaderError, MissingTensorError, TensorError
 from moeq.spec import TensorInfo
 
-SINGLE_NAME: Final = "model.safetensors"
-INDEX_NAME: Final = "model.safetensors.index.json"
 CHUNK_BYTES: Final = 16 * 2**20
 
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BAD_VALUES: Final = "download the file again, or get a checkpoint that was saved without overflow"
-_OTHER_WEIGHTS: Final = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*")
-
-
-def resolve(model: str | Path, *, local_files_only: bool = False) -> Path:
-    """The directory of a model.
-
-    Args:
-        model: a directory, or a hub id "org/name"; only a `str` that is no existing path can be a hub id.
-        local_files_only: take a hub id from the local cache, never from the network.
-
-    Raises:
-        CheckpointError: there is no such directory, or the hub did not give the model.
-    """
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError("a checkpoint is a directory, this is a file", file=path, fix=f"give {path.parent}")
-    if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
-        raise CheckpointError("the model directory does not exist", file=path, fix="check the path")
-    import huggingface_hub  # half a second that local models need not pay
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                model, local_files_only=local_files_only, ignore_patterns=list(_OTHER_WEIGHTS)
-            )
-        )
-    except Exception as error:  # whatever went wrong out there, the user's question is the same
-        raise CheckpointError(
-            f"{model!r} is neither a directory nor a model the hub gives us: {str(error).splitlines()[0]}",
-            fix="check the spelling, your connection and access rights, or give a local directory",
-        ) from error
 
 
 def read_headers(directory: Path) -> dict[str, TensorInfo]:
     """Every tensor of a checkpoint: `model.safetensors`, else `model.safetensors.index.json` and its shards.
 
-    Tensors that lie in a shard but not in the index are included, since nothing may be lost silently.
+    Tensors that lie in a shard but not in the index are included, since nothing may be lost silently. Weights that were
+    rounded before (`quantization_config`) are listed as what they decode to.
 
     Raises:
         MissingTensorError: the index names a file that is absent or a tensor that its file lacks.
         HeaderError: a file or the index is malformed.
+        AlreadyQuantizedError, TensorError: it was rounded in a way that moeq does not read.
         CheckpointError: there are no safetensors files, or they cannot be read.
     """
-    if (directory / SINGLE_NAME).exists():
-        return read_header(directory / SINGLE_NAME)
-    index = directory / INDEX_NAME
-    if not index.exists():
-        raise _no_checkpoint(directory)
-    weight_map = read_index(index)
-    headers: dict[str, TensorInfo] = {}
-    for name in sorted(set(weight_map.values())):
-        if not (directory / name).exists():
-            raise MissingTensorError(
-                "the index names a file that does not exist", file=directory / name, fix="download the missing file"
-            )
-        for tensor, info in read_header(directory / name).items():
-            if weight_map.get(tensor, name) != name:
-                continue
-            if tensor in headers:
-                raise HeaderError("two shards hold this tensor", file=index, tensor=tensor, fix="list it in the index")
-            headers[tensor] = info
-    for tensor, name in weight_map.items():
-        if tensor not in headers:
-            raise MissingTensorError(
-                "the index puts the tensor into a file that lacks it",
-                file=directory / name,
-                tensor=tensor,
-                fix="download the file again",
-            )
-    return headers
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """tensor -> file name of an index file.
-
-    Raises:
-        HeaderError: it is malformed, or a file name leads out of the directory.
-        CheckpointError: it cannot be read.
-    """
+    stored = stored_headers(directory)
     try:
-        index = parse_json_object(path.read_bytes(), path)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise HeaderError("the index has no weight_map", file=path, fix="download the index again")
-    for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not is_plain_name(name):
-            raise HeaderError(
-                f"{str(name)[:80]!r} is not a file name",
-                file=path,
-                tensor=tensor,
-                fix="list names inside the directory",
-            )
-    return weight_map
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether `name` is the name of a file right inside a directory, on any system."""
-    if name in ("", ".", "..") or len(name.encode("utf-8", "surrogatepass")) > 255:
-        return False
-    return not any(char in "/\\:" or ord(char) < 32 or "\ud800" <= char <= "\udfff" for char in name)
-
-
-def _no_checkpoint(directory: Path) -> CheckpointError:
-    if not directory.is_dir():
-        return CheckpointError("the model directory does not exist", file=directory, fix="check the path")
-    if any(any(directory.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth")):
-        return CheckpointError(
-            "the weights are in PyTorch's pickle format", file=directory, fix="convert to safetensors (save_pretrained)"
-        )
-    return CheckpointError(
-        f"there is neither {SINGLE_NAME} nor {INDEX_NAME}",
-        file=directory,
-        fix="give a checkpoint in safetensors format",
-    )
+        config = read_config(directory / CONFIG_NAME)
+    except CheckpointError:  # whoever needs the config will say so
+        return stored
+    if facts_of(config) is None:
+        return stored
+    with Reader(directory, stored) as reader:
+        return unrounded(config, stored, reader.tensor, directory / CONFIG_NAME)
 
 
 @final
@@ -214,6 +117,8 @@ class Reader:
             CheckpointError: the file cannot be read.
         """
         info = self.info(name)
+        if info.rounded is not None:
+            return self._decoded(name, info).to(TORCH_DTYPES[info.dtype])
         if info.dtype not in TORCH_DTYPES:
             raise TensorError(
                 f"cannot compute with {info.dtype}", tensor=name, fix="convert the checkpoint to bfloat16"
@@ -223,6 +128,8 @@ class Reader:
     def raw(self, name: str) -> memoryview:
         """The bytes of a whole tensor, for verbatim copies; raises as `tensor` does, but knows every dtype."""
         info = self.info(name)
+        if info.rounded is not None:
+            return bytes_of(self.tensor(name))
         return self._read(info, 0, info.stop - info.start).numpy().data.toreadonly()
 
     def chunks(self, name: str, size: int = CHUNK_BYTES, *, check_nan: bool = False) -> Iterator[memoryview]:
@@ -238,6 +145,9 @@ class Reader:
             MissingTensorError, HeaderError, CheckpointError: as `raw`.
         """
         info = self.info(name)
+        if info.rounded is not None:
+            yield from self._decoded_chunks(name, info)
+            return
         total = info.stop - info.start
         for start in range(0, total, size):
             piece = self._read(info, start, min(size, total - start))
@@ -265,6 +175,9 @@ class Reader:
         name = source.tensor(expert)
         info = self.info(name)
         rows, columns = _expert_shape(source, expert, shape, info, name)
+        if info.rounded is not None:
+            stored = self._decoded(name, info, expert + source.expert_offset if source.stacked else None)
+            return self._checked(_chosen(stored, source, shape), info, name, source, expert, check_finite)
         dtype = TORCH_DTYPES[info.dtype]
         row_bytes = columns * DTYPE_BITS[info.dtype] // 8
         first, last = 0, rows
@@ -276,6 +189,11 @@ class Reader:
         data = self._read(info, (slice_start + first) * row_bytes, (last - first) * row_bytes)
         stored = data.view(dtype).view(last - first, columns)
         w_NK = (stored.t() if source.transposed else stored)[slice(*step)].contiguous()
+        return self._checked(w_NK, info, name, source, expert, check_finite)
+
+    def _checked(
+        self, w_NK: Tensor, info: TensorInfo, name: str, source: MatrixSource, expert: int, check_finite: bool
+    ) -> Tensor:
         if check_finite and not is_finite(w_NK):
             where = f" of expert {expert}" if source.stacked else ""
             raise TensorError(
@@ -285,6 +203,30 @@ class Reader:
                 fix=_BAD_VALUES,
             )
         return w_NK
+
+    def _decoded(self, name: str, info: TensorInfo, index: int | None = None) -> Tensor:
+        """A tensor that was rounded, float32, or what it has at an index of its first dimension."""
+        assert info.rounded is not None
+        parts, whole = {}, index is None or len(info.shape) < 3
+        for role, part in info.rounded.parts:
+            first, count = 0, part.stop - part.start
+            shape = part.shape
+            if not whole and shape[:1] == info.shape[:1]:
+                count //= shape[0]
+                first, shape = count * (index or 0), shape[1:]
+            parts[role] = self._read(part, first, count).view(TORCH_DTYPES[part.dtype]).view(shape)
+        return decode(info.rounded, parts, info.shape if whole else info.shape[1:], name)
+
+    def _decoded_chunks(self, name: str, info: TensorInfo) -> Iterator[memoryview]:
+        """The bytes of a tensor that was rounded; a stack is never decoded at once."""
+        stack = range(info.shape[0]) if len(info.shape) > 2 else (None,)
+        for index in stack:
+            values = self._decoded(name, info, index).to(TORCH_DTYPES[info.dtype])
+            if not is_finite(values):
+                raise TensorError(
+                    "the weights hold NaN or infinity", file=self._directory / info.file, tensor=name, fix=_BAD_VALUES
+                )
+            yield bytes_of(values)
 
     def _read(self, info: TensorInfo, start: int, size: int) -> Tensor:
         """`size` bytes of a tensor from its byte `start` on, uint8."""
@@ -314,6 +256,17 @@ class Reader:
                 except OSError as error:
                     raise unreadable(self._directory / name, error) from error
             return self._files[name]
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data.toreadonly()
+
+
+def _chosen(stored: Tensor, source: MatrixSource, shape: tuple[int, int]) -> Tensor:
+    """The rows of a whole matrix that belong to a source."""
+    stop = source.start + source.step * (shape[0] - 1) + 1
+    return (stored.t() if source.transposed else stored)[source.start : stop : source.step].contiguous()
 
 
 def is_finite(weights: Tensor) -> bool:

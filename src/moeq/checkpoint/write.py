@@ -18,7 +18,8 @@ from torch import Tensor
 
 from moeq.checkpoint.dtypes import DTYPE_BITS, DTYPE_NAMES, data_bytes
 from moeq.checkpoint.header import LENGTH_BYTES, METADATA_KEY, parse_header, unreadable
-from moeq.checkpoint.read import CHUNK_BYTES, INDEX_NAME
+from moeq.checkpoint.locate import INDEX_NAME
+from moeq.checkpoint.read import CHUNK_BYTES
 from moeq.errors import CheckpointError, HeaderError, StorageError
 from moeq.spec import ALIGN
 
@@ -274,7 +275,8 @@ def copy_sidecars(source: Path, out: Path, skip: Collection[str] = ()) -> dict[s
     """Copy what a model needs beside its weights: tokenizer, generation config, chat templates, custom code.
 
     Weights in any format, config.json, README.md and hidden files stay behind. Links to directories are not
-    followed; links to files are, as long as they end inside `source` or in the blobs of its hub cache.
+    followed; links to files are, as long as they end inside `source`, in the blobs of its hub cache, or in a folder
+    that the weights are links into.
 
     Args:
         source: the source checkpoint.
@@ -316,17 +318,6 @@ def _stays_behind(relative: Path) -> bool:
         or str(relative) in _SKIPPED_ON_TOP
         or any(relative.match(pattern) for pattern in _SKIPPED_PATTERNS)
     )
-
-
-def _check_inside(path: Path, source: Path) -> None:
-    root = source.resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots":  # the hub's cache: files of a snapshot are links into ../../blobs
-        allowed.append(root.parent.parent / "blobs")
-    if path.is_symlink() and not any(path.resolve().is_relative_to(folder) for folder in allowed):
-        raise CheckpointError(
-            "a link leads out of the checkpoint", file=path, fix="replace the link by the file, or remove it"
-        )
 
 
 def _copy_file(source: Path, path: Path) -> FileDigest:
@@ -378,3 +369,18 @@ def _make_header(tensors: Sequence[Declared], path: Path) -> bytes:
     text += b" " * (-(LENGTH_BYTES + len(text)) % ALIGN)
     parse_header(text, end, path)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def _check_inside(path: Path, source: Path) -> None:
+    if not path.is_symlink():
+        return
+    root = source.resolve()
+    # Downloads into a directory may be links into a cache. A link to anywhere else could carry off a private file.
+    weights = [each for each in source.glob("*.safetensors") if each.is_symlink()]
+    allowed = [root, *(each.resolve().parent for each in weights)]
+    if root.parent.name == "snapshots":  # the hub's cache: files of a snapshot are links into ../../blobs
+        allowed.append((root.parent.parent / "blobs").resolve())
+    if not any(path.resolve().is_relative_to(folder) for folder in allowed):
+        raise CheckpointError(
+            "a link leads out of the checkpoint", file=path, fix="replace the link by the file, or remove it"
+        )

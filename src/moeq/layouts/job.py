@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -10,10 +11,18 @@ from torch import Tensor
 from moeq.artifacts import DenseLinear, Inventory, MatrixSource, Plan
 from moeq.checkpoint.read import Reader
 from moeq.costs.component_table import ComponentTable
+from moeq.errors import TensorError
 from moeq.format.records import decode_matrix, dequantize, pack_matrix
 from moeq.layouts.tiled.shape import TileOptions
 from moeq.quantizers.base import QuantizedMatrix, Quantizer
 from moeq.spec import QuantSpec, Unit
+
+TINY: Final = 2.0**-18
+"""Below it a float16 has fewer than six bits: it is off by up to 1 %."""
+
+
+NOTHING: Final = 2.0**-60
+"""Weights below it are those of something that nobody trained."""
 
 
 def weights_digest(weights_NK: Tensor) -> str:
@@ -57,13 +66,33 @@ class Job:
     noted: dict[Unit, str] = field(default_factory=dict)
 
     def settle(self, unit: Unit, rounded: QuantizedMatrix) -> Tensor:
-        """The matrix record of a rounded expert matrix."""
+        """The matrix record of a rounded expert matrix.
+
+        Raises:
+            TensorError: the weights are so small that their scales do not fit float16.
+        """
         layer = self.inventory.layers[unit.layer]
         spec = self.plan.spec(unit, layer.projections)
         parts = (rounded.codes_NK, rounded.scale_NG, rounded.zero_NG)
+        self._check_scales(unit, rounded.scale_NG)
         if unit.expert in (0, layer.num_experts - 1):
             self.noted[unit] = weights_digest(dequantize(*parts, spec))
         return pack_matrix(*parts, spec)
+
+    def _check_scales(self, unit: Unit, scale_NG: Tensor) -> None:
+        """A scale below `TINY` is off by more than it should be, and zero stands for weights only if all are zero."""
+        sizes = scale_NG.float().abs()
+        if float(sizes.amin()) >= TINY:
+            return
+        layer = self.inventory.layers[unit.layer]
+        largest = float(self.matrix(unit).float().abs().amax())
+        if largest < NOTHING or float(sizes.amax()) >= TINY * 2**6:  # or rows that hardly count beside others
+            return
+        raise TensorError(
+            f"the weights are so small (at most {largest:.2g}) that float16 scales would lose them",
+            tensor=layer.sources[unit.projection].tensor(unit.expert),
+            fix="multiply these weights by a power of two, and what follows or precedes them by its inverse",
+        )
 
     def matrix(self, unit: Unit) -> Tensor:
         """The source weights (N, K) of a unit."""

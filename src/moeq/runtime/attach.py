@@ -83,7 +83,8 @@ def _device(model: nn.Module, path: str) -> torch.device:
 def locate(model: nn.Module, path: str) -> str:
     """The module path in `model` that `path` means, with or without the base model's prefix.
 
-    A checkpoint written from a model with a head also loads into the bare base model.
+    A checkpoint written from a model with a head also loads into the bare base model, and that of a model with towers
+    into the class of its text part alone.
 
     Raises:
         PackedError: there is none.
@@ -93,6 +94,12 @@ def locate(model: nn.Module, path: str) -> str:
     for candidate in (path, path.removeprefix(prefix), prefix + path):
         if candidate in modules:
             return candidate
+    parts = path.split(".")
+    for start in range(1, len(parts)):  # a path without some names on the way to the text part
+        for stop in range(start + 1, len(parts)):
+            candidate = ".".join([*parts[:start], *parts[stop:]])
+            if candidate in modules and parts[start:stop] and any(part.isdigit() for part in parts[stop:]):
+                return candidate
     raise PackedError(f"the model has no module {path}", tensor=path, fix=FIX)
 
 

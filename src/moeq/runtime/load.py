@@ -5,9 +5,13 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from moeq import codec
+from moeq.checkpoint.locate import CONFIG_NAME, read_config, resolve_packed
+from moeq.checkpoint.read import Reader
+from moeq.checkpoint.rounded.registry import facts_of
 from moeq.errors import CheckpointError, DeviceError, MoeqError, PackedError
 from moeq.format.manifest import MANIFEST_NAME, Manifest
 from moeq.layouts.grouped import gpu
@@ -28,7 +32,7 @@ def load(
     """A packed checkpoint as a model; experts stay packed and decode one matrix at a time.
 
     Args:
-        directory: what `moeq quantize` wrote.
+        directory: what `moeq quantize` wrote, or a hub id of such.
         device: "auto" (CUDA when there is one), "cpu" or "cuda[:n]".
         dtype: compute dtype of everything that is not packed; "auto" takes the checkpoint's.
         exact_activations: True keeps activations in floats, which is slower; False rounds them to 8 bits wherever few
@@ -42,8 +46,8 @@ def load(
         VersionError: written by a later moeq.
         DeviceError: there is no such device.
     """
-    path = Path(directory)
     place = pick_device(device)
+    path = resolve_packed(directory)
     _check_config(path, validate_packed(path))
     try:
         model = from_pretrained(path, dtype)
@@ -79,11 +83,26 @@ def _check_config(directory: Path, manifest: Manifest) -> None:
 
 
 def from_pretrained(directory: Path, dtype: Any) -> PreTrainedModel:
-    """The model of a directory, of the class that its config names; raises whatever transformers does."""
+    """The model of a directory, of the class that its config names; raises whatever transformers does.
+
+    A checkpoint that was rounded before is loaded as what moeq decodes it to: some of transformers' own ways need GPUs.
+    """
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     names = config.architectures or []
     cls = getattr(transformers, names[0], None) if names else None
-    return (cls or AutoModelForCausalLM).from_pretrained(directory, dtype=dtype, local_files_only=True)
+    if facts_of(read_config(directory / CONFIG_NAME)) is None:
+        return (cls or AutoModelForCausalLM).from_pretrained(directory, dtype=dtype, local_files_only=True)
+    with Reader(directory) as reader:
+        tensors = {name: reader.tensor(name) for name in reader.headers}
+    for part in (config, config.get_text_config()):
+        vars(part).pop("quantization_config", None)
+    return (cls or AutoModelForCausalLM).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+
+
+def predicts_tokens(directory: Path) -> bool:
+    """Whether the class that a config names has logits over the vocabulary: what perplexity and KL are about."""
+    names = read_config(directory / CONFIG_NAME).get("architectures") or [""]
+    return not str(names[0]).endswith(("ForTokenClassification", "ForSequenceClassification", "ForQuestionAnswering"))
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -121,7 +140,8 @@ def load_any(
     is told of kernels that are compiled for a GPU.
     """
     if (directory / MANIFEST_NAME).is_file():
-        return load(directory, device=device, dtype=dtype, exact_activations=exact_activations, progress=compiled)
+        packed = load(directory, device=device, dtype=dtype, exact_activations=exact_activations, progress=compiled)
+        return speaker(packed)
     place = pick_device(device)
     try:
         model = from_pretrained(directory, dtype)
@@ -131,7 +151,15 @@ def load_any(
         raise CheckpointError(
             f"transformers cannot load it: {_one_line(error)}", file=directory, fix="check the directory"
         ) from error
-    return model.to(place).eval()
+    return speaker(model.to(place).eval())
+
+
+def speaker(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that answers tokens with logits: itself, or the thinker of an omni model."""
+    if type(model).forward is not nn.Module.forward:
+        return model
+    parts = (part for part in model.children() if isinstance(part, PreTrainedModel))
+    return next((part for part in parts if part.get_output_embeddings() is not None), model)
 
 
 def load_tokenizer(directory: Path) -> transformers.PreTrainedTokenizerBase:
@@ -142,7 +170,7 @@ def load_tokenizer(directory: Path) -> transformers.PreTrainedTokenizerBase:
     """
     fix = "copy the model's tokenizer files into the directory"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each tokenizer class fails in its own way
         raise CheckpointError(f"no tokenizer could be loaded: {_one_line(error)}", file=directory, fix=fix) from error
     # Without files some families make one that knows its special tokens only, and encodes any text as nothing.

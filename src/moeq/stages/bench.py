@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from moeq import native
-from moeq.checkpoint.read import resolve
+from moeq.checkpoint.locate import resolve
 from moeq.errors import OptionError
 from moeq.layouts.grouped.serving import PackedLinear
 from moeq.layouts.serving import ExpertsModule

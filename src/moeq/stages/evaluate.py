@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moeq.artifacts import EvalResult
 from moeq.calibration.tokens import read_text
-from moeq.checkpoint.read import resolve
+from moeq.checkpoint.locate import resolve
 from moeq.evals import suite
 from moeq.evals.forward import Progress
 from moeq.evals.tasks import read_pairs

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from moeq.checkpoint.read import resolve
+from moeq.checkpoint.locate import resolve
 from moeq.errors import OptionError
 from moeq.runtime.ahead import Told
 from moeq.runtime.load import load_any, load_tokenizer

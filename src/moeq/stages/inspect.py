@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeq.arch.inventory import read_inventory
-from moeq.checkpoint.read import read_headers, resolve
+from moeq.checkpoint.locate import resolve
+from moeq.checkpoint.read import read_headers
 from moeq.codec import read_json
 from moeq.format.manifest import MANIFEST_NAME
 from moeq.layouts.validate import SUFFIXES, validate_packed

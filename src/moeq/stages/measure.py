@@ -9,7 +9,7 @@ from moeq import codec
 from moeq.allocation.measuring import subject, table
 from moeq.arch.inventory import read_inventory
 from moeq.artifacts import CostTable
-from moeq.checkpoint.read import resolve
+from moeq.checkpoint.locate import resolve
 from moeq.checkpoint.write import write_file_atomic
 from moeq.costs.component_table import ComponentTable
 from moeq.progress import Progress

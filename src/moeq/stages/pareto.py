@@ -6,7 +6,7 @@ from pathlib import Path
 from moeq.allocation import measuring, other_linears, plans
 from moeq.arch.inventory import read_inventory
 from moeq.artifacts import CostTable, Inventory, Plan, expert_bytes
-from moeq.checkpoint.read import resolve
+from moeq.checkpoint.locate import resolve
 from moeq.costs.component_table import ComponentTable, load_table
 from moeq.errors import ArtifactError, InfeasibleError, OptionError
 from moeq.recipe import Recipe

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeq.allocation import decide
+from moeq.arch.mtp import mtp_tensors
+from moeq.checkpoint.read import read_headers
+from moeq.checkpoint.rounded.registry import FORMATS
 from moeq.quantizers.registry import QUANTIZERS
 from moeq.recipe import Recipe
 from moeq.spec import WHOLE_ROW
@@ -117,14 +120,38 @@ def _seconds(decision: Decision) -> float:
     return moved + inventory.expert_parameters / QUANTIZERS[str(decision.recipe.quantizer)].weights_per_second
 
 
+def _rounded(decision: Decision) -> list[str]:
+    """What becomes of weights that were rounded before and are not packed now."""
+    rounded = {name: info for name, info in decision.headers.items() if info.rounded is not None}
+    if not rounded:
+        return []
+    copied = {tensor.name for shard in decision.shards if shard.layer is None for tensor in shard.tensors}
+    kept = [info for name, info in rounded.items() if name in copied]
+    now = sum(info.stop - info.start for info in kept)
+    before = sum(part.stop - part.start for info in kept for part in info.stored)
+    titles = sorted({FORMATS[info.rounded.form].title for info in rounded.values() if info.rounded is not None})
+    text = f"the source is {' and '.join(titles)}: {len(rounded)} weights are decoded"
+    if kept:
+        text += (
+            f"; {len(kept)} that are not packed are kept in bfloat16, {now} bytes instead of {before} (--dense-bits 8)"
+        )
+    return [text]
+
+
 def _warnings(decision: Decision) -> tuple[str, ...]:
-    found = []
+    found, recipe = [], decision.recipe
     if not decision.decided:
         found.append(
             f"the plan is decided when {decision.recipe.cost} costs are measured; sizes are those of the budget"
         )
+    found += _rounded(decision)
+    extra = mtp_tensors(decision.source, read_headers(decision.source))
+    if extra:
+        words = "left out" if recipe.mtp == "drop" else "copied as they are; --mtp drop leaves them out"
+        found.append(
+            f"{len(extra)} tensors of layers that predict further tokens, which transformers ignores, are {words}"
+        )
     bits = 8 * decision.plan.expert_bytes / decision.inventory.expert_parameters
-    recipe = decision.recipe
     if bits < 4 and decision.plan.components is None and not QUANTIZERS[str(recipe.quantizer)].needs_hessian:
         found.append("below 4 bits a calibrated quantizer (--quantizer gptq --calibration FILE) keeps far more quality")
     widths = {columns for layer in decision.inventory.layers for _, columns in layer.shapes.values()}

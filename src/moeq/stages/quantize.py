@@ -14,14 +14,14 @@ from moeq import codec
 from moeq.allocation.decide import COSTS_NAME, decide, draft
 from moeq.arch.inventory import read_inventory
 from moeq.calibration.tokens import TokenBatch
-from moeq.checkpoint.read import resolve
+from moeq.checkpoint.locate import resolve
 from moeq.checkpoint.write import FileDigest, write_file_atomic
 from moeq.errors import MoeqError, OptionError
 from moeq.format.manifest import read_manifest, write_manifest
 from moeq.progress import Progress
 from moeq.recipe import Recipe
 from moeq.report.card import CalibrationFacts, RouterFacts, model_card
-from moeq.runtime.load import pick_device
+from moeq.runtime.load import pick_device, predicts_tokens
 from moeq.spec import Unit
 from moeq.stages import verify
 from moeq.stages.evaluate import held_out
@@ -264,6 +264,8 @@ def _quality(
         return None, "not measured: no calibration text was left over; run moeq eval"
     if decision.inventory.source_bytes > QUALITY_BYTES:
         return None, "not measured: the original is too large to load it unasked; run moeq eval"
+    if not predicts_tokens(decision.source):
+        return None, "not measured: the model does not predict the next token"
     result = held_out(decision.source, partial, list(rest.ids_NT), device)
     return {**result.metrics, "tokens": float(result.tokens)}, None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moeq.artifacts import Inventory
-from moeq.checkpoint.read import resolve
+from moeq.checkpoint.locate import resolve
 from moeq.checkpoint.write import write_file_atomic
 from moeq.errors import StorageError
 from moeq.format.manifest import Manifest, write_manifest

@@ -12,6 +12,7 @@ from moeq.layouts.job import weights_digest
 from moeq.layouts.serving import ExpertsModule
 from moeq.layouts.validate import validate_packed, verify_files
 from moeq.runtime import attach, load
+from moeq.runtime.load import speaker
 from moeq.spec import Unit
 
 PROBE_TOKENS = 2
@@ -66,7 +67,7 @@ def run(
                     decoded += 1
     ids = torch.arange(1, 1 + PROBE_TOKENS).unsqueeze(0) % int(model.config.get_text_config().vocab_size)
     with torch.inference_mode():
-        logits = model(input_ids=ids, use_cache=False).logits
+        logits = speaker(model)(input_ids=ids, use_cache=False).logits
     if not bool(logits.isfinite().all()):
         raise _not_finite(model, directory)
     files = len(manifest.files) if hashes else 0
@@ -75,7 +76,12 @@ def run(
 
 def _not_finite(model: nn.Module, directory: Path) -> PackedError:
     bad = next((name for name, value in model.named_parameters() if not bool(value.isfinite().all())), None)
-    fix = "report this as a bug" if bad is None else "this tensor was copied as it is: look at the original"
+    fix = "this tensor was copied as it is: look at the original"
+    if bad is None:
+        fix = (
+            "load the original with transformers: if its logits are not finite either, as of bfloat16 models that were "
+        )
+        fix += "saved in float16, convert it to bfloat16 from a better copy; else report this"
     return PackedError("the reloaded model gives logits that are not finite", file=directory, tensor=bad, fix=fix)
 
 

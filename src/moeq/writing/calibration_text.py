@@ -3,6 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
+from moeq.calibration.rows import Template
 from moeq.calibration.tokens import TokenBatch, read_documents, sample_tokens
 from moeq.errors import MoeqError, OptionError
 from moeq.recipe import Recipe
@@ -10,6 +13,13 @@ from moeq.runtime.load import load_tokenizer
 
 HELD_OUT = 8
 """Windows of calibration text kept aside to measure quality on."""
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> Template | None:
+    """The chat template of a tokenizer, None if it has none."""
+    if not tokenizer.chat_template:
+        return None
+    return lambda messages, tools: str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
 
 
 def calibration_tokens(
@@ -33,7 +43,7 @@ def calibration_tokens(
             )
         return None, None
     tokenizer = load_tokenizer(source)
-    documents = read_documents(recipe.calibration)
+    documents = read_documents(recipe.calibration, template=template_of(tokenizer))
     tokens = sample_tokens(
         tokenizer, documents, recipe.nsamples, recipe.seqlen, recipe.seed, source=Path(recipe.calibration).name
     )

@@ -1,13 +1,15 @@
 """What makes packed shards a checkpoint: config, hook, index, plan, manifest and model card."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moeq import codec
+from moeq.arch.mtp import without_mtp
 from moeq.artifacts import Inventory, Plan
-from moeq.checkpoint.read import INDEX_NAME
+from moeq.checkpoint.locate import CONFIG_NAME, INDEX_NAME, read_config
 from moeq.checkpoint.write import FileDigest, copy_sidecars, index_text, list_sidecars, write_file_atomic
 from moeq.format.manifest import MANIFEST_NAME, Manifest, PackedLayer, PackedLinear
 from moeq.recipe import Recipe
@@ -17,6 +19,7 @@ from moeq.writing import card_facts
 from moeq.writing.arrangement import Shard
 
 QUANT_METHOD = "moeq"
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 HOOK_NAME = "moeq_hook.py"
 PLAN_NAME = "moeq_plan.json"
 RECIPE_NAME = "moeq_recipe.yaml"
@@ -146,7 +149,11 @@ def _texts(
     source: Path, inventory: Inventory, plan: Plan, recipe: Recipe, shards: tuple[Shard, ...]
 ) -> dict[str, bytes]:
     """Our own files: name -> content."""
-    config = codec.read_json(source / "config.json")
+    config = read_config(source / CONFIG_NAME)
+    if recipe.mtp == "drop":
+        config = without_mtp(config)
+    if not config.get("dtype") and not config.get("torch_dtype"):  # transformers would take it from our first tensor
+        config["dtype"] = _dtype_of(config, shards)
     config["quantization_config"] = quantization_config(inventory, plan, recipe)
     config["auto_map"] = {"AutoConfig": f"{HOOK_NAME.removesuffix('.py')}.Cfg"}
     weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
@@ -157,6 +164,16 @@ def _texts(
         RECIPE_NAME: recipe.to_yaml().encode(),
         INDEX_NAME: index_text(weight_map, sum(tensor.size for shard in shards for tensor in shard.tensors)),
     }
+
+
+def _dtype_of(config: dict[str, Any], shards: tuple[Shard, ...]) -> str:
+    """The dtype that a part of the config names, or that of most bytes which are copied."""
+    parts = (value for value in config.values() if isinstance(value, dict))
+    named = (part.get("dtype") or part.get("torch_dtype") for part in parts)
+    sizes = Counter[str]()
+    for tensor in (tensor for shard in shards if shard.layer is None for tensor in shard.tensors):
+        sizes[DTYPES.get(tensor.dtype, "bfloat16")] += tensor.size
+    return next((str(name) for name in named if name), sizes.most_common(1)[0][0] if sizes else "bfloat16")
 
 
 def _hook(config: dict[str, Any]) -> str:

@@ -38,6 +38,7 @@ def families(inventory: Inventory, headers: Mapping[str, TensorInfo], plan: Plan
     """
     source_experts = inventory.expert_parameters * inventory.element_bytes
     rows = {"experts": family(inventory.expert_parameters, plan.expert_bytes if plan else source_experts)}
+    total = sum(info.stop - info.start for info in headers.values())
     used_bytes, used_parameters = source_experts, inventory.expert_parameters
     for kind in ("attention", "shared", "dense", "lm_head"):
         parameters = size = 0
@@ -54,5 +55,5 @@ def families(inventory: Inventory, headers: Mapping[str, TensorInfo], plan: Plan
         used_parameters += parameters
         if parameters:
             rows[kind] = family(parameters, size)
-    rows["other"] = family(inventory.parameters - used_parameters, inventory.source_bytes - used_bytes)
+    rows["other"] = family(inventory.parameters - used_parameters, total - used_bytes)
     return rows

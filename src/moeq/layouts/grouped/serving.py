@@ -107,13 +107,34 @@ class PackedExperts(ExpertsModule):
         return f"experts={len(self.entries)}, shapes={self.shapes}, bytes={size}"
 
 
-class PackedLinear(nn.Module):
-    """A linear layer over packed weights; stands in for nn.Linear."""
+class DecodedWeight(Tensor):
+    """What packed weights decode to: a copy, so changing it would change nothing, without a word."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        changes = func == _SET_DATA or (name.endswith("_") and not name.startswith("__")) or name in _IN_PLACE
+        if changes and isinstance(args[0], cls):
+            raise PackedError(
+                "packed weights cannot be changed, adapters not merged into them",
+                fix="keep the adapter apart, or merge it into the original model and quantize that",
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+_SET_DATA: Final = Tensor.data.__set__  # type: ignore[attr-defined]
+_IN_PLACE: Final = frozenset(("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"))
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer over packed weights. It is an nn.Linear for whoever looks for one, as peft's adapters do."""
 
     data: Tensor | None
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not nn.Linear's: there are no weights to make
+        self._is_hf_initialized = True  # transformers has nothing to fill in
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.bias = linear.bias
@@ -152,9 +173,9 @@ class PackedLinear(nn.Module):
         return self
 
     @property
-    def weight(self) -> Tensor:
-        """The decoded weights (out_features, in_features), float32; for code that looks at them."""
-        return decode_matrix(self.matrix.record, self.matrix.spec, self.matrix.shape)
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The decoded weights (out_features, in_features), float32; for code that looks at them but changes nothing."""
+        return decode_matrix(self.matrix.record, self.matrix.spec, self.matrix.shape).as_subclass(DecodedWeight)
 
     def forward(self, hidden_states: Tensor, *_: Any) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
