@@ -18,7 +18,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add("--group-size", type=int, help="inputs per scale: 32, 64, 128 (default) or -1 for whole rows")
     add("--levels", help="auto (default), asym, asym16, sym or half")
     add("--dense-bits", help="other linears: 16 (default), 8, 6, 4, attention=4,shared=8,dense=8,lm_head=16, or auto")
-    add("--calibration", metavar="FILE", help="text file (a document per line), jsonl, or dataset id")
+    add("--calibration", metavar="TEXTS", help=TEXTS)
     add("--nsamples", type=int, help="calibration sequences (default 128)")
     add("--seqlen", type=int, help="tokens of a sequence (default 512)")
     add("--seed", type=int, help="seed of everything random (default 0)")
@@ -58,6 +58,8 @@ def _tuning_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--router-lr", type=float, help="learning rate of routers (default 0.0001)")
 
 
+TEXTS = "txt (a document per line), jsonl, parquet, directory or dataset id; several: A:0.5,B:0.5 with their weights"
+"""Of --calibration."""
 Verb = Callable[[str, str], argparse.ArgumentParser]
 """(name, what it does) -> its parser."""
 
@@ -118,7 +120,7 @@ def _making_verbs(verb: Verb) -> None:
     repair = verb("repair", "tune the routers of a packed checkpoint")
     repair.add_argument("directory", help="what quantize wrote")
     repair.add_argument("output", help="directory to make")
-    repair.add_argument("--calibration", required=True, metavar="FILE", help="text file, jsonl, or dataset id")
+    repair.add_argument("--calibration", required=True, metavar="TEXTS", help=TEXTS)
     repair.add_argument("--nsamples", type=int, default=128, help="sequences (default 128)")
     repair.add_argument("--seqlen", type=int, default=512, help="tokens of a sequence (default 512)")
     repair.add_argument("--seed", type=int, default=0, help="seed of the text's order (default 0)")

@@ -62,6 +62,7 @@ def plan(report: PlanReport) -> str:
         "",
         _families(report.families),
         "",
+        *(f"calibrated on {text.words}" for text in report.calibration),
         f"original   {human_bytes(report.source_bytes)}",
         f"packed     {human_bytes(report.stored_bytes)}, experts {report.expert_bits_per_weight:.4f} bits per weight",
         f"on disk    {human_bytes(report.disk_bytes)} with all other files",
@@ -137,6 +138,7 @@ def quantize(report: QuantizeReport) -> str:
         f"experts: {report.expert_bits_per_weight:.4f} bits per weight, everything included",
         f"verified: {report.verified.files} files hashed, {report.verified.decoded} matrices decoded, reloaded",
     ]
+    lines += [f"calibrated on {text.words}" for text in report.calibration]
     if report.tokens_per_expert is not None:
         tokens = report.tokens_per_expert
         lines.append(

@@ -42,7 +42,7 @@ class Recipe:
         dense_bits: width of the other linears: one number for all but lm_head, or
             "attention=4,shared=8,dense=8,lm_head=16". "auto", for all but lm_head or for some kinds, lets the
             program that spends `size` on the experts choose theirs too.
-        calibration: a text or jsonl file, or a dataset id.
+        calibration: texts, "a.txt:0.5,b.jsonl:0.5" (`moeq.calibration.texts`).
         nsamples: calibration sequences.
         seqlen: tokens of a sequence.
         seed: of everything random.

@@ -257,7 +257,7 @@ def run(*words: object, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_the_command_line_goes_all_the_way(
     demo_dir: Path, costs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--method", "gemq", "--dense-bits", "auto", "--costs", costs)
+    options = ("--method", "gemq", "--dense-bits", "auto", "--costs", costs, "--router", "none")
     plans = []
     for size in (3_150_000, 3_700_000):
         plan = tmp_path / f"{size}.json"
@@ -276,7 +276,7 @@ def test_the_command_line_goes_all_the_way(
     assert objectives == sorted(objectives, reverse=True)
     assert curve[0]["dense_bytes"] < curve[-1]["dense_bytes"]
     out = tmp_path / "out"
-    options = (*options, "--quantizer", "rtn", "--router", "none", "--no-quality", "--device", "cpu")
+    options = (*options, "--quantizer", "rtn", "--no-quality", "--device", "cpu")
     run("quantize", demo_dir, out, *options, "--size", 3_150_000, capsys=capsys)
     assert sum(path.stat().st_size for path in out.iterdir()) <= 3_150_000
     assert Plan.load(out / finish.PLAN_NAME).hash == plans[0].hash
@@ -316,11 +316,11 @@ def test_costs_without_these_linears_are_refused_and_measured_again(
     for change, message in cases:
         path.write_text(json.dumps({**data, **change}), encoding="utf-8")
         with pytest.raises(ArtifactError, match=message) as caught:
-            moeq.plan(demo_dir, method="gemq", dense_bits="auto", size="3.3MB", costs=str(path))
+            moeq.plan(demo_dir, method="gemq", router="none", dense_bits="auto", size="3.3MB", costs=str(path))
         assert caught.value.fix
     path.write_text(json.dumps({**data, **none}), encoding="utf-8")
-    assert moeq.plan(demo_dir, method="gemq", dense_bits="8", size="3.3MB", costs=str(path)).decided
-    assert moeq.plan(demo_dir, method="gemq", dense_bits="8", size="3.3MB", costs=str(costs)).decided
+    assert moeq.plan(demo_dir, method="gemq", router="none", dense_bits="8", size="3.3MB", costs=str(path)).decided
+    assert moeq.plan(demo_dir, method="gemq", router="none", dense_bits="8", size="3.3MB", costs=str(costs)).decided
 
     inventory, headers = demo()
     recipe = Recipe(method="gemq", dense_bits="auto", calibration=str(calibration_text), **SMALL)

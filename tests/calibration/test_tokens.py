@@ -84,13 +84,16 @@ def test_bad_json_lines(tmp_path: Path, line: str, message: str) -> None:
 def test_unusable_files(tmp_path: Path, reader) -> None:
     cases = {
         "does not exist": tmp_path / "absent.txt",
-        "is a directory": tmp_path,
+        "no text in this directory": tmp_path / "pictures",
         "byte 3 is not UTF-8": write(tmp_path / "latin.txt", b"caf\xe9"),
         "byte 0 is not UTF-8": write(tmp_path / "utf16.txt", "text".encode("utf-16")),
         "there is no text": write(tmp_path / "empty.txt", ""),
         "no text in it": write(tmp_path / "blank.jsonl", '{"text": " "}\n'),
         "what a .csv is": write(tmp_path / "a.csv", "text"),
     }
+    (tmp_path / "pictures" / ".git").mkdir(parents=True)
+    write(tmp_path / "pictures" / "a.png", "text")
+    write(tmp_path / "pictures" / ".git" / "description.txt", "text")
     for message, path in cases.items():
         with pytest.raises(CalibrationError, match=message) as caught:
             reader(path)

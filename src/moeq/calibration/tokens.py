@@ -23,6 +23,9 @@ from moeq.errors import CalibrationError, OptionError
 DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 """A hub dataset, "org/name", or one configuration of it, "org/name:config"."""
 
+PLAIN = (".txt", ".md")
+"""Files of a directory that are one document each."""
+
 DATASET_DOCUMENTS = 16_384
 """Documents taken from the start of a hub dataset; the papers shuffle 16 documents per sample of theirs."""
 
@@ -38,6 +41,29 @@ class Tokenizer(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Domain:
+    """What was used of one text.
+
+    Attributes:
+        name: of the text.
+        samples: cut out of it.
+        documents: that these samples hold, or parts of them.
+        conversations: how many of all documents that were read went through the tokenizer's chat template.
+    """
+
+    name: str
+    samples: int
+    documents: int
+    conversations: int = 0
+
+    @property
+    def words(self) -> str:
+        """The same for people."""
+        text = f"{self.name}: {self.samples:,} samples from {self.documents:,} documents"
+        return f"{text}, {self.conversations:,} conversations through the chat template" if self.conversations else text
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenBatch:
     """Calibration samples of equal length.
@@ -47,12 +73,16 @@ class TokenBatch:
         hash: sha256 of shape and ids, hexadecimal.
         source: where the text came from, for reports.
         seed: what the documents were shuffled with.
+        domains: what was used of each text.
+        domain_N: the domain of each sample.
     """
 
     ids_NT: Tensor
     hash: str
     source: str
     seed: int
+    domains: tuple[Domain, ...] = ()
+    domain_N: tuple[int, ...] = ()
 
 
 def token_hash(rows: Iterable[Tensor]) -> str:
@@ -69,29 +99,50 @@ def read_documents(source: str | Path, *, split: str = "train", template: Templa
 
     Args:
         source: a .txt file with one document per line (empty lines are dropped), a .jsonl, .parquet or .arrow file of
-            rows, or a hub dataset "org/name[:config]". A row has a "text", or is a conversation: "messages" or
-            "conversations", or "prompt" and "completion" (`moeq.calibration.rows`).
+            rows, a directory of such files (there a .txt or .md file is one document), or a hub dataset
+            "org/name[:config]". A row has a "text", or is a conversation: "messages" or "conversations", or "prompt"
+            and "completion" (`moeq.calibration.rows`).
         split: which split of a hub dataset.
         template: turns a conversation into text; None if there is no tokenizer that has one.
 
     Raises:
-        CalibrationError: the file is absent, a directory, empty, not UTF-8, or a line is no such object;
-            or the dataset cannot be read.
+        CalibrationError: the file is absent, empty, not UTF-8, or a line is no such object; the directory has no such
+            file; or the dataset cannot be read.
     """
     if _is_dataset(source):
         documents = list(_dataset_documents(str(source), split, template))
-    elif _suffix(Path(source)) == ".jsonl":
-        rows = read_json_lines(Path(source))
-        documents = [document(row, f"line {line}", Path(source), template) for line, row in rows]
-    elif _suffix(Path(source)) in TABLES:
-        rows = enumerate(read_table(Path(source)), start=1)
-        documents = [document(row, f"row {number}", Path(source), template) for number, row in rows]
+    elif Path(source).is_dir():
+        documents = list(_directory_documents(Path(source), template))
     else:
-        documents = _decode(Path(source)).split("\n")
+        documents = _file_documents(Path(source), template)
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise CalibrationError("there is no text in it", file=source, fix="give a text with at least one document")
     return documents
+
+
+def _file_documents(path: Path, template: Template | None) -> list[str]:
+    suffix = _suffix(path)
+    if suffix == ".jsonl":
+        return [document(row, f"line {line}", path, template) for line, row in read_json_lines(path)]
+    if suffix in TABLES:
+        rows = enumerate(read_table(path), start=1)
+        return [document(row, f"row {number}", path, template) for number, row in rows]
+    return _decode(path).split("\n")
+
+
+def _directory_documents(directory: Path, template: Template | None) -> Iterator[str]:
+    """Those of all files at any depth, in the order of their names; hidden ones are not for readers."""
+    files = [path for path in sorted(directory.rglob("*")) if path.suffix.lower() in (*PLAIN, ".jsonl", *TABLES)]
+    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(directory).parts)]
+    if not files:
+        fix = "give a directory of .txt, .md, .jsonl, .parquet or .arrow files"
+        raise CalibrationError("there is no text in this directory", file=directory, fix=fix)
+    for path in files:
+        if path.suffix.lower() in PLAIN:
+            yield _decode(path)
+        else:
+            yield from _file_documents(path, template)
 
 
 def read_text(source: str | Path, *, split: str = "test") -> str:
@@ -137,7 +188,9 @@ def sample_tokens(
     """Cut calibration samples out of shuffled documents (GEMQ, appendix on calibration data).
 
     Documents are shuffled, each is tokenized with the tokenizer's own special tokens, the ids are
-    joined, and consecutive windows are taken. No more text is tokenized than is needed.
+    joined, and consecutive windows are taken: long documents are cut, short ones share a window. Where the tokenizer
+    marks neither beginning nor end, the end-of-text token separates documents, as in pretraining. No more text is
+    tokenized than is needed.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -156,8 +209,11 @@ def sample_tokens(
     random.Random(seed).shuffle(shuffled)
     needed = nsamples * seqlen
     ids: list[int] = []
+    between = _separator(tokenizer)
+    used = 0
     for text in shuffled:
-        ids += _encode(tokenizer, text)
+        used += 1
+        ids += [*_encode(tokenizer, text), *between]
         if len(ids) >= needed:
             break
     if len(ids) < needed:
@@ -166,7 +222,14 @@ def sample_tokens(
             fix=f"give a longer text, or at most {len(ids) // seqlen} samples, or shorter ones",
         )
     ids_NT = torch.tensor(ids[:needed], dtype=torch.int64).view(nsamples, seqlen)
-    return TokenBatch(ids_NT=ids_NT, hash=token_hash(ids_NT), source=source, seed=seed)
+    return TokenBatch(
+        ids_NT=ids_NT,
+        hash=token_hash(ids_NT),
+        source=source,
+        seed=seed,
+        domains=(Domain(name=source, samples=nsamples, documents=used),),
+        domain_N=(0,) * nsamples,
+    )
 
 
 def windows(tokenizer: Tokenizer, text: str, seqlen: int, *, max_tokens: int | None = None) -> list[Tensor]:
@@ -199,6 +262,13 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     # verbose=False: a text longer than the model's context is no mistake, it is cut into windows.
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
     return ids
+
+
+def _separator(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What comes between documents: nothing where the tokenizer marks them itself."""
+    if tokenizer.eos_token_id is None or _encode(tokenizer, ""):
+        return ()
+    return (tokenizer.eos_token_id,)
 
 
 def _check_positive(*options: tuple[str, int, int]) -> None:
@@ -256,7 +326,7 @@ def _decode(path: Path) -> str:
     except FileNotFoundError:
         raise CalibrationError("the file does not exist", file=path, fix="check the path") from None
     except IsADirectoryError:
-        raise CalibrationError("this is a directory", file=path, fix="give a .txt or .jsonl file in it") from None
+        raise CalibrationError("this is a directory", file=path, fix="give a file") from None
     except UnicodeDecodeError as error:
         raise CalibrationError(
             f"byte {error.start} is not UTF-8", file=path, fix="convert the file to UTF-8 text"

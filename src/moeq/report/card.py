@@ -37,6 +37,7 @@ class CalibrationFacts:
         starved: experts that got too few tokens for statistics of their own.
         experts: all experts; 0 if rounding did not use the text, then no tokens per expert are told.
         uses: what the text was used for, as keys of `USES`.
+        texts: what was used of each, in words.
     """
 
     source: str
@@ -49,6 +50,7 @@ class CalibrationFacts:
     starved: int
     experts: int
     uses: tuple[str, ...] = ("rounding",)
+    texts: tuple[str, ...] = ()
 
 
 USES = {"costs": "choosing widths", "rounding": "rounding", "routers": "tuning the routers"}
@@ -299,6 +301,8 @@ def _calibration(facts: CalibrationFacts | None) -> str:
         f"{facts.nsamples} samples of {facts.seqlen} tokens from {_line(facts.source)}, seed {facts.seed} "
         f"(token hash `{facts.tokens_hash[:16]}`). Used for {_and(uses)}."
     )
+    if facts.texts:
+        text += f" {_line('; '.join(facts.texts))}."
     if not facts.experts:
         return text + " The weights were rounded on their own, without data."
     text += f" Tokens per expert: {facts.min_tokens:,} at least, {facts.median_tokens:,} in the median."

@@ -3,15 +3,20 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeq.allocation import decide
+from moeq.allocation import decide, measuring
+from moeq.arch.meta import build_meta_model
 from moeq.arch.mtp import mtp_tensors
+from moeq.calibration.opening import block_paths
+from moeq.calibration.tokens import Domain
 from moeq.checkpoint.read import read_headers
 from moeq.checkpoint.rounded.registry import FORMATS
 from moeq.quantizers.registry import QUANTIZERS
 from moeq.recipe import Recipe
 from moeq.spec import WHOLE_ROW
 from moeq.writing import card_facts, weight_families
+from moeq.writing.calibration_text import tokens_for
 from moeq.writing.decision import Decision
+from moeq.writing.quantizer_choice import chosen_quantizer
 
 READ_WRITE_BYTES_PER_SECOND = 0.5e9
 """A modest disk; only for the rough time estimate."""
@@ -27,6 +32,7 @@ class PlanReport:
         families: sizes by kind of tensor.
         allocation: code bits -> expert matrices that get them; empty while costs must still be measured.
         tiles: projection -> what its experts share in tiles, in words; empty if the layout has none.
+        calibration: what would be used of each calibration text.
         decided: the plan is the one that quantize would follow; false if costs must be measured first.
         quantized: kinds of linears that are quantized beside the experts.
         untouched: kinds of tensors that stay as they are.
@@ -52,6 +58,7 @@ class PlanReport:
     families: dict[str, weight_families.Family]
     allocation: dict[str, int]
     tiles: dict[str, str]
+    calibration: tuple[Domain, ...]
     decided: bool
     quantized: tuple[str, ...]
     untouched: tuple[str, ...]
@@ -69,6 +76,11 @@ def run(model: str | Path, recipe: Recipe) -> PlanReport:
     """
     decision = decide.draft(model, recipe)
     inventory, plan = decision.inventory, decision.plan
+    tokens, _ = tokens_for(decision.source, decision.recipe, chosen_quantizer(decision.recipe))
+    if not decision.decided:
+        measuring.subject(decision.source, inventory, decision.headers, decision.recipe)
+    if tokens is not None and QUANTIZERS[str(decision.recipe.quantizer)].needs_hessian:
+        block_paths(inventory, build_meta_model(decision.source))
     rows = weight_families.families(inventory, decision.headers, plan)
     packed = {linear.kind for linear in inventory.dense if linear.path in plan.dense}
     return PlanReport(
@@ -88,6 +100,7 @@ def run(model: str | Path, recipe: Recipe) -> PlanReport:
         families=rows,
         allocation=card_facts.counts(inventory, plan) if decision.decided else {},
         tiles=card_facts.shared(inventory, plan),
+        calibration=() if tokens is None else tokens.domains,
         decided=decision.decided,
         quantized=("experts", *sorted(packed)),
         untouched=tuple(sorted((set(rows) | {"other"}) - packed - {"experts"})),

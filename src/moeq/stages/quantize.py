@@ -13,7 +13,7 @@ import torch
 from moeq import codec
 from moeq.allocation.decide import COSTS_NAME, decide, draft
 from moeq.arch.inventory import read_inventory
-from moeq.calibration.tokens import TokenBatch
+from moeq.calibration.tokens import Domain, TokenBatch
 from moeq.checkpoint.locate import resolve
 from moeq.checkpoint.write import FileDigest, write_file_atomic
 from moeq.errors import MoeqError, OptionError
@@ -26,7 +26,7 @@ from moeq.spec import Unit
 from moeq.stages import verify
 from moeq.stages.evaluate import held_out
 from moeq.writing import card_facts, directory, other_files, weight_families
-from moeq.writing.calibration_text import calibration_tokens
+from moeq.writing.calibration_text import tokens_for
 from moeq.writing.decision import Decision
 from moeq.writing.packing import pack
 from moeq.writing.quantizer_choice import chosen_quantizer
@@ -54,6 +54,7 @@ class QuantizeReport:
     expert_parameters: int
     expert_bits_per_weight: float
     families: dict[str, weight_families.Family]
+    calibration: tuple[Domain, ...]
     tokens_per_expert: dict[str, Any] | None
     quality: dict[str, float] | None
     quality_note: str | None
@@ -130,10 +131,7 @@ def _once(
     decision = draft(model, recipe)
     recipe, out = decision.recipe, Path(os.path.abspath(out))
     quantizer = chosen_quantizer(recipe)
-    needed_by = recipe.quantizer if quantizer.needs_hessian else None
-    if needed_by is None and recipe.router != "none":
-        needed_by = "router tuning"
-    tokens, rest = calibration_tokens(decision.source, recipe, needed_by)
+    tokens, rest = tokens_for(decision.source, recipe, quantizer)
     with directory.building(decision.source, out, resume=resume, needed_bytes=decision.disk_bytes) as partial:
         if not decision.decided:
             decision = decide(decision, partial, progress, context)
@@ -147,7 +145,7 @@ def _once(
         clock.stop("verify")
         measured, note = _quality(decision, partial, rest, device)
         clock.stop("quality")
-        report = _report(decision, out, partial, counts, checked)
+        report = _report(decision, out, partial, tokens, counts, checked)
         report = dataclasses.replace(report, quality=measured, quality_note=note, seconds=clock.seconds)
         uses = (("costs",) if decision.plan.cost else ()) + (("routers",) if router else ())
         facts = card_facts.calibration_facts(tokens, counts, uses=uses)
@@ -250,6 +248,7 @@ def _calibration(tokens: TokenBatch | None, counts: Mapping[int, list[int]]) -> 
         "tokens_hash": tokens.hash,
         "shape": list(tokens.ids_NT.shape),
         "seed": tokens.seed,
+        "texts": codec.encode(tokens.domains),
         "tokens_per_expert": [counts[layer] for layer in sorted(counts)],
     }
 
@@ -271,12 +270,17 @@ def _quality(
 
 
 def _report(
-    decision: Decision, out: Path, partial: Path, counts: Mapping[int, list[int]], checked: verify.VerifyReport
+    decision: Decision,
+    out: Path,
+    partial: Path,
+    tokens: TokenBatch | None,
+    counts: Mapping[int, list[int]],
+    checked: verify.VerifyReport,
 ) -> QuantizeReport:
-    tokens = None
+    shares = None
     if counts:
         flat = sorted(count for layer in counts.values() for count in layer)
-        tokens = {
+        shares = {
             "min": flat[0],
             "median": flat[len(flat) // 2],
             "max": flat[-1],
@@ -296,7 +300,8 @@ def _report(
         expert_parameters=decision.inventory.expert_parameters,
         expert_bits_per_weight=8 * decision.plan.expert_bytes / decision.inventory.expert_parameters,
         families=weight_families.families(decision.inventory, decision.headers, decision.plan),
-        tokens_per_expert=tokens,
+        calibration=() if tokens is None else tokens.domains,
+        tokens_per_expert=shares,
         quality=None,
         quality_note=None,
         verified=checked,

@@ -12,11 +12,11 @@ from moeq.arch import hooks
 from moeq.arch.keymap import KeyMap, build_keymap, load_prefix, unload_prefix
 from moeq.arch.meta import build_meta_model
 from moeq.calibration.experts import replay_experts
+from moeq.calibration.opening import block_paths
 from moeq.calibration.spill import SpillPool
 from moeq.calibration.stream import Capture, Streamer, compute_dtype
 from moeq.checkpoint.mapped import map_file
 from moeq.checkpoint.write import FileDigest
-from moeq.errors import CheckpointError
 from moeq.layouts.job import Job
 from moeq.layouts.layer_writer import writer
 from moeq.layouts.serving import layout
@@ -49,23 +49,6 @@ class _Blocks:
     def unload(self, block: str) -> None:
         """Drop the block's weights."""
         unload_prefix(self.skeleton, block)
-
-
-def block_paths(job: Job, model: nn.Module) -> tuple[str, ...]:
-    """Module paths of all decoder blocks, in order: the siblings of those that hold experts.
-
-    Raises:
-        CheckpointError: the experts' blocks are not all children of one list.
-    """
-    parents = {layer.block.rpartition(".")[0] for layer in job.inventory.layers}
-    if len(parents) != 1:
-        raise CheckpointError(
-            f"experts lie under several lists of blocks: {', '.join(sorted(parents))}",
-            tensor=job.inventory.layers[0].path,
-            fix="quantize this model with --quantizer hqq, which needs no calibration",
-        )
-    parent = parents.pop()
-    return tuple(f"{parent}.{name}" for name, _ in model.get_submodule(parent).named_children())
 
 
 def run(
@@ -101,7 +84,7 @@ def run(
     dtype = compute_dtype(skeleton.dtype, job.device)
     for layer in job.inventory.layers:
         hooks.strip_weights(skeleton, layer.path)
-    blocks = block_paths(job, driver)
+    blocks = block_paths(job.inventory, driver)
     keymap = build_keymap(driver, job.reader.headers)
     # The head is never asked for logits.
     outside = driver.base_model_prefix if driver.base_model is not driver else ""

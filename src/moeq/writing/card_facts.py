@@ -92,6 +92,7 @@ def calibration_facts(
         starved=sum(count < MIN_TOKENS for count in flat),
         experts=len(flat),
         uses=uses,
+        texts=tuple(domain.words for domain in tokens.domains),
     )
 
 

@@ -138,6 +138,11 @@ def sidecar_limit(source: Path, inventory: Inventory, plan: Plan, recipe: Recipe
     tokens = recipe.nsamples * recipe.seqlen
     calibration = {
         "source": recipe.calibration,
+        "tokens_hash": "0" * 64,
+        "texts": [
+            {"name": name, "samples": tokens, "documents": 10**12, "conversations": 10**12}
+            for name in (recipe.calibration or "").split(",")
+        ],
         "tokens_per_expert": [[tokens] * layer.num_experts for layer in inventory.layers],
     }
     listed = manifest(inventory, plan, recipe, files, calibration if recipe.calibration else None)
