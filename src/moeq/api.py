@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from moeq.arch.gguf_source import open_source
 from moeq.arch.inventory import read_inventory
 from moeq.artifacts import CostTable, EvalResult, Inventory, Plan
-from moeq.checkpoint.locate import resolve, resolve_packed
+from moeq.checkpoint.locate import resolve_packed
 from moeq.costs.component_table import ComponentTable
 from moeq.progress import Progress
 from moeq.recipe import Recipe
@@ -67,7 +68,7 @@ def repair(directory: str | Path, output: str | Path, *, calibration: str | Path
 
 def inspect(model: str | Path) -> Inventory:
     """What a source checkpoint holds."""
-    return read_inventory(resolve(model))[0]
+    return read_inventory(open_source(model))[0]
 
 
 def evaluate(

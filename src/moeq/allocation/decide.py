@@ -6,10 +6,10 @@ from pathlib import Path
 
 from moeq import codec
 from moeq.allocation import measuring, other_linears, plans
+from moeq.arch.gguf_source import open_source
 from moeq.arch.inventory import read_inventory
 from moeq.arch.mtp import mtp_tensors
 from moeq.artifacts import CostTable, Inventory, Plan
-from moeq.checkpoint.locate import resolve
 from moeq.costs.component_table import ComponentTable, Table, load_table
 from moeq.errors import ArtifactError, OptionError
 from moeq.progress import Progress
@@ -34,7 +34,7 @@ def draft(model: str | Path, recipe: Recipe, table: Table | None = None) -> Deci
     Raises:
         CheckpointError, BudgetError, ArtifactError: as the stages do.
     """
-    source = resolve(model)
+    source = open_source(model)
     inventory, headers = read_inventory(source)
     recipe = recipe.settled()
     if recipe.mtp == "drop":

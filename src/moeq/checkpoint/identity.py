@@ -11,6 +11,7 @@ from moeq import codec
 from moeq.checkpoint.header import read_header_bytes, unreadable
 from moeq.checkpoint.locate import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, read_config
 from moeq.checkpoint.read import read_headers
+from moeq.checkpoint.rounded.gguf import LISTING
 from moeq.spec import TensorInfo
 
 VOLATILE_KEYS: Final = frozenset(("_name_or_path", "_commit_hash", "transformers_version"))
@@ -26,7 +27,7 @@ class FileStamp:
     Attributes:
         size: bytes.
         mtime_ns: time of the last change, nanoseconds since the epoch.
-        header_sha256: of the safetensors header, or of the whole file if it is JSON.
+        header_sha256: of the safetensors header, or of the whole file if it is JSON; of nothing if it is GGUF.
         sample_sha256: of up to `SAMPLE_PAGES` pages spread over the file.
     """
 
@@ -44,7 +45,7 @@ def fingerprint(directory: Path) -> dict[str, FileStamp]:
     """
     single = (directory / SINGLE_NAME).exists()
     names = {part.file for info in read_headers(directory).values() for part in info.stored}
-    names |= {name for name in (CONFIG_NAME, INDEX_NAME) if (directory / name).exists()} - (
+    names |= {name for name in (CONFIG_NAME, INDEX_NAME, LISTING) if (directory / name).exists()} - (
         {INDEX_NAME} if single else set()
     )
     return {name: _stamp(directory / name) for name in sorted(names)}
@@ -93,7 +94,9 @@ def _stable(value: Any) -> Any:
 def _stamp(path: Path) -> FileStamp:
     try:
         info = path.stat()
-        header = path.read_bytes() if path.suffix == ".json" else read_header_bytes(path)[0]
+        whole = path.suffix == ".json"
+        # What a GGUF file's header says is in the listing, which has a stamp of its own.
+        header = path.read_bytes() if whole else b"" if path.suffix == ".gguf" else read_header_bytes(path)[0]
     except OSError as error:
         raise unreadable(path, error) from error
     return FileStamp(

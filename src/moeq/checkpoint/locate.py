@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moeq.checkpoint.header import parse_json_object, read_header, unreadable
+from moeq.checkpoint.rounded.gguf import LISTING, listed
 from moeq.errors import CheckpointError, HeaderError, MissingTensorError
 from moeq.spec import TensorInfo
 
@@ -80,6 +81,8 @@ def stored_headers(directory: Path) -> dict[str, TensorInfo]:
     if (directory / SINGLE_NAME).exists():
         return read_header(directory / SINGLE_NAME)
     index = directory / INDEX_NAME
+    if not index.exists() and (directory / LISTING).exists():
+        return listed(directory)
     if not index.exists():
         raise _no_checkpoint(directory)
     weight_map = read_index(index)

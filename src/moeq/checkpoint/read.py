@@ -51,6 +51,8 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
         return stored
     if facts_of(config) is None:
         return stored
+    if any(info.rounded is not None for info in stored.values()):
+        return stored  # GGUF: listed as what it decodes to
     with Reader(directory, stored) as reader:
         return unrounded(config, stored, reader.tensor, directory / CONFIG_NAME)
 

@@ -20,6 +20,7 @@ from moeq.checkpoint.dtypes import DTYPE_BITS, DTYPE_NAMES, data_bytes
 from moeq.checkpoint.header import LENGTH_BYTES, METADATA_KEY, parse_header, unreadable
 from moeq.checkpoint.locate import INDEX_NAME
 from moeq.checkpoint.read import CHUNK_BYTES
+from moeq.checkpoint.rounded.gguf import LISTING
 from moeq.errors import CheckpointError, HeaderError, StorageError
 from moeq.spec import ALIGN
 
@@ -34,7 +35,7 @@ METADATA: Final = {"format": "pt"}
 _SKIPPED_PATTERNS: Final = (
     "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx",
 )  # fmt: skip
-_SKIPPED_ON_TOP: Final = ("config.json", "README.md")
+_SKIPPED_ON_TOP: Final = ("config.json", "README.md", LISTING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from moeq import codec
 from moeq.checkpoint.locate import CONFIG_NAME, read_config, resolve_packed
 from moeq.checkpoint.read import Reader
+from moeq.checkpoint.rounded.gguf import LISTING
 from moeq.checkpoint.rounded.registry import facts_of
 from moeq.errors import CheckpointError, DeviceError, MoeqError, PackedError
 from moeq.format.manifest import MANIFEST_NAME, Manifest
@@ -90,7 +91,7 @@ def from_pretrained(directory: Path, dtype: Any) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     names = config.architectures or []
     cls = getattr(transformers, names[0], None) if names else None
-    if facts_of(read_config(directory / CONFIG_NAME)) is None:
+    if facts_of(read_config(directory / CONFIG_NAME)) is None and not (directory / LISTING).exists():
         return (cls or AutoModelForCausalLM).from_pretrained(directory, dtype=dtype, local_files_only=True)
     with Reader(directory) as reader:
         tensors = {name: reader.tensor(name) for name in reader.headers}

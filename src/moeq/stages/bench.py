@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from moeq import native
-from moeq.checkpoint.locate import resolve
+from moeq.arch.gguf_source import open_source
 from moeq.errors import OptionError
 from moeq.layouts.grouped.serving import PackedLinear
 from moeq.layouts.serving import ExpertsModule
@@ -78,7 +78,7 @@ def run(
     for option, value in (("prompt-tokens", prompt_tokens), ("new-tokens", new_tokens), ("threads", threads)):
         if value is not None and value < 1:
             raise OptionError(f"{value} is too small", option=option, fix="give at least 1")
-    directory = resolve(model)
+    directory = open_source(model)
     started = time.perf_counter()
     loaded = load.load(directory, device="cpu", exact_activations=exact_activations or None)
     load_seconds = time.perf_counter() - started

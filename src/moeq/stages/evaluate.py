@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moeq.arch.gguf_source import open_source
 from moeq.artifacts import EvalResult
 from moeq.calibration.tokens import read_text
-from moeq.checkpoint.locate import resolve
 from moeq.evals import suite
 from moeq.evals.forward import Progress
 from moeq.evals.tasks import read_pairs
@@ -51,7 +51,7 @@ def run(
         progress: called with (done, total).
         compiled: likewise, while kernels are compiled for a GPU.
     """
-    directory = resolve(model)
+    directory = open_source(model)
     plan = suite.Suite(
         text=read_text(text),
         source=Path(text).name,
@@ -63,7 +63,7 @@ def run(
     tokenizer = load_tokenizer(directory)
     baseline = None
     if reference is not None:
-        original = resolve(reference)
+        original = open_source(reference)
         baseline = suite.Baseline(name=str(original), model=load_any(original, device))
     subject = load_any(directory, device, compiled=compiled)
     return suite.evaluate(subject, tokenizer, plan, subject=str(directory), reference=baseline, progress=progress)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from moeq.checkpoint.locate import resolve
+from moeq.arch.gguf_source import open_source
 from moeq.errors import OptionError
 from moeq.runtime.ahead import Told
 from moeq.runtime.load import load_any, load_tokenizer
@@ -41,7 +41,7 @@ def run(
         raise OptionError(f"{max_new_tokens} is too small", option="max-new-tokens", fix="give at least 1")
     if temperature < 0:
         raise OptionError(f"{temperature} is negative", option="temperature", fix="give 0 for greedy, or more")
-    directory = resolve(model)
+    directory = open_source(model)
     tokenizer = load_tokenizer(directory)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.numel() == 0:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeq.arch.gguf_source import open_source
 from moeq.arch.inventory import read_inventory
-from moeq.checkpoint.locate import resolve
 from moeq.checkpoint.read import read_headers
 from moeq.codec import read_json
 from moeq.format.manifest import MANIFEST_NAME
@@ -46,7 +46,7 @@ def run(model: str | Path) -> InspectReport:
     Raises:
         CheckpointError, PackedError: it is broken, or not an MoE.
     """
-    directory = resolve(model)
+    directory = open_source(model)
     if (directory / MANIFEST_NAME).is_file():
         return _packed_report(directory)
     inventory, headers = read_inventory(directory)

@@ -7,9 +7,9 @@ from typing import Any
 
 from moeq import codec
 from moeq.allocation.measuring import subject, table
+from moeq.arch.gguf_source import open_source
 from moeq.arch.inventory import read_inventory
 from moeq.artifacts import CostTable
-from moeq.checkpoint.locate import resolve
 from moeq.checkpoint.write import write_file_atomic
 from moeq.costs.component_table import ComponentTable
 from moeq.progress import Progress
@@ -32,7 +32,7 @@ def run(
         OptionError: the method has no cost, or an option is wrong.
         CheckpointError, CalibrationError: the model or the text cannot be used.
     """
-    source = resolve(model)
+    source = open_source(model)
     inventory, headers = read_inventory(source)
     found = table(subject(source, inventory, headers, recipe), progress, output=output)
     if output is not None and isinstance(found, CostTable):

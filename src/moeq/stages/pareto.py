@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeq.allocation import measuring, other_linears, plans
+from moeq.arch.gguf_source import open_source
 from moeq.arch.inventory import read_inventory
 from moeq.artifacts import CostTable, Inventory, Plan, expert_bytes
-from moeq.checkpoint.locate import resolve
 from moeq.costs.component_table import ComponentTable, load_table
 from moeq.errors import ArtifactError, InfeasibleError, OptionError
 from moeq.recipe import Recipe
@@ -60,7 +60,7 @@ def run(model: str | Path, recipe: Recipe, points: int = 20) -> ParetoReport:
         raise OptionError("it needs measured costs", option="costs", fix="make them with moeq measure")
     if points < 2:
         raise OptionError(f"{points} points make no curve", option="points", fix="give at least 2")
-    inventory, _ = read_inventory(resolve(model))
+    inventory, _ = read_inventory(open_source(model))
     table = load_table(Path(recipe.costs))
     recipe = recipe.replace(cost=table.cost, unit=table.unit).settled()
     if recipe.joining():

@@ -12,9 +12,9 @@ import torch
 
 from moeq import codec
 from moeq.allocation.decide import COSTS_NAME, decide, draft
+from moeq.arch.gguf_source import open_source
 from moeq.arch.inventory import read_inventory
 from moeq.calibration.tokens import Domain, TokenBatch
-from moeq.checkpoint.locate import resolve
 from moeq.checkpoint.write import FileDigest, write_file_atomic
 from moeq.errors import MoeqError, OptionError
 from moeq.format.manifest import read_manifest, write_manifest
@@ -93,7 +93,7 @@ def run(
     budgets = recipe.progressive_bits()
     if not budgets:
         return _once(model, out, recipe, resume=resume, command=command, progress=progress)
-    source, out = resolve(model), Path(os.path.abspath(out))
+    source, out = open_source(model), Path(os.path.abspath(out))
     directory.check_free(source, out, directory.partial_of(out), resume)
     work = out.with_name(out.name + STAGES_SUFFIX)
     context = recipe.context

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from moeq.arch.gguf_source import open_source
 from moeq.artifacts import Inventory
-from moeq.checkpoint.locate import resolve
 from moeq.checkpoint.write import write_file_atomic
 from moeq.errors import StorageError
 from moeq.format.manifest import Manifest, write_manifest
@@ -113,9 +113,9 @@ def run(
     started = time.perf_counter()
     options = TuneOptions(loss=loss, lr=lr, epochs=epochs, weight_decay=weight_decay)
     place = load.pick_device(device)
-    source, out = resolve(directory), Path(os.path.abspath(out))
+    source, out = open_source(directory), Path(os.path.abspath(out))
     manifest = validate_packed(source)
-    original = None if reference is None else resolve(reference)
+    original = None if reference is None else open_source(reference)
     inventory = inventory_of(original, manifest, options)
     recipe = Recipe(calibration=calibration, nsamples=nsamples, seqlen=seqlen, seed=seed)
     tokens, rest = calibration_text.calibration_tokens(source, recipe, "router tuning")

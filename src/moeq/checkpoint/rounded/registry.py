@@ -10,6 +10,7 @@ from moeq.checkpoint.rounded.awq import Awq
 from moeq.checkpoint.rounded.base import Format, Headers, Read
 from moeq.checkpoint.rounded.compressed import CompressedTensors
 from moeq.checkpoint.rounded.fp8 import BlockFp8
+from moeq.checkpoint.rounded.gguf import Gguf
 from moeq.checkpoint.rounded.gptq import Gptq
 from moeq.checkpoint.rounded.modelopt import ModelOpt
 from moeq.checkpoint.rounded.mxfp4 import Mxfp4
@@ -24,6 +25,7 @@ FORMATS: Final[dict[str, Format]] = {
     "modelopt": ModelOpt(),
     "gptq": Gptq(),
     "awq": Awq(),
+    "gguf": Gguf(),
 }
 REFUSED: Final = {
     "bitsandbytes": "its codes are tied to its own kernels, and the checkpoint that it was made from has more to give",
