@@ -5,7 +5,7 @@ Each is frozen, versioned and has one `validate()`, called when it is made and w
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from moeq.codec import Artifact
@@ -52,6 +52,7 @@ class MoeLayer:
         sources: projection -> where its matrices lie.
         concatenated: gate rows precede up rows in the model's fused output; else they alternate.
         transposed: the model's own stacked parameters are (E, K, N).
+        attached: transformers' model has a module for it; not so for layers that predict further tokens.
     """
 
     path: str
@@ -62,6 +63,7 @@ class MoeLayer:
     sources: dict[str, MatrixSource]
     concatenated: bool = True
     transposed: bool = False
+    attached: bool = True
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -101,7 +103,7 @@ class Inventory(Artifact):
         model_type: the transformers model type.
         architecture: the transformers model class.
         model_hash: identifies config, tensor names and shapes, and samples of the weights.
-        layers: the layers of routed experts, in order.
+        layers: the layers of routed experts, in order; those that no module of the model has come last.
         dense: the other linears that may be quantized.
         source_bytes: bytes of all tensors of the source.
         parameters: elements of all tensors of the source.
@@ -130,6 +132,11 @@ class Inventory(Artifact):
                 raise ArtifactError(f"top_k {layer.top_k} of {layer.num_experts} experts", tensor=layer.path)
             if min(size for shape in layer.shapes.values() for size in shape) < 1:
                 raise ArtifactError("an expert matrix has no elements", tensor=layer.path)
+
+    @property
+    def attached(self) -> "Inventory":
+        """That of the layers which the model has modules for: what can be calibrated and measured."""
+        return replace(self, layers=tuple(layer for layer in self.layers if layer.attached))
 
     @property
     def expert_parameters(self) -> int:

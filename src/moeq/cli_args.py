@@ -39,7 +39,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rank", help="tileq: components of the shared factors; auto: what the budget leaves (default: few or none)")
     add("--allocation", help="tileq: the method that chooses the residuals' widths, as gemq (default: all alike)")
     add("--tile-options", metavar="NAME=VALUE,...", help="tileq: choices of its tiles, as grid=8x16,rotation=expert")
-    add("--mtp", help="layers that predict further tokens: keep (default) or drop")
+    add("--mtp", help="layers that predict further tokens: keep (default), pack or drop")
     add("--progressive", metavar="BITS", help="falling budgets to go through before the last, as 3,2.5")
 
 

@@ -20,7 +20,7 @@ AUTO = "auto"
 JOINING_KINDS = ("attention", "shared", "dense")
 """Linears that may be units of the program. The head is not one: it decides about tokens, and is none of any block."""
 ACCOUNTINGS = ("bytes", "codes")
-MTP = ("keep", "drop")
+MTP = ("keep", "pack", "drop")
 UNITS = ("expert", "matrix", "component")
 SCOPES = ("global", "layer")
 ROUTER_LOSSES = ("none", "task", "kl")
@@ -70,7 +70,8 @@ class Recipe:
         rank: components of the tiled low-rank factors; "auto" takes what the budget leaves, None a small share if any.
         allocation: for the tiled layout, the method whose unit, cost and solver choose the residuals' widths.
         tile_options: choices of the tiled layout, as "grid=8x16,rotation=expert" (`layouts.tiled.shape.TileOptions`).
-        mtp: layers that predict further tokens, which transformers ignores: "keep" copies them, "drop" leaves them out.
+        mtp: layers that predict further tokens, which transformers ignores: "keep" copies them, "pack" packs their
+            experts (without data, at their share of the budget) and copies the rest, "drop" leaves them out.
         progressive: falling budgets to go through before the last one, as "3,2.5", each measured on the
             packed and tuned result of the one before.
     """
@@ -141,6 +142,13 @@ class Recipe:
         self._check_allocation()
 
     def _check_allocation(self) -> None:
+        plain = method(self.method).layout == METHODS["uniform"].layout and self.quantizer != "vector"
+        if self.mtp == "pack" and not plain:
+            raise OptionError(
+                "experts that no module runs are packed matrix by matrix, without data",
+                option="mtp",
+                fix="use --mtp keep, or a method of grouped matrices and another quantizer than vector",
+            )
         for name, value, choices in (
             ("unit", self.unit, UNITS),
             ("scope", self.scope, SCOPES),

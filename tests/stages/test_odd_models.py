@@ -14,7 +14,10 @@ from transformers import AutoModelForCausalLM
 import families
 import moeq
 import zoo
-from moeq.errors import NotMoeError, TensorError
+from moeq.errors import BudgetError, MissingTensorError, NotMoeError, OptionError, TensorError
+from moeq.format.manifest import read_manifest
+from moeq.layouts.serving import layout
+from moeq.runtime.attach import map_packed
 
 OPTIONS: dict[str, Any] = {"bits": 9.5, "group_size": 32, "quantizer": "hqq", "device": "cpu"}
 
@@ -182,3 +185,63 @@ def test_layers_that_predict_further_tokens(tmp_path: Path) -> None:
         for name, value in extra.items() if choice == "keep" else ():
             assert torch.equal(load_file(out / places[name])[name], value)
         assert logits(moeq.load(out, device="cpu")).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["uniform", "uniform, gptq", "gemq", "alphaq"])
+def test_their_experts_are_packed_with_the_rest(method: str, tmp_path: Path, calibration_text: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    extra = with_mtp(source)
+    options: dict[str, Any] = {"mtp": "pack", "method": method.split(",", maxsplit=1)[0], "bits": 6.6, "group_size": 32}
+    if method in ("uniform, gptq", "gemq"):
+        zoo.write_tokenizer(source)
+        options |= {"calibration": str(calibration_text), "nsamples": 4, "seqlen": 48}
+    if method == "gemq":
+        options |= {"router": "none", "candidates": "2,4,8"}
+    report = moeq.quantize(source, out, device="cpu", **options)
+    assert 6 < report.expert_bits_per_weight <= 6.6
+    places = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    experts = {name: value for name, value in extra.items() if ".experts." in name and "shared" not in name}
+    assert experts
+    assert not set(experts) & set(places)
+    assert set(extra) - set(experts) <= set(places)
+    manifest = read_manifest(out)
+    entry = manifest.layers[-1]
+    assert [layer.attached for layer in manifest.layers].count(False) == 1
+    assert not entry.attached
+    assert moeq.verify(out).layers == len(manifest.layers)
+    dense = layout(entry.layout).open(entry, map_packed(out / name for name in set(places.values()))).dense
+    for name, value in experts.items():
+        found = dense(int(name.split(".experts.")[1].split(".")[0]), name.split(".")[-2].removesuffix("_proj"))
+        assert (found - value.float()).norm() / value.float().norm() < 0.1, name
+    assert logits(moeq.load(out, device="cpu")).isfinite().all()
+
+
+def test_their_experts_count_for_a_size(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    with_mtp(source)
+    with pytest.raises(BudgetError) as caught:
+        moeq.plan(source, size="1kB", mtp="pack")
+    least = int(str(caught.value.fix).split("at least ")[1].split(" bytes")[0])
+    moeq.quantize(source, out, size=str(least), mtp="pack", device="cpu")
+    assert sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) <= least
+    with pytest.raises(BudgetError, match="cannot be reached"):
+        moeq.plan(source, size=str(least - 2000), mtp="pack")
+
+
+@pytest.mark.parametrize("options", [{"method": "bitsmoe"}, {"method": "tileq"}, {"quantizer": "vector"}])
+def test_layouts_that_cannot_take_them(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="without data") as caught:
+        moeq.Recipe(bits=4, mtp="pack", **options)
+    assert "keep" in caught.value.fix
+
+
+def test_an_expert_of_theirs_is_absent(tmp_path: Path) -> None:
+    extra = with_mtp(tmp_path)
+    found = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in sorted(extra) if ".experts.2." in name)
+    del found[name]
+    save_file(found, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MissingTensorError, match="absent") as caught:
+        moeq.plan(tmp_path, bits=6, mtp="pack", group_size=32)
+    assert caught.value.tensor == name
+    moeq.plan(tmp_path, bits=6, group_size=32)

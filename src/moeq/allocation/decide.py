@@ -8,7 +8,7 @@ from moeq import codec
 from moeq.allocation import measuring, other_linears, plans
 from moeq.arch.gguf_source import open_source
 from moeq.arch.inventory import read_inventory
-from moeq.arch.mtp import mtp_tensors
+from moeq.arch.mtp import mtp_layers, mtp_tensors
 from moeq.artifacts import CostTable, Inventory, Plan
 from moeq.costs.component_table import ComponentTable, Table, load_table
 from moeq.errors import ArtifactError, OptionError
@@ -37,6 +37,8 @@ def draft(model: str | Path, recipe: Recipe, table: Table | None = None) -> Deci
     source = open_source(model)
     inventory, headers = read_inventory(source)
     recipe = recipe.settled()
+    if recipe.mtp == "pack":
+        inventory = replace(inventory, layers=inventory.layers + mtp_layers(source, inventory, headers))
     if recipe.mtp == "drop":
         dropped = mtp_tensors(source, headers)
         headers = {name: info for name, info in headers.items() if name not in dropped}
@@ -120,7 +122,7 @@ def decide(first: Decision, partial: Path, progress: Progress | None, context: s
         sidecars_of(first.source, first.inventory, first.headers, first.recipe),
     )
     recipe = first.recipe if context is None else replace(first.recipe, context=context, progressive=None)
-    what = measuring.subject(first.source, first.inventory, first.headers, recipe, bits)
+    what = measuring.subject(first.source, first.inventory.attached, first.headers, recipe, bits)
     path = partial / COSTS_NAME
     table = _measured(path, what)
     if table is None:

@@ -47,33 +47,50 @@ def run(
     recipe = recipe.settled()
     draft = _draft(inventory, recipe)
     if table is not None:
-        _check_table(table, inventory, draft)
+        _check_table(table, inventory.attached, draft)
     limit = _limit(inventory, headers, budget, draft, recipe, sidecars)
-    if recipe.has_components:
-        assert not isinstance(table, CostTable)
-        plan = _solve_components(inventory, draft, table, recipe, budget, limit)
-    elif table is None:
-        draft, left = _draft_dense(inventory, draft, recipe, limit)
-        filled = _fill(inventory, draft, left, budget)
-        plain = replace(draft, experts=filled, unit=None, cost=None, costs_hash=None, objective=None, bound=None)
-        plan = _sized(inventory, plain)
-    else:
-        assert isinstance(table, CostTable)
-        plan = _solve(inventory, draft, table, recipe, budget, limit)
+    main = inventory.attached
+    part = main  # what is being solved: every part gets its share of the budget
+    share = limit * main.expert_parameters // inventory.expert_parameters
+    try:
+        plan = _solved(main, replace(draft, experts=draft.experts[: len(main.layers)]), table, recipe, budget, share)
+        if len(main.layers) < len(inventory.layers):
+            part, share = replace(inventory, layers=inventory.layers[len(main.layers) :]), limit - share
+            plan = _sized(inventory, replace(plan, experts=plan.experts + _fill(part, draft, share, budget)))
+    except InfeasibleError as error:
+        if error.smallest is None:
+            raise
+        # What a part lacks, the whole lacks in proportion.
+        missing = -(-(error.smallest - share) * inventory.expert_parameters // part.expert_parameters)
+        raise _too_small(inventory, draft, budget, missing) from error
     plan.validate()
     return plan
 
 
-def _solve_components(
-    inventory: Inventory, draft: Plan, table: ComponentTable | None, recipe: Recipe, budget: Budget, limit: int
+def _solved(
+    inventory: Inventory,
+    draft: Plan,
+    table: CostTable | ComponentTable | None,
+    recipe: Recipe,
+    budget: Budget,
+    limit: int,
 ) -> Plan:
-    try:
+    """The plan of the layers that the program is about.
+
+    Raises:
+        InfeasibleError: nothing fits.
+    """
+    if recipe.has_components:
+        assert not isinstance(table, CostTable)
         plan = components.solve(inventory, draft, table, recipe, limit, codes=budget.code_bits is not None)
-    except InfeasibleError as error:
-        if error.smallest is None:
-            raise
-        raise _too_small(inventory, draft, budget, error.smallest - limit) from error
-    return plan if table is None else replace(plan, costs_hash=table.hash)
+        return plan if table is None else replace(plan, costs_hash=table.hash)
+    if table is None:
+        draft, left = _draft_dense(inventory, draft, recipe, limit)
+        filled = _fill(inventory, draft, left, budget, beside=limit - left)
+        plain = replace(draft, experts=filled, unit=None, cost=None, costs_hash=None, objective=None, bound=None)
+        return _sized(inventory, plain)
+    assert isinstance(table, CostTable)
+    return _solve(inventory, draft, table, recipe, budget, limit)
 
 
 def _check_table(table: CostTable | ComponentTable, inventory: Inventory, draft: Plan) -> None:
@@ -165,12 +182,7 @@ def _solve(inventory: Inventory, draft: Plan, table: CostTable, recipe: Recipe, 
     codes = budget.code_bits is not None
     candidates = recipe.candidate_bits(_spendable(inventory, recipe, budget, limit))
     rows = other_linears.rows(table, inventory, recipe)
-    try:
-        return _within(inventory, draft, table, recipe, limit, rules_of(recipe, candidates, rows, codes))
-    except InfeasibleError as error:
-        if error.smallest is None:
-            raise
-        raise _too_small(inventory, draft, budget, error.smallest - limit) from error
+    return _within(inventory, draft, table, recipe, limit, rules_of(recipe, candidates, rows, codes))
 
 
 def rules_of(
@@ -288,14 +300,18 @@ def _uniform(inventory: Inventory, width: int) -> Uniform:
     return tuple(((width,) * len(layer.projections),) * layer.num_experts for layer in inventory.layers)
 
 
-def _fill(inventory: Inventory, draft: Plan, limit: int, budget: Budget) -> Uniform:
-    """The largest common width that fits, then one more for leading matrices while they fit."""
+def _fill(inventory: Inventory, draft: Plan, limit: int, budget: Budget, beside: int = 0) -> Uniform:
+    """The largest common width that fits, then one more for leading matrices while they fit.
+
+    Raises:
+        InfeasibleError: the narrowest does not fit; with it `beside` is to be paid.
+    """
     weigh = _weigher(draft, budget)
     shapes = [shape for _, shape in inventory.units()]
     totals = [sum(weigh(width, shape) for shape in shapes) for width in range(len(BITS))]
     fitting = [width for width, total in enumerate(totals) if total <= limit]
     if not fitting:
-        raise _too_small(inventory, draft, budget, totals[0] - limit)
+        raise InfeasibleError("not even the narrowest codes fit", smallest=totals[0] + beside)
     low = fitting[-1]
     left = limit - totals[low]
     rows = []

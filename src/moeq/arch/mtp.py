@@ -5,11 +5,15 @@ They lie behind the last decoder layer (DeepSeek, GLM: `model.layers.61.`) or ap
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from moeq.arch.keymap import build_keymap
 from moeq.arch.meta import build_meta_model
+from moeq.arch.sources import WEIGHT_DTYPES
+from moeq.artifacts import Inventory, MoeLayer
+from moeq.errors import MissingTensorError, TensorError
 from moeq.spec import TensorInfo
 
 CONFIG_KEYS: Final = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "n_predict")
@@ -30,6 +34,70 @@ def mtp_tensors(directory: Path, headers: Mapping[str, TensorInfo]) -> frozenset
         if name not in used and (behind or _APART.search(name)):
             found.add(name)
     return frozenset(found)
+
+
+def mtp_layers(directory: Path, inventory: Inventory, headers: Mapping[str, TensorInfo]) -> tuple[MoeLayer, ...]:
+    """The layers of experts among those tensors, stored as the model's own are; none if they are not.
+
+    Args:
+        directory: the checkpoint.
+        inventory: of the model.
+        headers: its tensors.
+
+    Raises:
+        TensorError: a tensor is not of the shape that the model's experts have.
+        MissingTensorError: an expert of such a layer is absent.
+    """
+    own = next((layer for layer in inventory.layers if _inside(layer)), None)
+    if own is None:
+        return ()
+    extra = mtp_tensors(directory, headers)
+    _, suffixes = _inside(own) or ("", {})
+    found = []
+    for name in sorted(extra, key=_natural):
+        if not name.endswith(suffixes["down"].replace("{expert}", "0")):
+            continue
+        block = name.removesuffix(suffixes["down"].replace("{expert}", "0"))
+        sources = {key: replace(own.sources[key], name=f"{block}{suffix}") for key, suffix in suffixes.items()}
+        layer = replace(
+            own,
+            path=f"{block}{own.path.removeprefix(own.block + '.')}",
+            block=block.removesuffix("."),
+            sources=sources,
+            attached=False,
+        )
+        _check(layer, own, headers)
+        found.append(layer)
+    return tuple(found)
+
+
+def _inside(layer: MoeLayer) -> tuple[str, dict[str, str]] | None:
+    """What the names of a layer's tensors begin with, and how they go on; None if it has no number."""
+    stems, suffixes = set(), {}
+    for projection, source in layer.sources.items():
+        match = _LAYER.search(source.name)
+        if match is None:
+            return None
+        stems.add(source.name[: match.end()])
+        suffixes[projection] = source.name[match.end() :]
+    return (stems.pop(), suffixes) if len(stems) == 1 else None
+
+
+def _natural(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _check(layer: MoeLayer, own: MoeLayer, headers: Mapping[str, TensorInfo]) -> None:
+    """All tensors are there, and like those of `own`."""
+    for projection, source in layer.sources.items():
+        for expert in range(layer.num_experts):
+            name, like = source.tensor(expert), headers[own.sources[projection].tensor(expert)]
+            if name not in headers:
+                raise MissingTensorError("this expert is absent", tensor=name, fix="use --mtp keep")
+            info = headers[name]
+            if info.shape != like.shape or info.dtype not in WEIGHT_DTYPES:
+                message = f"{info.dtype} {list(info.shape)} is unlike the {list(like.shape)} of the model's own experts"
+                raise TensorError(message, file=info.file, tensor=name, fix="use --mtp keep")
 
 
 def without_mtp(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def _open_packed(
 
 
 def _check_packed(manifest: Manifest, inventory: Inventory, directory: Path) -> None:
-    packed = [(layer.path, layer.num_experts, layer.shapes) for layer in manifest.layers]
+    packed = [(layer.path, layer.num_experts, layer.shapes) for layer in manifest.layers if layer.attached]
     if manifest.model_hash != inventory.model_hash or packed != [
         (layer.path, layer.num_experts, layer.shapes) for layer in inventory.layers
     ]:

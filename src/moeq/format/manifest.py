@@ -35,6 +35,7 @@ class PackedLayer:
         concatenated: gate rows precede up rows in the model's fused output; else they alternate.
         transposed: the model's own stacked parameters are (E, K, N).
         layout: how the layer is stored, one of `moeq.spec.LAYOUTS`.
+        attached: transformers' model has a module for it; else its bytes are for whoever has one.
     """
 
     path: str
@@ -44,6 +45,7 @@ class PackedLayer:
     concatenated: bool = True
     transposed: bool = False
     layout: str = "grouped"
+    attached: bool = True
 
     @property
     def ordered_shapes(self) -> tuple[tuple[int, int], ...]:

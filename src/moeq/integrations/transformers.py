@@ -64,7 +64,8 @@ class MoeqQuantizer(HfQuantizer):
     def __init__(self, quantization_config: MoeqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._files: list[Path] = []
-        self._layers = tuple(codec.decode(PackedLayer, layer) for layer in quantization_config.layers)
+        layers = (codec.decode(PackedLayer, layer) for layer in quantization_config.layers)
+        self._layers = tuple(layer for layer in layers if layer.attached)
         self._dense = tuple(codec.decode(PackedLinear, linear) for linear in quantization_config.dense)
 
     def _process_model_before_weight_loading(

@@ -160,7 +160,11 @@ def _warnings(decision: Decision) -> tuple[str, ...]:
     found += _rounded(decision)
     extra = mtp_tensors(decision.source, read_headers(decision.source))
     if extra:
-        words = "left out" if recipe.mtp == "drop" else "copied as they are; --mtp drop leaves them out"
+        words = {
+            "keep": "copied as they are; --mtp pack packs their experts, --mtp drop leaves them out",
+            "pack": "copied as they are, but for their experts",
+            "drop": "left out",
+        }[recipe.mtp]
         found.append(
             f"{len(extra)} tensors of layers that predict further tokens, which transformers ignores, are {words}"
         )

@@ -1,6 +1,6 @@
 """Proves a packed checkpoint: structure, hashes, decoded weights, and a forward pass."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from moeq.errors import PackedError
+from moeq.format.manifest import Manifest, PackedLayer
 from moeq.layouts.job import weights_digest
-from moeq.layouts.serving import ExpertsModule
+from moeq.layouts.serving import ExpertsModule, layout
 from moeq.layouts.validate import validate_packed, verify_files
 from moeq.runtime import attach, load
 from moeq.runtime.load import speaker
@@ -57,13 +58,12 @@ def run(
     expected = expected or {}
     decoded = 0
     for index, layer in enumerate(manifest.layers):
-        packed = attach.find(model, layer.path).get_submodule("moeq")
-        assert isinstance(packed, ExpertsModule)
+        weights = _weights(model, layer, directory, manifest)
         for expert in range(layer.num_experts):
             for projection in layer.projections:
                 unit = Unit(layer=index, expert=expert, projection=projection)
                 if every or unit in expected or expert == 0:
-                    _check_matrix(packed, unit, layer.path, expected.get(unit))
+                    _check_matrix(weights(expert, projection), unit, layer.path, expected.get(unit))
                     decoded += 1
     ids = torch.arange(1, 1 + PROBE_TOKENS).unsqueeze(0) % int(model.config.get_text_config().vocab_size)
     with torch.inference_mode():
@@ -72,6 +72,18 @@ def run(
         raise _not_finite(model, directory)
     files = len(manifest.files) if hashes else 0
     return VerifyReport(files=files, layers=len(manifest.layers), decoded=decoded, logits_finite=True)
+
+
+def _weights(
+    model: nn.Module, layer: PackedLayer, directory: Path, manifest: Manifest
+) -> Callable[[int, str], torch.Tensor]:
+    """(expert, projection) -> decoded weights: by the module that will serve them, or from the file if none does."""
+    if layer.attached:
+        packed = attach.find(model, layer.path).get_submodule("moeq")
+        assert isinstance(packed, ExpertsModule)
+        return packed.weights
+    files = (directory / name for name in manifest.files if name.endswith(".safetensors"))
+    return layout(layer.layout).open(layer, attach.map_packed(files)).dense
 
 
 def _not_finite(model: nn.Module, directory: Path) -> PackedError:
@@ -85,8 +97,7 @@ def _not_finite(model: nn.Module, directory: Path) -> PackedError:
     return PackedError("the reloaded model gives logits that are not finite", file=directory, tensor=bad, fix=fix)
 
 
-def _check_matrix(packed: ExpertsModule, unit: Unit, path: str, wanted: str | None) -> None:
-    weights = packed.weights(unit.expert, unit.projection)
+def _check_matrix(weights: torch.Tensor, unit: Unit, path: str, wanted: str | None) -> None:
     if not bool(weights.isfinite().all()):
         raise PackedError(
             f"expert {unit.expert} {unit.projection} decodes to NaN or infinity", tensor=path, fix="quantize again"

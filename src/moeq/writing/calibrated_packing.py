@@ -82,9 +82,10 @@ def run(
     """
     driver, skeleton = build_meta_model(directory), build_meta_model(directory)
     dtype = compute_dtype(skeleton.dtype, job.device)
-    for layer in job.inventory.layers:
+    layers = job.inventory.attached.layers
+    for layer in layers:
         hooks.strip_weights(skeleton, layer.path)
-    blocks = block_paths(job.inventory, driver)
+    blocks = block_paths(job.inventory.attached, driver)
     keymap = build_keymap(driver, job.reader.headers)
     # The head is never asked for logits.
     outside = driver.base_model_prefix if driver.base_model is not driver else ""
@@ -108,9 +109,9 @@ def run(
         driver=driver,
         blocks=blocks,
         loader=_Blocks(job=job, skeleton=skeleton, keymap=keymap, dtype=dtype),
-        experts={layer.path: index for index, layer in enumerate(job.inventory.layers)},
-        top_k=tuple(layer.top_k for layer in job.inventory.layers),
-        hidden=tuple(layer.shapes["down"][0] for layer in job.inventory.layers),
+        experts={layer.path: index for index, layer in enumerate(layers)},
+        top_k=tuple(layer.top_k for layer in layers),
+        hidden=tuple(layer.shapes["down"][0] for layer in layers),
         visitor=visit,
         pool=pool,
         device=job.device,

@@ -51,6 +51,7 @@ def packed_layers(inventory: Inventory, plan: Plan) -> tuple[PackedLayer, ...]:
             concatenated=layer.concatenated,
             transposed=layer.transposed,
             layout=plan.layout,
+            attached=layer.attached,
         )
         for layer in inventory.layers
     )

@@ -1,5 +1,6 @@
 """Packs the experts of a decided run: every layer by its layout's writer, with a journal of what is finished."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from moeq.quantizers.base import Quantizer
 from moeq.version import __version__
 from moeq.writing import calibrated_packing
 from moeq.writing.decision import Decision
-from moeq.writing.quantizer_choice import dense_quantizer
+from moeq.writing.quantizer_choice import dataless_quantizer, dense_quantizer
 from moeq.writing.shard_writer import write_copied, write_layer
 
 
@@ -100,9 +101,10 @@ def _pack_shards(
             done=done,
             progress=progress,
         )
-    else:
-        for shard in decision.shards:
-            if shard.layer is not None and shard.file not in state.finished:
-                make = writer(job.plan.layout)(job, shard.layer)
-                done(shard.file, write_layer(job, shard, make.plain(), make.tables()))
+        # What no module runs sees no text.
+        job = replace(job, quantizer=dataless_quantizer(decision.recipe))
+    for shard in decision.shards:
+        if shard.layer is not None and shard.file not in state.finished:
+            make = writer(job.plan.layout)(job, shard.layer)
+            done(shard.file, write_layer(job, shard, make.plain(), make.tables()))
     return state, counts

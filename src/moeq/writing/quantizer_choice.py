@@ -2,6 +2,7 @@
 
 from typing import Any, Final
 
+from moeq.methods import method
 from moeq.quantizers.base import Quantizer
 from moeq.quantizers.registry import QUANTIZERS, make_quantizer
 from moeq.recipe import Recipe
@@ -23,6 +24,12 @@ def chosen_quantizer(recipe: Recipe) -> Quantizer:
         OptionError: nobody knows its name.
     """
     return make_quantizer(str(recipe.quantizer), **quantizer_options(recipe, str(recipe.quantizer)))
+
+
+def dataless_quantizer(recipe: Recipe) -> Quantizer:
+    """What rounds experts that see no text in a run which has some."""
+    name = method(recipe.method).dataless
+    return make_quantizer(name, **quantizer_options(recipe, name))
 
 
 def dense_quantizer(recipe: Recipe) -> Quantizer:

@@ -163,7 +163,7 @@ def retune(
     manifest = validate_packed(directory)
     model = _load(directory, device)
     suite.check_vocabulary(model, (*tokens.ids_NT, *rows))
-    paths = [layer.path for layer in manifest.layers]
+    paths = [layer.path for layer in manifest.layers if layer.attached]
     routers = find_routers(model, paths)
     places = store.places(model, routers, read_headers(directory))
     before = _measure(model, original, rows)
