@@ -33,6 +33,8 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     directory = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(directory))
+        patch.setenv("HF_MODULES_CACHE", str(directory / "modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(directory / "modules"))
         patch.setenv("HF_ASSETS_CACHE", str(directory / "assets"))
         patch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(directory / "assets"))
         trust.keep_verdicts_in(directory / "moeq")

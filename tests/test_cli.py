@@ -20,7 +20,7 @@ DOCUMENTATION = Path(__file__).parent.parent / "docs" / "json.md"
 
 RECIPE_OPTIONS = (
     "--recipe --method --bits --size --accounting --quantizer --group-size --levels --dense-bits --calibration "
-    "--mtp --nsamples --seqlen --seed --routing --act-order --no-act-order --damp --gain "
+    "--mtp --trust-remote-code --nsamples --seqlen --seed --routing --act-order --no-act-order --damp --gain "
     "--no-gain --device --plan --costs --cost --cost-options --unit --candidates --context --round-context "
     "--no-round-context --scope --shares --solver --router --router-epochs --router-lr --quality --no-quality "
     "--rank --allocation --tile-options --progressive"

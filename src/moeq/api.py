@@ -67,8 +67,8 @@ def repair(directory: str | Path, output: str | Path, *, calibration: str | Path
 
 
 def inspect(model: str | Path) -> Inventory:
-    """What a source checkpoint holds."""
-    return read_inventory(open_source(model))[0]
+    """What a source checkpoint holds; no code of it is run."""
+    return read_inventory(open_source(model), trust_remote_code=True)[0]
 
 
 def evaluate(
@@ -81,6 +81,7 @@ def evaluate(
     max_tokens: int | None = None,
     batch_size: int = 1,
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> EvalResult:
     """Measure a packed or any other model; see `moeq eval`."""
     return evaluate_stage.run(
@@ -92,12 +93,13 @@ def evaluate(
         max_tokens=max_tokens,
         batch_size=batch_size,
         device=device,
+        trust_remote_code=trust_remote_code,
     )
 
 
-def verify(directory: str | Path) -> VerifyReport:
+def verify(directory: str | Path, *, trust_remote_code: bool = False) -> VerifyReport:
     """Prove a packed checkpoint: structure, hashes, every matrix, a forward pass."""
-    return verify_stage.run(resolve_packed(directory), every=True)
+    return verify_stage.run(resolve_packed(directory), every=True, trust_remote_code=trust_remote_code)
 
 
 def doctor() -> DoctorReport:

@@ -53,6 +53,8 @@ class MoeLayer:
         concatenated: gate rows precede up rows in the model's fused output; else they alternate.
         transposed: the model's own stacked parameters are (E, K, N).
         attached: transformers' model has a module for it; not so for layers that predict further tokens.
+        members: projection -> path of an expert's linear below `path`, "{expert}" for its number, where experts are
+            modules of their own; empty where they are stacked.
     """
 
     path: str
@@ -64,6 +66,7 @@ class MoeLayer:
     concatenated: bool = True
     transposed: bool = False
     attached: bool = True
+    members: dict[str, str] = field(default_factory=dict)
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -137,6 +140,11 @@ class Inventory(Artifact):
     def attached(self) -> "Inventory":
         """That of the layers which the model has modules for: what can be calibrated and measured."""
         return replace(self, layers=tuple(layer for layer in self.layers if layer.attached))
+
+    @property
+    def apart(self) -> bool:
+        """Whether experts are modules of their own, in a model that transformers does not have."""
+        return any(layer.members for layer in self.layers)
 
     @property
     def expert_parameters(self) -> int:

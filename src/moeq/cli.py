@@ -154,6 +154,7 @@ def _eval(args: argparse.Namespace) -> Any:
             max_tokens=args.max_tokens,
             batch_size=args.batch_size,
             device=args.device,
+            trust_remote_code=args.trust_remote_code,
             progress=lambda done, total: progress("windows", done, total),
             compiled=lambda done, total: progress("kernels", done, total),
         )
@@ -168,6 +169,7 @@ def _generate(args: argparse.Namespace) -> Any:
             temperature=args.temperature,
             seed=args.seed,
             device=args.device,
+            trust_remote_code=args.trust_remote_code,
             compiled=lambda done, total: progress("kernels", done, total),
         )
 
@@ -185,7 +187,8 @@ def _bench(args: argparse.Namespace) -> Any:
 
 
 def _verify(args: argparse.Namespace) -> Any:
-    return verify_stage.run(resolve_packed(args.directory), every=True)
+    directory = resolve_packed(args.directory)
+    return verify_stage.run(directory, every=True, trust_remote_code=args.trust_remote_code)
 
 
 def _doctor(_: argparse.Namespace) -> Any:

@@ -40,6 +40,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allocation", help="tileq: the method that chooses the residuals' widths, as gemq (default: all alike)")
     add("--tile-options", metavar="NAME=VALUE,...", help="tileq: choices of its tiles, as grid=8x16,rotation=expert")
     add("--mtp", help="layers that predict further tokens: keep (default), pack or drop")
+    add("--trust-remote-code", action="store_true", default=None, help=TRUST)
     add("--progressive", metavar="BITS", help="falling budgets to go through before the last, as 3,2.5")
 
 
@@ -60,6 +61,8 @@ def _tuning_arguments(parser: argparse.ArgumentParser) -> None:
 
 TEXTS = "txt (a document per line), jsonl, parquet, directory or dataset id; several: A:0.5,B:0.5 with their weights"
 """Of --calibration."""
+TRUST = "run the code in the model's directory, for models that transformers does not have"
+"""Of --trust-remote-code."""
 Verb = Callable[[str, str], argparse.ArgumentParser]
 """(name, what it does) -> its parser."""
 
@@ -141,6 +144,7 @@ def _using_verbs(verb: Verb) -> None:
     evaluate.add_argument("--max-tokens", type=int, help="use only the start of the text")
     evaluate.add_argument("--batch-size", type=int, default=1, help="windows per forward pass (default 1)")
     evaluate.add_argument("--device", default="auto", help="auto (default), cpu or cuda[:n]")
+    evaluate.add_argument("--trust-remote-code", action="store_true", help=TRUST)
 
     generate = verb("generate", "continue a text")
     generate.add_argument("model", help="packed checkpoint or any model transformers loads")
@@ -149,6 +153,7 @@ def _using_verbs(verb: Verb) -> None:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     generate.add_argument("--seed", type=int, default=0, help="seed of sampling (default 0)")
     generate.add_argument("--device", default="auto", help="auto (default), cpu or cuda[:n]")
+    generate.add_argument("--trust-remote-code", action="store_true", help=TRUST)
 
     bench = verb("bench", "measure tokens per second on the CPU, against what its memory allows")
     bench.add_argument("directory", help="what quantize wrote")
@@ -161,5 +166,6 @@ def _using_verbs(verb: Verb) -> None:
 
     verify = verb("verify", "prove a packed checkpoint: structure, hashes, every matrix, a forward pass")
     verify.add_argument("directory", help="what quantize wrote")
+    verify.add_argument("--trust-remote-code", action="store_true", help=TRUST)
 
     verb("doctor", "test the compiled kernels of this machine and say what runs on them, for reports of bugs")

@@ -72,6 +72,7 @@ class Recipe:
         tile_options: choices of the tiled layout, as "grid=8x16,rotation=expert" (`layouts.tiled.shape.TileOptions`).
         mtp: layers that predict further tokens, which transformers ignores: "keep" copies them, "pack" packs their
             experts (without data, at their share of the budget) and copies the rest, "drop" leaves them out.
+        trust_remote_code: the code in the model's directory may run, if transformers does not have the model.
         progressive: falling budgets to go through before the last one, as "3,2.5", each measured on the
             packed and tuned result of the one before.
     """
@@ -113,6 +114,7 @@ class Recipe:
     tile_options: str | None = None
     progressive: str | None = None
     mtp: str = "keep"
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(Recipe).items():

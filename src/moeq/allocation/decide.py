@@ -11,7 +11,9 @@ from moeq.arch.inventory import read_inventory
 from moeq.arch.mtp import mtp_layers, mtp_tensors
 from moeq.artifacts import CostTable, Inventory, Plan
 from moeq.costs.component_table import ComponentTable, Table, load_table
+from moeq.costs.registry import make_cost
 from moeq.errors import ArtifactError, OptionError
+from moeq.methods import METHODS, method
 from moeq.progress import Progress
 from moeq.recipe import Recipe
 from moeq.spec import TensorInfo
@@ -35,8 +37,10 @@ def draft(model: str | Path, recipe: Recipe, table: Table | None = None) -> Deci
         CheckpointError, BudgetError, ArtifactError: as the stages do.
     """
     source = open_source(model)
-    inventory, headers = read_inventory(source)
+    inventory, headers = read_inventory(source, trust_remote_code=recipe.trust_remote_code)
     recipe = recipe.settled()
+    if inventory.apart:
+        _check_apart(recipe)
     if recipe.mtp == "pack":
         inventory = replace(inventory, layers=inventory.layers + mtp_layers(source, inventory, headers))
     if recipe.mtp == "drop":
@@ -72,6 +76,27 @@ def draft(model: str | Path, recipe: Recipe, table: Table | None = None) -> Deci
         decided=recipe.cost is None or table is not None,
         table=table if isinstance(table, ComponentTable) else None,
     )
+
+
+def _check_apart(recipe: Recipe) -> None:
+    """Experts that are modules of their own are rounded one by one and without data: raise OptionError otherwise."""
+    plain = METHODS["uniform"]
+    needed = {
+        "method": method(recipe.method).layout == plain.layout,
+        "cost": recipe.cost is None or make_cost(recipe.cost).needs == "weights",
+        "calibration": recipe.calibration is None,
+        "quantizer": not chosen_quantizer(recipe).needs_hessian,
+        "router": recipe.router == "none",
+        "dense-bits": set(recipe.dense().values()) == {16} and not recipe.joining(),
+        "mtp": recipe.mtp == "keep",
+    }
+    for option, possible in needed.items():
+        if not possible:
+            raise OptionError(
+                "transformers does not have this model, so that only its experts are packed, and without data",
+                option=option,
+                fix="use --method uniform or alphaq with --quantizer hqq, and no calibration text",
+            )
 
 
 def _table_of(plan: Plan, recipe: Recipe) -> ComponentTable | None:

@@ -36,6 +36,8 @@ class PackedLayer:
         transposed: the model's own stacked parameters are (E, K, N).
         layout: how the layer is stored, one of `moeq.spec.LAYOUTS`.
         attached: transformers' model has a module for it; else its bytes are for whoever has one.
+        members: projection -> path of an expert's linear below `path`, "{expert}" for its number, where experts are
+            modules of their own.
     """
 
     path: str
@@ -46,6 +48,7 @@ class PackedLayer:
     transposed: bool = False
     layout: str = "grouped"
     attached: bool = True
+    members: dict[str, str] = field(default_factory=dict)
 
     @property
     def ordered_shapes(self) -> tuple[tuple[int, int], ...]:

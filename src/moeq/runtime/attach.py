@@ -1,6 +1,6 @@
 """Turns a family's skeleton into one that runs on packed bytes, and binds the bytes to it."""
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from moeq.kernels.facts import Kinds
 from moeq.layouts.grouped.serving import PackedLinear, open_records
 from moeq.layouts.serving import FIX, layout
 from moeq.layouts.validate import SUFFIXES
+from moeq.spec import stored_bytes
 
 
 def prepare(model: nn.Module, layers: Iterable[manifest.PackedLayer], dense: Iterable[manifest.PackedLinear]) -> None:
@@ -24,14 +25,29 @@ def prepare(model: nn.Module, layers: Iterable[manifest.PackedLayer], dense: Ite
         PackedError: the model lacks a module that the checkpoint packs.
     """
     for layer in layers:
+        if layer.members:
+            for path in member_paths(layer):
+                _replace_linear(model, path)
+            continue
         experts = hooks.strip_weights(model, locate(model, layer.path))
         hooks.attach_handler(experts, layout(layer.layout).module(layer))
     for linear in dense:
-        module = find(model, linear.path)
-        if not isinstance(module, nn.Linear):
-            raise PackedError(f"{type(module).__name__} is packed as a linear layer", tensor=linear.path, fix=FIX)
-        parent, _, name = linear.path.rpartition(".")
-        find(model, parent).add_module(name, PackedLinear(module))
+        _replace_linear(model, linear.path)
+
+
+def member_paths(layer: manifest.PackedLayer) -> Iterator[str]:
+    """Module paths of the matrices of experts that are modules of their own, in storage order."""
+    for expert in range(layer.num_experts):
+        for projection in layer.projections:
+            yield f"{layer.path}.{layer.members[projection].replace('{expert}', str(expert))}"
+
+
+def _replace_linear(model: nn.Module, path: str) -> None:
+    module = find(model, path)
+    if not isinstance(module, nn.Linear):
+        raise PackedError(f"{type(module).__name__} is packed as a linear layer", tensor=path, fix=FIX)
+    parent, _, name = path.rpartition(".")
+    find(model, parent).add_module(name, PackedLinear(module))
 
 
 def bind(
@@ -46,7 +62,11 @@ def bind(
         PackedError: bytes are missing, or a table contradicts them.
     """
     tensors = map_packed(files)
-    opened = [(layer.path, layout(layer.layout).open(layer, tensors)) for layer in layers]
+    layers = tuple(layers)
+    for layer in layers:
+        if layer.members:
+            _bind_members(model, layer, tensors)
+    opened = [(layer.path, layout(layer.layout).open(layer, tensors)) for layer in layers if not layer.members]
     # Kernels are compiled for what all layers of one shape have, once, and not for every layer.
     common: dict[Hashable, Kinds] = {}
     for _, found in opened:
@@ -59,6 +79,18 @@ def bind(
         module = find(model, linear.path)
         assert isinstance(module, PackedLinear)
         module.bind(data.to(_device(model, linear.path)), entries[0][0][1])
+
+
+def _bind_members(model: nn.Module, layer: manifest.PackedLayer, tensors: dict[str, Tensor]) -> None:
+    """Give each expert's linears their records of the layer's blob."""
+    data, entries = open_records(layer.path, layer.ordered_shapes, tensors)
+    data = data.to(_device(model, f"{layer.path}.0"))
+    places = [place for expert in entries for place in expert]
+    shapes = layer.ordered_shapes * layer.num_experts
+    for path, (start, spec), shape in zip(member_paths(layer), places, shapes, strict=True):
+        module = find(model, path)
+        assert isinstance(module, PackedLinear)
+        module.bind(data[start : start + stored_bytes(spec, shape)], spec)
 
 
 def map_packed(files: Iterable[Path]) -> dict[str, Tensor]:

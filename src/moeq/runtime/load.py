@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from moeq import codec
+from moeq.arch.named_experts import brings_code, code_is_not_trusted
 from moeq.checkpoint.locate import CONFIG_NAME, read_config, resolve_packed
 from moeq.checkpoint.read import Reader
 from moeq.checkpoint.rounded.gguf import LISTING
@@ -28,6 +29,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: Any = "auto",
     exact_activations: bool | None = None,
+    trust_remote_code: bool = False,
     progress: ahead.Told | None = None,
 ) -> PreTrainedModel:
     """A packed checkpoint as a model; experts stay packed and decode one matrix at a time.
@@ -39,6 +41,7 @@ def load(
         exact_activations: True keeps activations in floats, which is slower; False rounds them to 8 bits wherever few
             tokens meet a matrix, also in large batches; None rounds them only in calls of few tokens, so that prompts
             and evaluations are computed with floats and decoding is fast. Kernels on GPUs never round.
+        trust_remote_code: the code in the directory may run, for a model that transformers does not have.
         progress: on a GPU, told of kernels as they are compiled (`moeq.runtime.ahead`), which takes time only for what
             was never compiled on this machine.
 
@@ -51,7 +54,7 @@ def load(
     path = resolve_packed(directory)
     _check_config(path, validate_packed(path))
     try:
-        model = from_pretrained(path, dtype)
+        model = from_pretrained(path, dtype, trust_remote_code=trust_remote_code)
     except (MoeqError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever transformers and a family's class make of an altered config
@@ -83,11 +86,18 @@ def _check_config(directory: Path, manifest: Manifest) -> None:
         )
 
 
-def from_pretrained(directory: Path, dtype: Any) -> PreTrainedModel:
+def from_pretrained(directory: Path, dtype: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a directory, of the class that its config names; raises whatever transformers does.
 
-    A checkpoint that was rounded before is loaded as what moeq decodes it to: some of transformers' own ways need GPUs.
+    Code in the directory is run only if transformers does not have the model, and only if it is trusted. A checkpoint
+    that was rounded before is loaded as what moeq decodes it to: some of transformers' own ways need GPUs.
     """
+    if brings_code(read_config(directory / CONFIG_NAME)):
+        if not trust_remote_code:
+            raise code_is_not_trusted(directory)
+        return AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, trust_remote_code=True
+        )
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     names = config.architectures or []
     cls = getattr(transformers, names[0], None) if names else None
@@ -133,6 +143,7 @@ def load_any(
     dtype: object = "auto",
     *,
     exact_activations: bool | None = True,
+    trust_remote_code: bool = False,
     compiled: ahead.Told | None = None,
 ) -> PreTrainedModel:
     """A model to measure: packed by moeq, or any causal model that transformers loads.
@@ -141,11 +152,18 @@ def load_any(
     is told of kernels that are compiled for a GPU.
     """
     if (directory / MANIFEST_NAME).is_file():
-        packed = load(directory, device=device, dtype=dtype, exact_activations=exact_activations, progress=compiled)
+        packed = load(
+            directory,
+            device=device,
+            dtype=dtype,
+            exact_activations=exact_activations,
+            trust_remote_code=trust_remote_code,
+            progress=compiled,
+        )
         return speaker(packed)
     place = pick_device(device)
     try:
-        model = from_pretrained(directory, dtype)
+        model = from_pretrained(directory, dtype, trust_remote_code=trust_remote_code)
     except (MoeqError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever transformers and a family's class make of broken files
@@ -163,15 +181,15 @@ def speaker(model: PreTrainedModel) -> PreTrainedModel:
     return next((part for part in parts if part.get_output_embeddings() is not None), model)
 
 
-def load_tokenizer(directory: Path) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer beside a checkpoint.
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint; its code is run only if that is trusted.
 
     Raises:
         CheckpointError: there is none that transformers can read.
     """
     fix = "copy the model's tokenizer files into the directory"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # each tokenizer class fails in its own way
         raise CheckpointError(f"no tokenizer could be loaded: {_one_line(error)}", file=directory, fix=fix) from error
     # Without files some families make one that knows its special tokens only, and encodes any text as nothing.

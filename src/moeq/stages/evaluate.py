@@ -35,6 +35,7 @@ def run(
     batch_size: int = 1,
     device: str = "auto",
     progress: Progress | None = None,
+    trust_remote_code: bool = False,
     compiled: Told | None = None,
 ) -> EvalResult:
     """Measure a model on a text; see `moeq.evals.suite.evaluate` for the metrics and errors.
@@ -49,6 +50,7 @@ def run(
         batch_size: windows per forward pass.
         device: where to compute.
         progress: called with (done, total).
+        trust_remote_code: code in a model's directory may run, where transformers does not have the model.
         compiled: likewise, while kernels are compiled for a GPU.
     """
     directory = open_source(model)
@@ -60,10 +62,12 @@ def run(
         batch_size=batch_size,
         pairs=tuple(read_pairs(Path(pairs))) if pairs is not None else (),
     )
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     baseline = None
     if reference is not None:
         original = open_source(reference)
-        baseline = suite.Baseline(name=str(original), model=load_any(original, device))
-    subject = load_any(directory, device, compiled=compiled)
+        baseline = suite.Baseline(
+            name=str(original), model=load_any(original, device, trust_remote_code=trust_remote_code)
+        )
+    subject = load_any(directory, device, trust_remote_code=trust_remote_code, compiled=compiled)
     return suite.evaluate(subject, tokenizer, plan, subject=str(directory), reference=baseline, progress=progress)

@@ -29,9 +29,12 @@ def run(
     temperature: float = 0.0,
     seed: int = 0,
     device: str = "auto",
+    trust_remote_code: bool = False,
     compiled: Told | None = None,
 ) -> GenerateReport:
     """Continue `prompt`, greedily at temperature 0; `compiled` is told of kernels that are compiled for a GPU.
+
+    Code in its directory is run only with `trust_remote_code`, and only if transformers does not have the model.
 
     Raises:
         OptionError: empty prompt, or a count or temperature that makes no sense.
@@ -42,11 +45,11 @@ def run(
     if temperature < 0:
         raise OptionError(f"{temperature} is negative", option="temperature", fix="give 0 for greedy, or more")
     directory = open_source(model)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.numel() == 0:
         raise OptionError("the prompt has no tokens", option="prompt", fix="give some text")
-    loaded = load_any(directory, device, exact_activations=None, compiled=compiled)
+    loaded = load_any(directory, device, exact_activations=None, trust_remote_code=trust_remote_code, compiled=compiled)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with torch.random.fork_rng(enabled=temperature > 0), torch.inference_mode():
         torch.manual_seed(seed)

@@ -33,7 +33,7 @@ def run(
         CheckpointError, CalibrationError: the model or the text cannot be used.
     """
     source = open_source(model)
-    inventory, headers = read_inventory(source)
+    inventory, headers = read_inventory(source, trust_remote_code=recipe.trust_remote_code)
     found = table(subject(source, inventory, headers, recipe), progress, output=output)
     if output is not None and isinstance(found, CostTable):
         write_file_atomic(output, codec.canonical(found.to_dict()) + b"\n")

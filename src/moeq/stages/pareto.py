@@ -60,7 +60,7 @@ def run(model: str | Path, recipe: Recipe, points: int = 20) -> ParetoReport:
         raise OptionError("it needs measured costs", option="costs", fix="make them with moeq measure")
     if points < 2:
         raise OptionError(f"{points} points make no curve", option="points", fix="give at least 2")
-    inventory, _ = read_inventory(open_source(model))
+    inventory, _ = read_inventory(open_source(model), trust_remote_code=recipe.trust_remote_code)
     table = load_table(Path(recipe.costs))
     recipe = recipe.replace(cost=table.cost, unit=table.unit).settled()
     if recipe.joining():

@@ -158,7 +158,7 @@ def _warnings(decision: Decision) -> tuple[str, ...]:
             f"the plan is decided when {decision.recipe.cost} costs are measured; sizes are those of the budget"
         )
     found += _rounded(decision)
-    extra = mtp_tensors(decision.source, read_headers(decision.source))
+    extra = {} if decision.inventory.apart else mtp_tensors(decision.source, read_headers(decision.source))
     if extra:
         words = {
             "keep": "copied as they are; --mtp pack packs their experts, --mtp drop leaves them out",

@@ -141,7 +141,7 @@ def _once(
         _write_rest(decision, partial, journal.finished, tokens, counts)
         router = tune_packed(decision, partial, journal, tokens, device, progress)
         clock.stop("tune")
-        checked = _verify(partial, job.noted, progress)
+        checked = _verify(partial, job.noted, recipe, progress)
         clock.stop("verify")
         measured, note = _quality(decision, partial, rest, device)
         clock.stop("quality")
@@ -165,7 +165,7 @@ def _is_done(path: Path, source: Path, stage: Recipe) -> bool:
         manifest = read_manifest(path)
     except MoeqError:
         return False
-    inventory, _ = read_inventory(source)
+    inventory, _ = read_inventory(source, trust_remote_code=stage.trust_remote_code)
     done = {name: value for name, value in manifest.recipe.items() if name != REPAIRS}
     return manifest.model_hash == inventory.model_hash and done == codec.encode(stage.settled())
 
@@ -230,11 +230,11 @@ def _write_card(
     write_file_atomic(partial / "README.md", model_card(facts).encode())
 
 
-def _verify(partial: Path, noted: Mapping[Unit, str], progress: Progress | None) -> verify.VerifyReport:
+def _verify(partial: Path, noted: Mapping[Unit, str], recipe: Recipe, progress: Progress | None) -> verify.VerifyReport:
     """Reload what was written and compare."""
     if progress is not None:
         progress("verify", 0, 1)
-    checked = verify.run(partial, expected=noted)
+    checked = verify.run(partial, expected=noted, trust_remote_code=recipe.trust_remote_code)
     if progress is not None:
         progress("verify", 1, 1)
     return checked

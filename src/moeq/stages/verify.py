@@ -38,7 +38,12 @@ class VerifyReport:
 
 
 def run(
-    directory: Path, *, hashes: bool = True, expected: Mapping[Unit, str] | None = None, every: bool = False
+    directory: Path,
+    *,
+    hashes: bool = True,
+    expected: Mapping[Unit, str] | None = None,
+    every: bool = False,
+    trust_remote_code: bool = False,
 ) -> VerifyReport:
     """Check a packed checkpoint from the outside, as a user would load it.
 
@@ -46,6 +51,7 @@ def run(
         directory: the checkpoint.
         hashes: read every file and compare its sha256 with the manifest.
         expected: digests of decoded weights noted while they were rounded.
+        trust_remote_code: the code in the directory may run, for a model that transformers does not have.
         every: decode every matrix, not only those of `expected` and the first of each layer.
 
     Raises:
@@ -54,7 +60,7 @@ def run(
     manifest = validate_packed(directory)
     if hashes:
         verify_files(directory, manifest)
-    model = load.load(directory, device="cpu")
+    model = load.load(directory, device="cpu", trust_remote_code=trust_remote_code)
     expected = expected or {}
     decoded = 0
     for index, layer in enumerate(manifest.layers):
@@ -78,7 +84,7 @@ def _weights(
     model: nn.Module, layer: PackedLayer, directory: Path, manifest: Manifest
 ) -> Callable[[int, str], torch.Tensor]:
     """(expert, projection) -> decoded weights: by the module that will serve them, or from the file if none does."""
-    if layer.attached:
+    if layer.attached and not layer.members:
         packed = attach.find(model, layer.path).get_submodule("moeq")
         assert isinstance(packed, ExpertsModule)
         return packed.weights

@@ -38,6 +38,16 @@ from transformers import AutoConfig
 # The stock configuration class: with it transformers picks the stock model class.
 Cfg = type(AutoConfig.for_model({model_type!r}))
 '''
+OWN_HOOK_TEXT = '''"""Lets transformers load this checkpoint with trust_remote_code=True and no other import.
+
+It needs the package moeq (pip install moeq); importing it registers the quantizer. The model is that of its own code.
+"""
+
+import moeq  # noqa: F401
+
+from .{module} import {name} as Cfg  # noqa: F401
+'''
+"""The same, for a model that brings its code."""
 
 
 def packed_layers(inventory: Inventory, plan: Plan) -> tuple[PackedLayer, ...]:
@@ -52,6 +62,7 @@ def packed_layers(inventory: Inventory, plan: Plan) -> tuple[PackedLayer, ...]:
             transposed=layer.transposed,
             layout=plan.layout,
             attached=layer.attached,
+            members=layer.members,
         )
         for layer in inventory.layers
     )
@@ -161,11 +172,13 @@ def _texts(
     if not config.get("dtype") and not config.get("torch_dtype"):  # transformers would take it from our first tensor
         config["dtype"] = _dtype_of(config, shards)
     config["quantization_config"] = quantization_config(inventory, plan, recipe)
-    config["auto_map"] = {"AutoConfig": f"{HOOK_NAME.removesuffix('.py')}.Cfg"}
+    own = config.get("auto_map") if inventory.apart else None
+    hook = {"AutoConfig": f"{HOOK_NAME.removesuffix('.py')}.Cfg"}
+    config["auto_map"] = hook if own is None else own | hook
     weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
     return {
         "config.json": _pretty(config),
-        HOOK_NAME: _hook(config).encode(),
+        HOOK_NAME: _hook(config, own).encode(),
         PLAN_NAME: codec.canonical(plan.to_dict()) + b"\n",
         RECIPE_NAME: recipe.to_yaml().encode(),
         INDEX_NAME: index_text(weight_map, sum(tensor.size for shard in shards for tensor in shard.tensors)),
@@ -182,7 +195,10 @@ def _dtype_of(config: dict[str, Any], shards: tuple[Shard, ...]) -> str:
     return next((str(name) for name in named if name), sizes.most_common(1)[0][0] if sizes else "bfloat16")
 
 
-def _hook(config: dict[str, Any]) -> str:
+def _hook(config: dict[str, Any], own: dict[str, str] | None) -> str:
+    if own is not None:
+        module, _, name = own["AutoConfig"].rpartition(".")
+        return OWN_HOOK_TEXT.format(module=module, name=name)
     return HOOK_TEXT.format(model_type=config["model_type"])
 
 
