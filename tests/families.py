@@ -127,6 +127,21 @@ GEMMA: dict[str, Any] = {
     "vocab_size_per_layer_input": VOCABULARY,
     "global_head_dim": 32,
 }
+LLAMA4: dict[str, Any] = {
+    "num_experts_per_tok": 1,
+    "num_hidden_layers": 3,
+    "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+    "moe_layers": [1, 2],
+    "no_rope_layers": [1, 0, 1],
+    "intermediate_size_mlp": 48,
+    "attention_chunk_size": 16,
+}
+LLAMA4_TOWER: dict[str, Any] = {
+    "intermediate_size": 128,
+    "projector_input_dim": HIDDEN,
+    "projector_output_dim": HIDDEN,
+    "vision_output_dim": HIDDEN,
+}
 INKLING: dict[str, Any] = {
     "logits_mup_width_multiplier": 1.0,
     "swa_num_attention_heads": 4,
@@ -252,6 +267,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "mellum": Family(architecture="MellumForCausalLM"),
     "mimo_v2_flash": Family(architecture="MiMoV2FlashForCausalLM"),
+    "llama4": Family(
+        architecture="Llama4ForConditionalGeneration", text=LLAMA4, towers={"vision_config": LLAMA4_TOWER}
+    ),
+    "llama4_text": Family(architecture="Llama4ForCausalLM", text=LLAMA4),
     "minimax": Family(architecture="MiniMaxForCausalLM"),
     "minimax_m2": Family(architecture="MiniMaxM2ForCausalLM"),
     "minimax_m3_vl": Family(architecture="MiniMaxM3SparseForConditionalGeneration", top={"projector_hidden_size": 32}),

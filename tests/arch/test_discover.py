@@ -15,6 +15,7 @@ import zoo
 from moeq.arch.discover import Discovery, decoder_blocks, discover, discover_model, is_experts
 from moeq.arch.keymap import KeyMap, Route, build_keymap
 from moeq.arch.meta import build_meta_model
+from moeq.arch.sorted_rows import adopt, top_k_index
 from moeq.artifacts import MatrixSource, MoeLayer
 from moeq.checkpoint.read import read_headers
 from moeq.errors import (
@@ -34,7 +35,9 @@ SUPPORTED = [name for name in zoo.FAMILIES if name not in UNSUPPORTED]
 
 def load(model_type: str, directory: Path) -> PreTrainedModel:
     architecture = getattr(transformers, zoo.FAMILIES[model_type].architecture)
-    return architecture.from_pretrained(directory)
+    model: PreTrainedModel = architecture.from_pretrained(directory)
+    adopt(model)
+    return model
 
 
 def tensors_of(directory: Path) -> dict[str, Tensor]:
@@ -75,9 +78,8 @@ def test_every_expert_matrix_is_where_the_sources_say(model_type: str, tiny: Tin
     top_k: dict[str, int] = {}
 
     def note(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            chosen = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
-            top_k[path] = chosen.shape[-1]
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            top_k[path] = top_k_index(module, args, kwargs).shape[-1]
 
         return hook
 

@@ -4,12 +4,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.accelerate import compute_module_sizes, infer_auto_device_map
 
 import moeq
+from moeq.checkpoint.header import read_header
 from moeq.errors import VersionError
 from moeq.integrations import transformers as integration
 
@@ -113,3 +116,52 @@ def test_a_future_format_is_refused_by_name(packed_demo: Path) -> None:
 def test_registering_twice_is_harmless() -> None:
     integration.register()
     integration.register()
+
+
+@pytest.fixture(scope="module", params=["grouped and linears", "tiled"])
+def packed_alike(request: pytest.FixtureRequest, demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = {"grouped and linears": {"bits": 3.2, "dense_bits": "8"}, "tiled": {"method": "tileq", "rank": "4"}}
+    out = tmp_path_factory.mktemp("alike") / "out"
+    moeq.quantize(demo_dir, out, device="cpu", **({"bits": 3.3} | options[request.param]))
+    return out
+
+
+def test_the_state_dict_has_the_packed_bytes(packed_alike: Path) -> None:
+    """Whoever hashes, compares or ships a state dict sees the experts too."""
+    model, other = (moeq.load(packed_alike, device="cpu") for _ in range(2))
+    state = model.state_dict()
+    files = [read_header(path) for path in packed_alike.glob("*.safetensors")]
+    stored = sum(i.stop - i.start for file in files for n, i in file.items() if "moeq_data" in n)
+    assert sum(value.numel() for name, value in state.items() if name.rpartition(".")[2] == "data") == stored
+    want = logits(model)
+    for value in other.state_dict().values():
+        value.zero_()
+    assert not torch.equal(logits(other), want)
+    other.load_state_dict({name: value.clone() for name, value in state.items()})
+    assert torch.equal(logits(other), want)
+    assert torch.equal(logits(moeq.load(packed_alike, device="cpu")), want)  # the file is as it was
+
+
+def test_packed_bytes_are_counted_when_a_model_is_shared_out(packed_alike: Path) -> None:
+    """`device_map="auto"` and `max_memory` look at the model before its bytes are there."""
+    seen: dict[str, Any] = {}
+
+    def look(model: Any, device_map: Any, max_memory: Any, hf_quantizer: Any) -> Any:
+        total = compute_module_sizes(model, hf_quantizer)[0][""]
+        half = total * 6 // 10
+        memory = {"cpu": half, "disk": total}
+        shared = infer_auto_device_map(model, memory, model._no_split_modules, hf_quantizer=hf_quantizer)
+        seen.update(total=total, shared=shared, blocks=compute_module_sizes(model, hf_quantizer)[0], half=half)
+        return {"": torch.device("cpu")}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.modeling_utils._get_device_map", look)
+        model = AutoModelForCausalLM.from_pretrained(packed_alike, device_map="auto")
+    files = [read_header(path) for path in packed_alike.glob("*.safetensors")]
+    stored = sum(info.stop - info.start for file in files for info in file.values())
+    assert abs(seen["total"] - stored) < 0.01 * stored + 4096  # buffers of positions are not in the files
+    assert len(set(seen["shared"].values())) == 2
+    on_cpu = sum(seen["blocks"][name] for name, device in seen["shared"].items() if device == "cpu")
+    assert 0.3 * seen["half"] < on_cpu <= seen["half"]
+    assert not any("bytes_to_come" in name for name, _ in model.named_buffers())
+    assert torch.equal(logits(model), logits(moeq.load(packed_alike, device="cpu")))

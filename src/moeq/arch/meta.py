@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
+from moeq.arch.sorted_rows import adopt
 from moeq.checkpoint.locate import CONFIG_NAME, read_config
 from moeq.checkpoint.rounded.registry import OURS
 from moeq.errors import AlreadyQuantizedError, CheckpointError
@@ -42,6 +43,7 @@ def build_meta_model(directory: Path, dtype: torch.dtype | None = None) -> PreTr
             file=file,
             fix="download config.json again, or install the transformers version the checkpoint was made for",
         ) from error
+    adopt(model)
     return model.eval()
 
 

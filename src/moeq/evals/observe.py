@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeq.arch.sorted_rows import FAMILIES, top_k_index
 from moeq.evals.forward import device_of
 
 
@@ -32,9 +33,13 @@ def find_experts(model: nn.Module) -> list[nn.Module]:
     """The stacked experts of every MoE layer, in order.
 
     They are known by two flags that transformers' experts protocol
-    (`transformers.integrations.moe.use_experts_implementation`) sets on every family's module.
+    (`transformers.integrations.moe.use_experts_implementation`) sets on every family's module, or by their class.
     """
-    return [module for module in model.modules() if hasattr(module, "has_gate") and hasattr(module, "is_transposed")]
+    return [
+        module
+        for module in model.modules()
+        if (hasattr(module, "has_gate") and hasattr(module, "is_transposed")) or type(module).__name__ in FAMILIES
+    ]
 
 
 @contextmanager
@@ -49,9 +54,10 @@ def tap_routing(model: nn.Module) -> Iterator[list[list[Tensor]]]:
     handles = []
     for module, calls in zip(experts, records, strict=True):
 
-        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], calls: list[Tensor] = calls) -> None:
-            index: Tensor = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
-            calls.append(index.detach().flatten(end_dim=-2))
+        def record(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], calls: list[Tensor] = calls
+        ) -> None:
+            calls.append(top_k_index(module, args, kwargs).detach().flatten(end_dim=-2))
 
         handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
     try:

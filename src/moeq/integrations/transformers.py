@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -64,6 +65,7 @@ class MoeqQuantizer(HfQuantizer):
     def __init__(self, quantization_config: MoeqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._files: list[Path] = []
+        self._sizes: dict[str, int] = {}
         layers = (codec.decode(PackedLayer, layer) for layer in quantization_config.layers)
         self._layers = tuple(layer for layer in layers if layer.attached)
         self._dense = tuple(codec.decode(PackedLinear, linear) for linear in quantization_config.dense)
@@ -73,6 +75,7 @@ class MoeqQuantizer(HfQuantizer):
     ) -> None:
         self._files = [Path(file) for file in checkpoint_files or []]
         attach.prepare(model, self._layers, self._dense)
+        self._sizes = attach.announce(model, self._layers, self._dense, self._files)
         # The packed bytes are mapped by moeq, not read by transformers.
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
         ignored |= {re.escape(suffix) + "$" for suffix in SUFFIXES}
@@ -87,6 +90,11 @@ class MoeqQuantizer(HfQuantizer):
             if hooks.HANDLER in module._modules:
                 module.config._experts_implementation = hooks.EXPERTS_IMPLEMENTATION  # type: ignore[union-attr]
         return model
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Bytes of an element; the packed bytes that a device gets where a module only announces them."""
+        size = self._sizes.get(param_name)
+        return super().param_element_size(model, param_name, param) if size is None else size
 
     def is_serializable(self) -> bool:
         """Packed checkpoints are written by `moeq quantize` only."""

@@ -2,11 +2,13 @@
 
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from moeq.arch import hooks
+from moeq.arch.sorted_rows import adopt
 from moeq.checkpoint.header import read_header
 from moeq.checkpoint.mapped import map_file
 from moeq.errors import PackedError
@@ -17,6 +19,9 @@ from moeq.layouts.serving import FIX, layout
 from moeq.layouts.validate import SUFFIXES
 from moeq.spec import stored_bytes
 
+ANNOUNCED: Final = "bytes_to_come"
+"""Buffer of a packed module that has no bytes yet."""
+
 
 def prepare(model: nn.Module, layers: Iterable[manifest.PackedLayer], dense: Iterable[manifest.PackedLinear]) -> None:
     """Replace the weights of experts and packed linears by empty packed modules.
@@ -24,6 +29,7 @@ def prepare(model: nn.Module, layers: Iterable[manifest.PackedLayer], dense: Ite
     Raises:
         PackedError: the model lacks a module that the checkpoint packs.
     """
+    adopt(model)
     for layer in layers:
         if layer.members:
             for path in member_paths(layer):
@@ -62,7 +68,9 @@ def bind(
         PackedError: bytes are missing, or a table contradicts them.
     """
     tensors = map_packed(files)
-    layers = tuple(layers)
+    layers, dense = tuple(layers), tuple(dense)
+    for _, module in packed_modules(model, layers, dense):
+        module._buffers.pop(ANNOUNCED, None)
     for layer in layers:
         if layer.members:
             _bind_members(model, layer, tensors)
@@ -79,6 +87,44 @@ def bind(
         module = find(model, linear.path)
         assert isinstance(module, PackedLinear)
         module.bind(data.to(_device(model, linear.path)), entries[0][0][1])
+
+
+def announce(
+    model: nn.Module,
+    layers: Iterable[manifest.PackedLayer],
+    dense: Iterable[manifest.PackedLinear],
+    files: Iterable[Path],
+) -> dict[str, int]:
+    """Let packed modules that have no bytes yet be counted by whoever shares a model out to devices.
+
+    Each gets a buffer of one byte; the answer says how many bytes stand behind it, by the buffer's name. `bind` takes
+    the buffers away.
+    """
+    stored: dict[str, int] = {}
+    for file in files:
+        for name, info in read_header(file).items():
+            if name.endswith(SUFFIXES):
+                path = name.rpartition(".")[0]
+                stored[path] = stored.get(path, 0) + info.stop - info.start
+    names = {id(module): name for name, module in model.named_modules()}
+    sizes = {}
+    for path, module in packed_modules(model, layers, dense):
+        module.register_buffer(ANNOUNCED, torch.empty(1, dtype=torch.uint8, device="meta"), persistent=False)
+        sizes[f"{names[id(module)]}.{ANNOUNCED}"] = stored.get(path, 0)
+    return sizes
+
+
+def packed_modules(
+    model: nn.Module, layers: Iterable[manifest.PackedLayer], dense: Iterable[manifest.PackedLinear]
+) -> Iterator[tuple[str, nn.Module]]:
+    """(path in the checkpoint, module) of everything that has bytes of its own."""
+    for layer in layers:
+        if layer.members:
+            yield layer.path, find(model, next(member_paths(layer)))
+        else:
+            yield layer.path, find(model, layer.path).get_submodule(hooks.HANDLER)
+    for linear in dense:
+        yield linear.path, find(model, linear.path)
 
 
 def _bind_members(model: nn.Module, layer: manifest.PackedLayer, tensors: dict[str, Tensor]) -> None:

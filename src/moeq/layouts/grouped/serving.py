@@ -44,7 +44,7 @@ class PackedExperts(ExpertsModule):
         self._table: Tensor | None = None
         self._kinds: Kinds | None = None
         self._layer: PackedLayer | None = None
-        self.register_buffer("data", None, persistent=False)
+        self.register_buffer("data", None)
 
     def bind(self, data: Tensor, entries: Entries, kinds: Kinds | None = None) -> None:
         """Take the layer's blob (uint8), what its table says, and what it has in common with other layers."""
@@ -141,7 +141,7 @@ class PackedLinear(nn.Linear):
         self.spec: QuantSpec | None = None
         self.exact: bool | None = None
         self._matrix: PackedMatrix | None = None
-        self.register_buffer("data", None, persistent=False)
+        self.register_buffer("data", None)
 
     def bind(self, data: Tensor, spec: QuantSpec) -> None:
         """Take the matrix record (uint8) and its spec."""

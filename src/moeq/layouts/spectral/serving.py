@@ -35,7 +35,7 @@ class SpectralExperts(ExpertsModule):
         self.exact: bool | None = None
         self._layer: SpectralLayer | None = None
         self._compiled = False
-        self.register_buffer("data", None, persistent=False)
+        self.register_buffer("data", None)
 
     def bind(self, data: Tensor, layer: SpectralLayer) -> None:
         """Take the layer's blob (uint8) and what its table and maps say."""

@@ -42,8 +42,8 @@ class TiledExperts(ExpertsModule):
         self.exact: bool | None = None
         self._kinds: Kinds | None = None
         self._layer: TiledLayer | None = None
-        self.register_buffer("data", None, persistent=False)
-        self.register_buffer("side_data", None, persistent=False)
+        self.register_buffer("data", None)
+        self.register_buffer("side_data", None)
 
     def bind(
         self,
