@@ -34,10 +34,10 @@ OPTIONS = {
     "repair": "directory output --json --calibration --nsamples --seqlen --seed --loss --reference --device "
     "--router-epochs --router-lr",
     "quantize": f"model output --json --resume --save-recipe {RECIPE_OPTIONS}",
-    "eval": "model --json --text --reference --pairs --seqlen --max-tokens --batch-size --device",
-    "generate": "model prompt --json --max-new-tokens --temperature --seed --device",
+    "eval": "model --json --text --reference --pairs --seqlen --max-tokens --batch-size --device --trust-remote-code",
+    "generate": "model prompt --json --max-new-tokens --temperature --seed --device --trust-remote-code",
     "bench": "directory --json --prompt-tokens --new-tokens --threads --exact-activations",
-    "verify": "directory --json",
+    "verify": "directory --json --trust-remote-code",
     "doctor": "--json",
 }
 """Every argument of every verb. Adding one is fine; to rename or remove one breaks scripts of users."""

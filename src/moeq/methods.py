@@ -49,6 +49,11 @@ class Method:
         return found
 
     @property
+    def alone(self) -> bool:
+        """Whether a matrix is stored by itself: nothing is shared between experts, so that no text is needed."""
+        return self.unit != "component" and not self.own_options
+
+    @property
     def own_options(self) -> tuple[str, ...]:
         """Options of a recipe that mean something for the layout of this method alone."""
         found: tuple[str, ...] = part(self.layout, "shape").OPTIONS

@@ -70,8 +70,7 @@ class Recipe:
         rank: components of the tiled low-rank factors; "auto" takes what the budget leaves, None a small share if any.
         allocation: for the tiled layout, the method whose unit, cost and solver choose the residuals' widths.
         tile_options: choices of the tiled layout, as "grid=8x16,rotation=expert" (`layouts.tiled.shape.TileOptions`).
-        mtp: layers that predict further tokens, which transformers ignores: "keep" copies them, "pack" packs their
-            experts (without data, at their share of the budget) and copies the rest, "drop" leaves them out.
+        mtp: layers that predict further tokens: "keep", "pack" (their experts, without data), or "drop".
         trust_remote_code: the code in the model's directory may run, if transformers does not have the model.
         progressive: falling budgets to go through before the last one, as "3,2.5", each measured on the
             packed and tuned result of the one before.
@@ -144,8 +143,7 @@ class Recipe:
         self._check_allocation()
 
     def _check_allocation(self) -> None:
-        plain = method(self.method).layout == METHODS["uniform"].layout and self.quantizer != "vector"
-        if self.mtp == "pack" and not plain:
+        if self.mtp == "pack" and not (method(self.method).alone and self.quantizer != "vector"):
             raise OptionError(
                 "experts that no module runs are packed matrix by matrix, without data",
                 option="mtp",

@@ -94,6 +94,7 @@ def test_experts_outside_the_protocol_are_not_called_dense(tmp_path: Path) -> No
     sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 48, "intermediate_size_mlp": 48}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2}
     more = {"num_local_experts": 4, "interleave_moe_layer_step": 1, "pad_token_id": 0}
+    more["num_experts_per_tok"] = 2  # with one, moeq makes them follow it
     config = transformers.Llama4TextConfig(**sizes, **heads, **more)
     transformers.Llama4ForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(NotMoeError, match="outside transformers' experts protocol") as caught:

@@ -13,7 +13,7 @@ from moeq.artifacts import CostTable, Inventory, Plan
 from moeq.costs.component_table import ComponentTable, Table, load_table
 from moeq.costs.registry import make_cost
 from moeq.errors import ArtifactError, OptionError
-from moeq.methods import METHODS, method
+from moeq.methods import method
 from moeq.progress import Progress
 from moeq.recipe import Recipe
 from moeq.spec import TensorInfo
@@ -80,9 +80,8 @@ def draft(model: str | Path, recipe: Recipe, table: Table | None = None) -> Deci
 
 def _check_apart(recipe: Recipe) -> None:
     """Experts that are modules of their own are rounded one by one and without data: raise OptionError otherwise."""
-    plain = METHODS["uniform"]
     needed = {
-        "method": method(recipe.method).layout == plain.layout,
+        "method": method(recipe.method).alone,
         "cost": recipe.cost is None or make_cost(recipe.cost).needs == "weights",
         "calibration": recipe.calibration is None,
         "quantizer": not chosen_quantizer(recipe).needs_hessian,

@@ -13,15 +13,17 @@ from torch import nn
 
 from moeq import codec
 from moeq.allocation import other_linears, plans
+from moeq.allocation.domains import COMBINED, by_text, combined
 from moeq.artifacts import CostTable, DenseLinear, Inventory, MatrixSource
 from moeq.calibration.backprop import Labels
 from moeq.calibration.opening import open_stream, packed_matrices
 from moeq.calibration.spill import SpillPool
 from moeq.calibration.tap import Hear
-from moeq.calibration.tokens import TokenBatch
+from moeq.calibration.tokens import TokenBatch, first_samples
 from moeq.checkpoint.read import Reader
 from moeq.costs.base import Asked, Cost, LayerCosts, LayerView, LinearView
 from moeq.costs.component_table import ComponentFacts, ComponentTable, write_table
+from moeq.costs.options import check_choice, check_number
 from moeq.costs.registry import COSTS, make_cost
 from moeq.costs.spectral_energy import SpectralEnergy
 from moeq.errors import OptionError
@@ -34,6 +36,10 @@ from moeq.version import __version__
 from moeq.writing.calibration_text import calibration_tokens
 from moeq.writing.quantizer_choice import DENSE_QUANTIZER, quantizer_options
 
+SAMPLES = 48
+"""Sequences that costs with gradients are measured on, if there are more: their ranks hardly change beyond."""
+OWN_OPTIONS = ("labels", "samples", "texts")
+"""Options of a cost that say what it is measured on; the cost itself does not see them."""
 LABELS = ("text", "sampled")
 """What the gradients' loss predicts: the text's own next tokens, or tokens drawn from the model."""
 
@@ -98,11 +104,13 @@ def subject(
             f"method {recipe.method} ranks nothing", option="cost", fix="choose a --cost, or a method that has one"
         )
     cost, _ = _make(recipe)
+    _combination(recipe)
     if recipe.joining():
         check_joining(recipe)
     tokens = None
     if cost.needs != "weights":
         tokens, _ = calibration_tokens(source, recipe, f"cost {recipe.cost}")
+        tokens = None if tokens is None else first_samples(tokens, _samples(recipe))
     return Subject(
         source=source,
         inventory=inventory,
@@ -124,6 +132,24 @@ def table(
         scratch: where activations may be spilled; the system's temporary directory by default.
         output: where costs of components are written.
     """
+    recipe, tokens = what.recipe, what.tokens
+    how = _combination(recipe)
+    if tokens is None or len(tokens.domains) < 2 or how == "pooled":
+        return _pooled(what, progress, scratch, output)
+    tables = []
+    for batch in by_text(tokens):
+        table = _pooled(replace(what, tokens=batch), progress, scratch, None)
+        assert isinstance(table, CostTable)
+        tables.append(table)
+    names = tuple(domain.name for domain in tokens.domains)
+    shares = [tokens.domain_N.count(number) / len(tokens.domain_N) for number in range(len(names))]
+    return replace(combined(tables, names, shares, how), provenance=what.provenance)
+
+
+def _pooled(
+    what: Subject, progress: Progress | None, scratch: Path | None, output: Path | None
+) -> CostTable | ComponentTable:
+    """One table of all tokens."""
     recipe, inventory = what.recipe, what.inventory
     device = pick_device(recipe.device)
     cost, labels = _make(recipe)
@@ -250,6 +276,20 @@ def _stream(
         stream.run(what.tokens.ids_NT, visit, gradients=gradients, labels=labels, seed=recipe.seed, linears=hears)
 
 
+def _combination(recipe: Recipe) -> str:
+    """How the costs of several texts are combined; those of components share their bases, which all texts make."""
+    how = recipe.options_of_cost().get("texts", "pooled" if recipe.has_components else "mean")
+    check_choice("texts", how, ("pooled",) if recipe.has_components else COMBINED)
+    return str(how)
+
+
+def _samples(recipe: Recipe) -> int:
+    """How many sequences the recipe's cost is measured on; 0 for all."""
+    given = recipe.options_of_cost().get("samples", SAMPLES if recipe.cost == "fisher" else 0)
+    check_number("samples", given, whole=True)
+    return int(given)
+
+
 def _make(recipe: Recipe) -> tuple[Cost | SpectralEnergy, Labels]:
     """The recipe's cost, and the labels that gradients are taken for.
 
@@ -267,7 +307,7 @@ def _make(recipe: Recipe) -> tuple[Cost | SpectralEnergy, Labels]:
 def _options(recipe: Recipe) -> dict[str, Any]:
     """The options that the recipe's cost is made with."""
     name = str(recipe.cost)
-    options = {key: value for key, value in recipe.options_of_cost().items() if key != "labels"}
+    options = {key: value for key, value in recipe.options_of_cost().items() if key not in OWN_OPTIONS}
     if name in COSTS:
         wanted = inspect_signature(COSTS[name]).parameters
         if recipe.has_components and not str(recipe.quantizer).startswith("gptq"):

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,10 @@ from moeq.layouts.serving import layout
 from moeq.layouts.validate import validate_packed
 from moeq.progress import Progress
 from moeq.runtime import attach, load
+
+PRODUCT_VALUES: Final = 2**25
+"""Values of what all matrices of a token's experts answer, of all tokens of a micro-batch."""
+MAX_MICRO_BATCH_TOKENS: Final = 16_384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -67,7 +72,7 @@ def open_stream(
     device: torch.device,
     scratch: Path,
     dtype: torch.dtype | None = None,
-    micro_batch_tokens: int = MICRO_BATCH_TOKENS,
+    micro_batch_tokens: int | None = None,
     batch_bytes: int = BATCH_BYTES,
     progress: Progress | None = None,
 ) -> Iterator[Backprop]:
@@ -79,7 +84,7 @@ def open_stream(
         device: where blocks run.
         scratch: where activations go; must be on a disk, not in memory.
         dtype: compute dtype; None takes the checkpoint's, but float32 where a CPU is slow at it.
-        micro_batch_tokens: tokens that one block sees at once.
+        micro_batch_tokens: tokens that one block sees at once; None takes as many as its experts' products allow.
         batch_bytes: what the activations of a batch of sequences may take in `scratch`.
         progress: called with ("blocks", done, all).
 
@@ -98,7 +103,7 @@ def open_stream(
             layers=inventory.layers,
             pool=SpillPool(scratch),
             device=device,
-            micro_batch_tokens=micro_batch_tokens,
+            micro_batch_tokens=micro_batch_tokens or _micro_batch_tokens(inventory),
             batch_bytes=batch_bytes,
             progress=report,
         )
@@ -163,6 +168,12 @@ def packed_matrices(directory: Path) -> Callable[[int], ReadMatrix]:
         return layout(entry.layout).open(entry, tensors).dense
 
     return layer
+
+
+def _micro_batch_tokens(inventory: Inventory) -> int:
+    """Many tokens where experts are small: their weights are read again for every micro-batch."""
+    values = max(layer.top_k * sum(rows for rows, _ in layer.shapes.values()) for layer in inventory.layers)
+    return min(max(MICRO_BATCH_TOKENS, PRODUCT_VALUES // values), MAX_MICRO_BATCH_TOKENS)
 
 
 def block_paths(inventory: Inventory, model: nn.Module) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import json
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -230,6 +230,14 @@ def sample_tokens(
         domains=(Domain(name=source, samples=nsamples, documents=used),),
         domain_N=(0,) * nsamples,
     )
+
+
+def first_samples(tokens: TokenBatch, count: int) -> TokenBatch:
+    """The first samples of a batch, all of them if `count` is 0 or more than there are; texts keep their shares."""
+    if not 0 < count < len(tokens.ids_NT):
+        return tokens
+    ids_NT = tokens.ids_NT[:count]
+    return replace(tokens, ids_NT=ids_NT, hash=token_hash(ids_NT), domain_N=tokens.domain_N[:count])
 
 
 def windows(tokenizer: Tokenizer, text: str, seqlen: int, *, max_tokens: int | None = None) -> list[Tensor]:

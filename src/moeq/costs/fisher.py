@@ -28,6 +28,7 @@ from moeq.errors import OptionError
 
 FORMS: Final = ("diagonal", "full")
 FLOOR: Final = 32
+TOKENS: Final = 256
 
 
 class Fisher:
@@ -56,9 +57,11 @@ class Fisher:
             an expert counts as routed at least `floor` tokens. 0 turns both off: the paper's plain sums, exactly 0
             for an expert that saw no token.
         seqlen: tokens of a sequence, for the units and needed by `linear`.
+        tokens: routed tokens of an expert and batch that roundings are tried on, chosen by their squared routing weight
+            and gradient so that sums are right on average; 0 tries all, as `linear` does in any case.
     """
 
-    __slots__ = ("_floor", "_form", "_layers", "_linear", "_rounder", "_seqlen", "_squares", "needs")
+    __slots__ = ("_floor", "_form", "_layers", "_linear", "_rounder", "_seqlen", "_squares", "_tokens", "needs")
 
     def __init__(
         self,
@@ -71,10 +74,12 @@ class Fisher:
         linear: bool = False,
         floor: float = FLOOR,
         seqlen: int | None = None,
+        tokens: int = TOKENS,
     ) -> None:
         check_choice("form", form, FORMS)
         check_switch("linear", linear)
         check_number("floor", floor)
+        check_number("tokens", tokens, whole=True)
         if seqlen is not None:
             check_number("seqlen", seqlen, 2, whole=True)
         if linear and seqlen is None:
@@ -89,6 +94,7 @@ class Fisher:
         self._linear = linear
         self._floor = floor
         self._seqlen = seqlen
+        self._tokens = 0 if linear else tokens
         self._layers: dict[int, Tally] = {}
         self._squares: dict[int, Floats] = {}
 
@@ -102,9 +108,10 @@ class Fisher:
         tally.count(asked)
         # Gradients of a mean may be tiny; squares of products with them must not vanish in float32.
         unit = float(asked.grad_TH.abs().amax()) if len(asked.x_TH) else 0.0
-        for part in perturb(view, asked, self._rounder):
+        importance_T = asked.grad_TH.div(unit or 1.0).square().sum(1) if self._tokens else None
+        for part in perturb(view, asked, self._rounder, self._tokens, importance_T):
             g_SH = asked.grad_TH[part.tokens_S].to(view.device, working_dtype(asked)).div_(unit or 1.0)
-            square_E[part.expert] += unit**2 * float(g_SH.square().mean(1).double().sum())
+            square_E[part.expert] += unit**2 * part.total(g_SH.square().mean(1).double())
             self._add(tally, part, g_SH.mul_(part.weights_S.unsqueeze(1)), unit)
 
     def _add(self, tally: Tally, part: Part, sg_SH: Tensor, unit: float) -> None:
@@ -115,11 +122,11 @@ class Fisher:
             product_SH = difference.diff_SH.mul_(sg_SH)
             if self._form == "diagonal":
                 norm_S = torch.linalg.vector_norm(product_SH, dim=1).double()
-                tally.tables["diagonal"][place] += unit**2 * float(norm_S.square().sum())
+                tally.tables["diagonal"][place] += unit**2 * part.total(norm_S.square())
             if wants_along:
                 along_S = product_SH.sum(1).double()
-                tally.tables["full"][place] += unit**2 * float(along_S.square().sum())
-                tally.tables["linear"][place] += unit * float(along_S.sum())
+                tally.tables["full"][place] += unit**2 * part.total(along_S.square())
+                tally.tables["linear"][place] += unit * part.total(along_S)
 
     def result(self) -> list[LayerCosts]:
         """The costs of all layers; see `moeq.costs.base.Cost`.

@@ -136,6 +136,7 @@ class Part:
         expert: which expert.
         tokens_S: their positions in the batch, on the device of the batch.
         weights_S: their routing weights in the dtype of the differences, on the view's device.
+        stands_S: for how many tokens each stands, float64 on the view's device; None if all are there.
         differences: every unit of the expert under every candidate, computed as it is asked for.
     """
 
@@ -143,6 +144,11 @@ class Part:
     tokens_S: Tensor
     weights_S: Tensor
     differences: Iterator[Difference]
+    stands_S: Tensor | None = None
+
+    def total(self, values_S: Tensor) -> float:
+        """The sum over all tokens of a number of each, (S,) float64, as far as the chosen ones tell."""
+        return float((values_S if self.stands_S is None else values_S * self.stands_S).sum())
 
 
 def working_dtype(asked: Asked) -> torch.dtype:
@@ -150,13 +156,22 @@ def working_dtype(asked: Asked) -> torch.dtype:
     return torch.float64 if asked.x_TH.dtype == torch.float64 else torch.float32
 
 
-def perturb(view: LayerView, asked: Asked, rounder: Rounder) -> Iterator[Part]:
+def perturb(
+    view: LayerView, asked: Asked, rounder: Rounder, limit: int = 0, importance_T: Tensor | None = None
+) -> Iterator[Part]:
     """Round every expert that was asked anything, in all ways, and compare its answers.
 
     With unit "expert" all matrices of an expert are rounded to the candidate at once; with "matrix" one at a time,
     the others being the original's. A rounder that needs Hessians gets those of this batch: of the tokens routed to
     the expert, filled up to `MIN_TOKENS` with tokens of the whole batch as in packing; the down projection's come
     from the original gate and up.
+
+    Args:
+        view: the layer.
+        asked: what its experts were asked.
+        rounder: rounds.
+        limit: tokens of an expert that are tried, chosen by `chosen_tokens`; 0 tries all.
+        importance_T: how much of the sums may come from a token, with its squared routing weight; none for all alike.
 
     Call it without gradients enabled. The differences of a part must be read before the next part is asked for.
 
@@ -176,13 +191,54 @@ def perturb(view: LayerView, asked: Asked, rounder: Rounder) -> Iterator[Part]:
             continue
         subject = _subject(view, asked, expert)
         rounded = _round(subject, choices // top_k, rounder)
-        for chunk in choices.split(step):
+        stands_S = None
+        if limit and count > limit:
+            sizes_S = flat_weights[choices].double().square()
+            if importance_T is not None:
+                sizes_S *= importance_T[choices // top_k].double()
+            kept, stands_S = chosen_tokens(sizes_S, limit)
+            choices = choices[kept]
+        for at in range(0, len(choices), step):
+            chunk = choices[at : at + step]
             yield Part(
                 expert=expert,
                 tokens_S=chunk // top_k,
                 weights_S=flat_weights[chunk].to(view.device, working_dtype(asked)),
                 differences=_differences(subject, rounded, chunk // top_k),
+                stands_S=None if stands_S is None else stands_S[at : at + step].to(view.device),
             )
+
+
+def chosen_tokens(sizes_S: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Some tokens in the stead of all, so that sums over them are right on average.
+
+    A token is chosen with a probability that rises with its size (a tenth of the mean for the smallest), and stands for
+    one divided by that; the largest are chosen for certain. The choice is systematic: even steps along the running sum
+    of the probabilities, which scatters less than chance and is the same every time.
+
+    Args:
+        sizes_S: not negative, float64.
+        count: how many, about; fewer than there are.
+
+    Returns:
+        positions, rising; and for how many tokens each stands, float64.
+    """
+    shares_S = sizes_S + 0.1 * sizes_S.mean()
+    if not float(shares_S.sum()) > 0:
+        shares_S = torch.ones_like(sizes_S)
+    chances_S = torch.zeros_like(shares_S)
+    sure_S = torch.zeros_like(shares_S, dtype=torch.bool)
+    while True:  # those that would be chosen more than once are chosen once, and the others share what is left
+        left = count - int(sure_S.sum())
+        rest = float(shares_S[~sure_S].sum())
+        chances_S = torch.where(sure_S, 1.0, shares_S * left / max(rest, 1e-300))
+        over_S = (chances_S >= 1) & ~sure_S
+        if not bool(over_S.any()):
+            break
+        sure_S |= over_S
+    steps_S = torch.floor(chances_S.cumsum(0) + 0.5)
+    kept = torch.nonzero(torch.diff(steps_S, prepend=steps_S.new_zeros(1)) > 0).squeeze(1)
+    return kept, 1 / chances_S[kept]
 
 
 def _chunk_tokens(layer: MoeLayer) -> int:
