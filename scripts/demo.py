@@ -69,7 +69,7 @@ def main() -> int:
     for bits in WIDTHS:
         print(f"quantizing to codes of {bits} bits ...", file=sys.stderr)
         packed = output / f"demo-{bits}bit"
-        options = {"bits": bits, "accounting": "codes", "calibration": str(CALIBRATION)}
+        options = {"method": "uniform", "bits": bits, "accounting": "codes", "calibration": str(CALIBRATION)}
         report = moeq.quantize(MODEL, packed, nsamples=64, seqlen=SEQLEN, device="cpu", **options)
         rows.append(
             row(

@@ -8,18 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeq.artifacts import (
-    Artifact,
-    CostTable,
-    DenseLinear,
-    EvalResult,
-    Inventory,
-    MatrixSource,
-    MoeLayer,
-    Plan,
-    expert_bytes,
-)
+from moeq.artifacts import Artifact, CostTable, EvalResult, Inventory, Plan, expert_bytes
 from moeq.errors import ArtifactError, VersionError
+from moeq.model_parts import DenseLinear, MatrixSource, MoeLayer
 from moeq.spec import BITS, QuantSpec, Unit, stored_bytes, table_bytes
 
 SHAPES = {"gate": (24, 40), "up": (24, 40), "down": (40, 24)}

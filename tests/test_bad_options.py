@@ -50,7 +50,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[errors.MoeqError], tuple[str, ...]]]
     "no such GPU": ({"device": "cuda:99"}, errors.DeviceError, ("option device", "cuda:99")),
     "unknown device": ({"device": "banana"}, errors.DeviceError, ("option device", "banana")),
     "meta device": ({"device": "meta"}, errors.DeviceError, ("option device", "meta")),
-    "gptq without text": ({"quantizer": "gptq"}, errors.OptionError, ("option calibration", "gptq", "hqq")),
+    "gptq without text": (
+        {"method": "uniform", "quantizer": "gptq", "calibration": "none"},
+        errors.OptionError,
+        ("option calibration", "gptq", "hqq"),
+    ),
     "plan is not there": ({"bits": None, "plan": "no-plan.json"}, errors.ArtifactError, ("no-plan.json",)),
 }
 

@@ -20,7 +20,7 @@ DOCUMENTATION = Path(__file__).parent.parent / "docs" / "json.md"
 
 RECIPE_OPTIONS = (
     "--recipe --method --bits --size --accounting --quantizer --group-size --levels --dense-bits --calibration "
-    "--mtp --trust-remote-code --nsamples --seqlen --seed --routing --act-order --no-act-order --damp --gain "
+    "--preset --mtp --trust-remote-code --nsamples --seqlen --seed --routing --act-order --no-act-order --damp --gain "
     "--no-gain --device --plan --costs --cost --cost-options --unit --candidates --context --round-context "
     "--no-round-context --scope --shares --solver --router --router-epochs --router-lr --quality --no-quality "
     "--rank --allocation --tile-options --progressive"
@@ -80,7 +80,7 @@ def test_options_are_frozen() -> None:
 
 
 def test_every_recipe_field_is_an_option_of_the_same_name() -> None:
-    fields = {"--" + name.replace("_", "-") for name in Recipe.__dataclass_fields__}
+    fields = {"--" + name.replace("_", "-") for name in Recipe.__dataclass_fields__} | {"--preset"}
     assert fields == {name for name in RECIPE_OPTIONS.split() if not name.startswith("--no-")} - {"--recipe"}
 
 
@@ -147,7 +147,8 @@ def test_a_failure_exits_with_1_and_a_document(verb: str, tmp_path: Path, capsys
 
 
 def test_plan(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    document = run("plan", demo_dir, "--bits", "3.5", "--dense-bits", "attention=4,lm_head=16", capsys=capsys)
+    words = ("--bits", "3.5", "--calibration", "none", "--dense-bits", "attention=4,lm_head=16")
+    document = run("plan", demo_dir, *words, capsys=capsys)
     check_fields(document, "plan")
     assert document["quantizer"] == "hqq"
     assert document["expert_bits_per_weight"] <= 3.5
@@ -299,14 +300,14 @@ def test_the_command_line_wins_over_the_recipe(
     tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(Recipe(bits=5, group_size=32).to_yaml(), encoding="utf-8")
+    recipe.write_text(Recipe(bits=5, group_size=32, calibration="none").to_yaml(), encoding="utf-8")
     plain = run("plan", tiny_dir, "--recipe", recipe, capsys=capsys)
     wider = run("plan", tiny_dir, "--recipe", recipe, "--bits", "6.5", capsys=capsys)
     assert plain["expert_bits_per_weight"] <= 5 < wider["expert_bits_per_weight"] <= 6.5
     sized = run("plan", tiny_dir, "--recipe", recipe, "--size", "250KB", capsys=capsys)
     assert sized["stored_bytes"] < 250_000
     empty = tmp_path / "empty.yaml"
-    empty.write_text("group_size: 32\nbits:\n", encoding="utf-8")
+    empty.write_text("group_size: 32\ncalibration: none\nbits:\n", encoding="utf-8")
     assert run("plan", tiny_dir, "--recipe", empty, "--bits", "5", capsys=capsys)["plan_hash"] == plain["plan_hash"]
     assert run("plan", tiny_dir, "--recipe", empty, capsys=capsys, status=1)["error"] == "OptionError"
 

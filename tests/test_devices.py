@@ -39,12 +39,12 @@ def few(text: Path) -> dict[str, Any]:
 
 DATALESS = {
     "rtn": {"quantizer": "rtn", "bits": 3.7, "dense_bits": "8"},
-    "hqq": {"bits": 3.2},
-    "alphaq": {"method": "alphaq", "bits": 3},
+    "hqq": {"bits": 3.2, "calibration": "none"},
+    "alphaq": {"method": "alphaq", "bits": 3, "calibration": "none"},
 }
 CALIBRATED = {
-    "gptq": {"bits": 2.6},
-    "gptq-mc": {"bits": 2.6, "quantizer": "gptq-mc"},
+    "gptq": {"method": "uniform", "bits": 2.6},
+    "gptq-mc": {"method": "uniform", "bits": 2.6, "quantizer": "gptq-mc"},
     "vector": {"bits": 4, "quantizer": "vector"},
     "pmq": {"method": "pmq", "bits": 2.6},
     "gemq": {"method": "gemq", "bits": 2.6, "router": "task", "router_epochs": 1},

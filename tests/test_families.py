@@ -17,12 +17,12 @@ import zoo
 from moeq.allocation import measuring as costs_of
 from moeq.allocation import plans as allocate
 from moeq.arch.inventory import read_inventory
-from moeq.artifacts import MoeLayer
 from moeq.calibration.tokens import TokenBatch, token_hash
 from moeq.errors import OptionError
 from moeq.format.records import decode_matrix
 from moeq.layouts.grouped.serving import PackedExperts
 from moeq.layouts.spectral.serving import SpectralExperts
+from moeq.model_parts import MoeLayer
 from moeq.recipe import Recipe
 
 UNSUPPORTED = {"diffusion_gemma"}

@@ -8,6 +8,7 @@ from moeq.arch.inventory import read_inventory
 from moeq.artifacts import CostTable, EvalResult, Inventory, Plan
 from moeq.checkpoint.locate import resolve_packed
 from moeq.costs.component_table import ComponentTable
+from moeq.defaults import filled
 from moeq.progress import Progress
 from moeq.recipe import Recipe
 from moeq.stages import allocate as allocate_stage
@@ -38,27 +39,27 @@ def quantize(
     Raises:
         MoeqError: of the kind that says what is wrong.
     """
-    return quantize_stage.run(model, output, Recipe(**options), resume=resume, progress=progress)
+    return quantize_stage.run(model, output, Recipe(**filled(model, options)), resume=resume, progress=progress)
 
 
 def plan(model: str | Path, **options: Any) -> PlanReport:
     """What `quantize` with the same options would do; reads no weights."""
-    return plan_stage.run(model, Recipe(**options))
+    return plan_stage.run(model, Recipe(**filled(model, options)))
 
 
 def measure(model: str | Path, *, progress: Progress | None = None, **options: Any) -> CostTable | ComponentTable:
     """What each width would cost each unit; its `save` makes a file for the option `costs`. Needs no budget."""
-    return measure_stage.run(model, Recipe(**options), progress)
+    return measure_stage.run(model, Recipe(**filled(model, options)), progress)
 
 
 def allocate(model: str | Path, **options: Any) -> Plan:
     """Spend a budget; `Plan.save` the result for the option `plan`. Methods that rank units need `costs`."""
-    return allocate_stage.run(model, Recipe(**options)).plan
+    return allocate_stage.run(model, Recipe(**filled(model, options))).plan
 
 
 def pareto(model: str | Path, *, points: int = 20, **options: Any) -> ParetoReport:
     """Solve many budgets by one table of `costs`."""
-    return pareto_stage.run(model, Recipe(**options), points)
+    return pareto_stage.run(model, Recipe(**filled(model, options)), points)
 
 
 def repair(directory: str | Path, output: str | Path, *, calibration: str | Path, **options: Any) -> RepairReport:

@@ -20,6 +20,7 @@ from moeq.allocation import decide as decisions
 from moeq.checkpoint.locate import resolve_packed
 from moeq.checkpoint.write import write_file_atomic
 from moeq.cli_args import build_parser
+from moeq.defaults import filled
 from moeq.errors import InternalError, MoeqError, OutputError
 from moeq.layouts import trust
 from moeq.recipe import Recipe
@@ -52,7 +53,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
     if given.keys() & set(BUDGETS):  # a budget on the command line replaces that of the file, whatever its unit
         options = {name: value for name, value in options.items() if name not in BUDGETS}
-    return Recipe(**{**options, **given})
+    return Recipe(**filled(args.model, {**options, **given, "preset": args.preset}))
 
 
 def _check_file(option: str, file: str | None) -> None:

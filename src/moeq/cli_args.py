@@ -10,7 +10,8 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a Recipe; defaults stay None so that a recipe file can fill them."""
     add = parser.add_argument
     add("--recipe", metavar="FILE", help="YAML file with any of the options below; the command line wins")
-    add("--method", help="how bits are allocated (default uniform)")
+    add("--method", help="how bits are allocated (default gemq; uniform without calibration text)")
+    add("--preset", help="paper: the method as its paper has it, instead of what was measured to be best")
     add("--bits", type=float, help="mean stored bits per expert weight, scales and padding included")
     add("--size", help="bytes of the whole checkpoint instead: 8GB, 7.5GiB")
     add("--accounting", help="bytes (default) or codes: --bits counts code bits only, as papers do")
@@ -59,7 +60,7 @@ def _tuning_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--router-lr", type=float, help="learning rate of routers (default 0.0001)")
 
 
-TEXTS = "txt (a document per line), jsonl, parquet, directory or dataset id; several: A:0.5,B:0.5 with their weights"
+TEXTS = "txt (a document per line), jsonl, parquet, directory, hub id; several: A:0.5,B:0.5; bundled (default), none"
 """Of --calibration."""
 TRUST = "run the code in the model's directory, for models that transformers does not have"
 """Of --trust-remote-code."""

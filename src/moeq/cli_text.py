@@ -147,6 +147,8 @@ def quantize(report: QuantizeReport) -> str:
         )
     if report.quality is not None:
         lines.append("held-out quality: " + ", ".join(f"{key} {value:.4f}" for key, value in report.quality.items()))
+        for text, found in report.quality_by_text.items():
+            lines.append(f"  {text}: kl {found['kl']:.4f}, perplexity {found['perplexity']:.2f}")
     elif report.quality_note:
         lines.append(f"quality {report.quality_note}")
     return "\n".join(lines)

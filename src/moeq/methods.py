@@ -28,6 +28,7 @@ class Method:
         quantizer: the quantizer used when calibration text is given.
         dataless: the quantizer used when it is not.
         router: loss that routers are tuned with after packing, or "none".
+        paper: options that make of it what its paper has, where that is something else.
     """
 
     unit: str
@@ -41,6 +42,7 @@ class Method:
     quantizer: str = "gptq"
     dataless: str = "hqq"
     router: str = "none"
+    paper: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def records(self) -> str:
@@ -74,9 +76,29 @@ METHODS = {
         layout="spectral",
         quantizer="rtn",
         dataless="rtn",
+        paper={"quantizer": "alternating", "cost_options": "joint=false,drop=1,importance=routing"},
     ),
-    "tileq": Method(unit="none", layout="tiled"),
-    "gemq": Method(unit="expert", cost="fisher", solver="auto", candidates=(1, 2, 3), shares="c2c3", router="task"),
+    "tileq": Method(
+        unit="none",
+        layout="tiled",
+        paper={
+            "rank": "32",
+            "tile_options": "grid=paper,scales=expert,alpha=2.4,placement=literal,factors=deflation,refits=0,"
+            "frequency=false,rotation=expert",
+        },
+    ),
+    "gemq": Method(
+        unit="matrix",
+        cost="fisher",
+        solver="auto",
+        candidates=(1, 2, 3),
+        shares="c2c3",
+        paper={
+            "unit": "expert",
+            "router": "task",
+            "cost_options": "perturb=paper,floor=0,samples=0,tokens=0,texts=pooled",
+        },
+    ),
 }
 
 

@@ -21,8 +21,7 @@ JOINING_KINDS = ("attention", "shared", "dense")
 """Linears that may be units of the program. The head is not one: it decides about tokens, and is none of any block."""
 ACCOUNTINGS = ("bytes", "codes")
 MTP = ("keep", "pack", "drop")
-UNITS = ("expert", "matrix", "component")
-SCOPES = ("global", "layer")
+UNITS, SCOPES = ("expert", "matrix", "component"), ("global", "layer")
 ROUTER_LOSSES = ("none", "task", "kl")
 DEFAULT_CANDIDATES = (1, 2, 3, 4)
 
@@ -39,30 +38,28 @@ class Recipe:
         quantizer: None takes the method's own.
         group_size: inputs per scale; -1 for whole rows.
         levels: level set, or "auto".
-        dense_bits: width of the other linears: one number for all but lm_head, or
-            "attention=4,shared=8,dense=8,lm_head=16". "auto", for all but lm_head or for some kinds, lets the
-            program that spends `size` on the experts choose theirs too.
-        calibration: texts, "a.txt:0.5,b.jsonl:0.5" (`moeq.calibration.texts`).
+        dense_bits: width of the other linears: one number for all but lm_head, or "attention=4,lm_head=8". "auto", for
+            all but lm_head or for some kinds, lets the program that spends `size` on the experts choose theirs too.
+        calibration: texts, "a.txt:0.5,b.jsonl:0.5", "bundled" (`moeq.calibration.texts`), or "none" as None.
         nsamples: calibration sequences.
         seqlen: tokens of a sequence.
         seed: of everything random.
         routing: "natural", "all" or a number r: which experts' statistics see a token.
-        act_order: gptq quantizes columns by falling importance.
+        act_order: gptq: columns by falling importance.
         damp: gptq's damping, in mean diagonals of the Hessian.
-        gain: rescale what was rounded so that it is not shorter than the original (docs/decisions/0013).
+        gain: rescale what was rounded to the original's length (docs/decisions/0013).
         device: "auto", "cpu" or "cuda[:n]".
         plan: path of a Plan to follow instead of allocating; a plan of components needs its `costs` too.
         cost: name of the cost that ranks units; None takes the method's own, as all that follow.
         cost_options: options of the cost, as "gamma=12,noise=measured".
         costs: path of a CostTable to use instead of measuring.
-        unit: "expert" or "matrix"; "component" for the cost of components.
+        unit: "expert", "matrix" or "component".
         candidates: code widths that a unit may get, as "1,2,3"; 0 drops a component.
         scope: "global" or "layer".
         shares: minimum shares of widths in every layer: "none", "c2c3", "3:1,2:1" or "3+:10%".
-        solver: name of the solver.
-        context: path of a packed checkpoint of this model: costs are measured on its activations and gradients.
-        round_context: costs are those of rounding the context's weights once more, not the original's
-            (GEMQ's progressive loop read literally; an expert can then never regain bits).
+        solver: its name.
+        context: path of a packed checkpoint of this model whose activations and gradients costs are measured on.
+        round_context: costs are those of rounding the context's weights once more (GEMQ's loop read literally).
         router: loss that routers are tuned with after packing: "none", "task" or "kl".
         router_epochs: passes over the calibration text.
         router_lr: learning rate.
@@ -72,8 +69,7 @@ class Recipe:
         tile_options: choices of the tiled layout, as "grid=8x16,rotation=expert" (`layouts.tiled.shape.TileOptions`).
         mtp: layers that predict further tokens: "keep", "pack" (their experts, without data), or "drop".
         trust_remote_code: the code in the model's directory may run, if transformers does not have the model.
-        progressive: falling budgets to go through before the last one, as "3,2.5", each measured on the
-            packed and tuned result of the one before.
+        progressive: falling budgets to go through first, as "3,2.5", each measured on the result of the one before.
     """
 
     method: str = "uniform"
@@ -230,6 +226,11 @@ class Recipe:
         """The method that chooses widths."""
         return method(self.allocation or self.method)
 
+    @property
+    def text(self) -> str | None:
+        """What `calibration` names, None for nothing."""
+        return None if self.calibration == "none" else self.calibration
+
     def tiles(self) -> TileOptions:
         """The choices of the tiled layout."""
         return tile_options(named_values(self.tile_options, "tile-options", "grid=8x16"))
@@ -239,7 +240,7 @@ class Recipe:
         own, row = method(self.method), self.choosing
         known = bool(row.cost or self.cost) and self.plan is None
         return self.replace(
-            quantizer=self.quantizer or (own.quantizer if self.calibration else own.dataless),
+            quantizer=self.quantizer or (own.quantizer if self.text else own.dataless),
             cost=(self.cost or row.cost) if known else None,
             unit=(self.unit or row.unit) if known else None,
             scope=(self.scope or row.scope) if known else None,

@@ -16,7 +16,6 @@ from moeq.arch.discover import Discovery, decoder_blocks, discover, discover_mod
 from moeq.arch.keymap import KeyMap, Route, build_keymap
 from moeq.arch.meta import build_meta_model
 from moeq.arch.sorted_rows import adopt, top_k_index
-from moeq.artifacts import MatrixSource, MoeLayer
 from moeq.checkpoint.read import read_headers
 from moeq.errors import (
     AlreadyQuantizedError,
@@ -25,6 +24,7 @@ from moeq.errors import (
     NotMoeError,
     TensorError,
 )
+from moeq.model_parts import MatrixSource, MoeLayer
 from moeq.spec import TensorInfo
 
 Tiny = Callable[[str], Path]

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 import zoo
 from moeq.arch import hooks
-from moeq.artifacts import MatrixSource, MoeLayer
 from moeq.calibration import backprop
 from moeq.calibration.backprop import Backprop
 from moeq.calibration.spill import SpillPool
 from moeq.calibration.tap import Asked
 from moeq.errors import CalibrationError, OptionError
+from moeq.model_parts import MatrixSource, MoeLayer
 
 FAMILIES = (
     "mixtral",

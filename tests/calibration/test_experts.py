@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from moeq.artifacts import MatrixSource, MoeLayer
 from moeq.calibration import experts as module
 from moeq.calibration.stream import Capture
 from moeq.format.records import dequantize
+from moeq.model_parts import MatrixSource, MoeLayer
 from moeq.quantizers.base import QuantizedMatrix
 from moeq.quantizers.registry import make_quantizer
 from moeq.spec import QuantSpec

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 import zoo
 from moeq.arch import hooks
-from moeq.artifacts import MatrixSource, MoeLayer
 from moeq.calibration.source_experts import SourceExperts
+from moeq.model_parts import MatrixSource, MoeLayer
 
 FAMILIES = ("mixtral", "gpt_oss", "nemotron_h", "aria", "gemma4_text")
 """Concatenated; interleaved, transposed, with biases; without a gate; transposed; another activation."""

@@ -5,11 +5,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moeq.artifacts import MatrixSource
 from moeq.checkpoint import read
 from moeq.checkpoint.locate import INDEX_NAME, is_plain_name, read_index, resolve
 from moeq.checkpoint.read import Reader, is_finite, read_headers
 from moeq.errors import CheckpointError, HeaderError, MissingTensorError, TensorError
+from moeq.model_parts import MatrixSource
 
 E, N, K = 3, 4, 6
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

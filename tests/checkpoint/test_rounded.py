@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from moeq.artifacts import MatrixSource
 from moeq.checkpoint.read import Reader, read_headers
 from moeq.errors import AlreadyQuantizedError, MissingTensorError, TensorError
+from moeq.model_parts import MatrixSource
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 Tensors = dict[str, Tensor]

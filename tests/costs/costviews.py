@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moeq.artifacts import MatrixSource, MoeLayer
 from moeq.costs.base import LayerView
+from moeq.model_parts import MatrixSource, MoeLayer
 from moeq.spec import QuantSpec
 
 CANDIDATES = tuple(QuantSpec(bits=bits) for bits in (1, 2, 3, 4))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from moeq.artifacts import MatrixSource, MoeLayer
 from moeq.costs.base import Asked, LayerView
+from moeq.model_parts import MatrixSource, MoeLayer
 from moeq.spec import QuantSpec
 
 SPECS = tuple(QuantSpec(bits=bits, group_size=32) for bits in (1, 2, 4))

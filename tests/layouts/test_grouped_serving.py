@@ -102,7 +102,7 @@ def test_nothing_dense_is_kept() -> None:
     packed, _ = packed_mixtral()
     assert not list(packed.parameters())
     assert {buffer.dtype for buffer in packed.buffers()} == {torch.uint8}
-    assert packed.state_dict() == {}
+    assert set(packed.state_dict()) == {"moeq.data"}
 
 
 def test_facts_for_kernels_follow_the_bytes() -> None:

@@ -172,9 +172,10 @@ def test_codebooks_round_residuals_and_plain_matrices(tiny_dir: Path, calibratio
 
 def test_widths_by_another_methods_costs(demo_dir: Path, calibration_text: Path, tmp_path: Path) -> None:
     costs = tmp_path / "costs"
-    moeq.measure(demo_dir, method="gemq", calibration=str(calibration_text), nsamples=4, seqlen=32).save(costs)
+    few = {"nsamples": 4, "seqlen": 32}
+    moeq.measure(demo_dir, method="gemq", calibration=str(calibration_text), **few).save(costs)
     plan = moeq.allocate(demo_dir, method="tileq", allocation="gemq", rank="2", bits=3.0, costs=str(costs))
-    assert (plan.unit, plan.cost, plan.layout, plan.method) == ("expert", "fisher", "tiled", "tileq")
+    assert (plan.unit, plan.cost, plan.layout, plan.method) == ("matrix", "fisher", "tiled", "tileq")
     inventory, _ = read_inventory(demo_dir)
     assert plan.expert_bytes == expert_bytes(plan, inventory)
     assert 8 * plan.expert_bytes / inventory.expert_parameters <= 3.0

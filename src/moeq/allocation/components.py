@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from moeq.artifacts import Inventory, MoeLayer, Plan, expert_bytes
+from moeq.artifacts import Inventory, Plan, expert_bytes
 from moeq.costs.component_table import ComponentTable
 from moeq.costs.spectral_energy import JOINT, check_gated
 from moeq.errors import ArtifactError, InfeasibleError, OptionError
@@ -28,6 +28,7 @@ from moeq.layouts.spectral.shape import (
     spectral_table_bytes,
     widths_text,
 )
+from moeq.model_parts import MoeLayer
 from moeq.recipe import Recipe
 from moeq.solvers.lagrangian import Lagrangian
 from moeq.solvers.problem import Problem

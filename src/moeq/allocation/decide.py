@@ -83,7 +83,7 @@ def _check_apart(recipe: Recipe) -> None:
     needed = {
         "method": method(recipe.method).alone,
         "cost": recipe.cost is None or make_cost(recipe.cost).needs == "weights",
-        "calibration": recipe.calibration is None,
+        "calibration": recipe.text is None,
         "quantizer": not chosen_quantizer(recipe).needs_hessian,
         "router": recipe.router == "none",
         "dense-bits": set(recipe.dense().values()) == {16} and not recipe.joining(),

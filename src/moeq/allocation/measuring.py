@@ -14,7 +14,7 @@ from torch import nn
 from moeq import codec
 from moeq.allocation import other_linears, plans
 from moeq.allocation.domains import COMBINED, by_text, combined
-from moeq.artifacts import CostTable, DenseLinear, Inventory, MatrixSource
+from moeq.artifacts import CostTable, Inventory
 from moeq.calibration.backprop import Labels
 from moeq.calibration.opening import open_stream, packed_matrices
 from moeq.calibration.spill import SpillPool
@@ -28,6 +28,7 @@ from moeq.costs.registry import COSTS, make_cost
 from moeq.costs.spectral_energy import SpectralEnergy
 from moeq.errors import OptionError
 from moeq.format.manifest import read_manifest
+from moeq.model_parts import DenseLinear, MatrixSource
 from moeq.progress import Progress
 from moeq.recipe import Recipe
 from moeq.runtime.load import pick_device

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moeq.artifacts import CostTable, DenseLinear, Inventory, Plan
+from moeq.artifacts import CostTable, Inventory, Plan
 from moeq.costs.base import LinearCost
 from moeq.costs.linears import make_linear_cost
 from moeq.errors import ArtifactError, OptionError
+from moeq.model_parts import DenseLinear
 from moeq.recipe import DENSE_BITS, Recipe
 from moeq.spec import ALIGN, QuantSpec, TensorInfo, stored_bytes, table_bytes
 from moeq.writing import arrangement

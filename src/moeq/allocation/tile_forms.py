@@ -2,9 +2,10 @@
 
 from typing import Final
 
-from moeq.artifacts import Inventory, MoeLayer
+from moeq.artifacts import Inventory
 from moeq.layouts.tiled.shape import TileForm, sides_bytes, tile_form, tile_table_bytes
 from moeq.methods import method
+from moeq.model_parts import MoeLayer
 from moeq.recipe import AUTO, Recipe
 from moeq.spec import BITS, stored_bytes, table_bytes
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from moeq.arch.keymap import KeyMap
 from moeq.arch.sources import WEIGHT_DTYPES
-from moeq.artifacts import DenseLinear
+from moeq.model_parts import DenseLinear
 from moeq.spec import TensorInfo
 
 MIN_SIZE = 32

@@ -17,9 +17,9 @@ from moeq.arch.dense import dense_linears
 from moeq.arch.keymap import KeyMap, build_keymap
 from moeq.arch.meta import build_meta_model
 from moeq.arch.sources import Stack, matrix_sources
-from moeq.artifacts import DenseLinear, MoeLayer
 from moeq.checkpoint.locate import CONFIG_NAME
 from moeq.errors import CheckpointError, NotMoeError
+from moeq.model_parts import DenseLinear, MoeLayer
 from moeq.spec import TensorInfo
 
 FLAGS = frozenset({"has_gate", "has_bias", "is_transposed", "is_concatenated"})

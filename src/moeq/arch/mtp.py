@@ -12,8 +12,9 @@ from typing import Any, Final
 from moeq.arch.keymap import build_keymap
 from moeq.arch.meta import build_meta_model
 from moeq.arch.sources import WEIGHT_DTYPES
-from moeq.artifacts import Inventory, MoeLayer
+from moeq.artifacts import Inventory
 from moeq.errors import MissingTensorError, TensorError
+from moeq.model_parts import MoeLayer
 from moeq.spec import TensorInfo
 
 CONFIG_KEYS: Final = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "n_predict")

@@ -13,9 +13,9 @@ import transformers
 
 from moeq.arch.discover import TOP_K_NAMES, Discovery
 from moeq.arch.sources import WEIGHT_DTYPES
-from moeq.artifacts import MatrixSource, MoeLayer
 from moeq.checkpoint.locate import CONFIG_NAME, read_config
 from moeq.errors import CheckpointError, MissingTensorError, NotMoeError, TensorError
+from moeq.model_parts import MatrixSource, MoeLayer
 from moeq.spec import TensorInfo
 
 SCHEMES: Final = (

@@ -16,8 +16,8 @@ from transformers.core_model_loading import (
 )
 
 from moeq.arch.keymap import Route
-from moeq.artifacts import MatrixSource
 from moeq.errors import AlreadyQuantizedError, CheckpointError, MissingTensorError, TensorError
+from moeq.model_parts import MatrixSource
 from moeq.spec import TensorInfo
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")

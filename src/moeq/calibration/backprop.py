@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moeq.artifacts import MoeLayer
 from moeq.calibration.node import BlockNode, Layout, Pass, Step, Visit
 from moeq.calibration.spill import SpillPool
 from moeq.calibration.standin import EnoughError, replaced
 from moeq.calibration.stream import BlockLoader
 from moeq.calibration.tap import Hear
 from moeq.errors import CalibrationError, OptionError
+from moeq.model_parts import MoeLayer
 
 MICRO_BATCH_TOKENS: Final = 2048
 BATCH_BYTES: Final = 16 * 2**30

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moeq.arch import hooks
-from moeq.artifacts import MoeLayer
 from moeq.calibration.stream import Capture
 from moeq.calibration.workers import in_order
 from moeq.format.records import dequantize
+from moeq.model_parts import MoeLayer
 from moeq.quantizers.base import QuantizedMatrix, Quantizer
 from moeq.spec import QuantSpec
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moeq.arch import hooks
-from moeq.artifacts import MoeLayer
 from moeq.calibration.spill import SpillPool
 from moeq.calibration.stream import BlockLoader
 from moeq.calibration.tap import Asked, ExpertsTap, Hear, Heard, hear_calls
 from moeq.checkpoint.read import is_finite
 from moeq.errors import CalibrationError
+from moeq.model_parts import MoeLayer
 
 
 class Visit(Protocol):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from moeq.arch import hooks
 from moeq.arch.keymap import KeyMap, build_keymap, load_prefix, unload_prefix
 from moeq.arch.meta import build_meta_model
-from moeq.artifacts import Inventory, MoeLayer
+from moeq.artifacts import Inventory
 from moeq.calibration.backprop import BATCH_BYTES, MICRO_BATCH_TOKENS, Backprop
 from moeq.calibration.source_experts import ReadMatrix, SourceExperts
 from moeq.calibration.spill import SpillPool
@@ -24,6 +24,7 @@ from moeq.errors import CheckpointError, PackedError
 from moeq.format.manifest import MANIFEST_NAME, Manifest
 from moeq.layouts.serving import layout
 from moeq.layouts.validate import validate_packed
+from moeq.model_parts import MoeLayer
 from moeq.progress import Progress
 from moeq.runtime import attach, load
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moeq.arch import hooks
-from moeq.artifacts import MoeLayer
+from moeq.model_parts import MoeLayer
 
 ReadMatrix = Callable[[int, str], Tensor]
 """(expert, projection) -> weights (N, K)."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moeq.artifacts import MoeLayer
 from moeq.calibration.spill import SpillPool
+from moeq.model_parts import MoeLayer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

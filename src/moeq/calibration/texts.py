@@ -10,6 +10,11 @@ from typing import Final
 
 from moeq.errors import OptionError
 
+NO_TEXT: Final = "none"
+"""What stands for no text at all."""
+BUNDLED: Final = "bundled"
+"""What stands for the texts that come with moeq (`src/moeq/texts`), each half."""
+BUNDLED_TEXTS: Final = ("web", "mixture")
 _WEIGHTED: Final = re.compile(r"(.+):((?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)")
 
 
@@ -33,12 +38,17 @@ def parse_texts(given: str) -> tuple[Text, ...]:
 
     Args:
         given: sources with commas between them, each with ":weight" or without. The name of a file that exists is one
-            source, whatever is in it.
+            source, whatever is in it. "bundled" are the texts that come with moeq.
 
     Raises:
         OptionError: a text is named twice, or nothing is; a weight is zero or no number; some texts have weights and
             others none.
     """
+    if given == BUNDLED and not Path(given).exists():
+        folder, share = Path(__file__).parent.parent / "texts", 1 / len(BUNDLED_TEXTS)
+        return tuple(
+            Text(name=f"bundled {name}", source=str(folder / f"{name}.jsonl"), share=share) for name in BUNDLED_TEXTS
+        )
     pieces = [given] if Path(given).exists() else [piece.strip() for piece in given.split(",")]
     sources: list[str] = []
     weights: list[float | None] = []

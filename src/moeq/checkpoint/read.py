@@ -19,12 +19,12 @@ from typing import Final, Self, final
 import torch
 from torch import Tensor
 
-from moeq.artifacts import MatrixSource
 from moeq.checkpoint.dtypes import DTYPE_BITS, TORCH_DTYPES, WEIGHT_DTYPES
 from moeq.checkpoint.header import unreadable
 from moeq.checkpoint.locate import CONFIG_NAME, read_config, stored_headers
 from moeq.checkpoint.rounded.registry import decode, facts_of, unrounded
 from moeq.errors import CheckpointError, HeaderError, MissingTensorError, TensorError
+from moeq.model_parts import MatrixSource
 from moeq.spec import TensorInfo
 
 CHUNK_BYTES: Final = 16 * 2**20

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moeq.artifacts import MoeLayer
 from moeq.calibration.tap import Asked, Heard
+from moeq.model_parts import MoeLayer
 from moeq.spec import QuantSpec
 
 __all__ = ["Asked", "Cost", "Heard", "LayerCosts", "LayerView", "LinearCost", "LinearView", "ReadMatrix"]

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from moeq.arch import hooks
-from moeq.artifacts import MoeLayer
 from moeq.calibration.experts import MIN_TOKENS
 from moeq.costs.base import Asked, LayerView
 from moeq.costs.options import check_choice, check_number, check_switch
 from moeq.costs.paper_rtn import paper_rtn
 from moeq.errors import OptionError, TensorError
 from moeq.format.records import dequantize
+from moeq.model_parts import MoeLayer
 from moeq.quantizers.base import Quantizer
 from moeq.quantizers.registry import QUANTIZERS, make_quantizer
 from moeq.spec import QuantSpec

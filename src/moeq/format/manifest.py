@@ -10,11 +10,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Final
 
 from moeq import codec
-from moeq.artifacts import PROJECTIONS
 from moeq.checkpoint.write import FileDigest, write_file_atomic
 from moeq.codec import Artifact
 from moeq.errors import ArtifactError, PackedError
 from moeq.layouts.base import part
+from moeq.model_parts import PROJECTIONS
 from moeq.spec import LAYOUTS
 
 MANIFEST_NAME: Final = "moeq.json"

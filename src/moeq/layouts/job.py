@@ -8,12 +8,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from moeq.artifacts import DenseLinear, Inventory, MatrixSource, Plan
+from moeq.artifacts import Inventory, Plan
 from moeq.checkpoint.read import Reader
 from moeq.costs.component_table import ComponentTable
 from moeq.errors import TensorError
 from moeq.format.records import decode_matrix, dequantize, pack_matrix
 from moeq.layouts.tiled.shape import TileOptions
+from moeq.model_parts import DenseLinear, MatrixSource
 from moeq.quantizers.base import QuantizedMatrix, Quantizer
 from moeq.spec import QuantSpec, Unit
 

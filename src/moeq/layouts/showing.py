@@ -3,8 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from moeq.artifacts import MoeLayer
 from moeq.layouts.base import LayerPlan, part
+from moeq.model_parts import MoeLayer
 
 
 class Shown(ABC):

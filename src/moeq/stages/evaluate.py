@@ -16,12 +16,17 @@ from moeq.runtime.ahead import Told
 from moeq.runtime.load import load_any, load_tokenizer
 
 
-def held_out(source: Path, packed: Path, rows: Sequence[Tensor], device: torch.device) -> EvalResult:
-    """Quality on token windows that calibration did not see, both models in memory."""
-    metrics, tokens = suite.compare_all(load_any(packed, device), load_any(source, device), rows, 1, None)
-    result = EvalResult(subject=packed.name, reference=source.name, metrics=metrics, tokens=tokens)
-    result.validate()
-    return result
+def held_out(
+    source: Path, packed: Path, rows: Sequence[Tensor], device: torch.device, texts: Sequence[Sequence[Tensor]] = ()
+) -> list[EvalResult]:
+    """Quality on token windows that calibration did not see, both models in memory: of all, then of each of `texts`."""
+    subject, original = load_any(packed, device), load_any(source, device)
+    found = []
+    for some in (rows, *texts):
+        metrics, tokens = suite.compare_all(subject, original, some, 1, None)
+        found.append(EvalResult(subject=packed.name, reference=source.name, metrics=metrics, tokens=tokens))
+        found[-1].validate()
+    return found
 
 
 def run(

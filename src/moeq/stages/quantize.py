@@ -12,6 +12,7 @@ import torch
 
 from moeq import codec
 from moeq.allocation.decide import COSTS_NAME, decide, draft
+from moeq.allocation.domains import by_text
 from moeq.arch.gguf_source import open_source
 from moeq.arch.inventory import read_inventory
 from moeq.calibration.tokens import Domain, TokenBatch
@@ -57,6 +58,7 @@ class QuantizeReport:
     calibration: tuple[Domain, ...]
     tokens_per_expert: dict[str, Any] | None
     quality: dict[str, float] | None
+    quality_by_text: dict[str, dict[str, float]]
     quality_note: str | None
     verified: verify.VerifyReport
     seconds: dict[str, float]
@@ -143,10 +145,11 @@ def _once(
         clock.stop("tune")
         checked = _verify(partial, job.noted, recipe, progress)
         clock.stop("verify")
-        measured, note = _quality(decision, partial, rest, device)
+        measured, texts, note = _quality(decision, partial, rest, device)
         clock.stop("quality")
         report = _report(decision, out, partial, tokens, counts, checked)
         report = dataclasses.replace(report, quality=measured, quality_note=note, seconds=clock.seconds)
+        report = dataclasses.replace(report, quality_by_text=texts)
         uses = (("costs",) if decision.plan.cost else ()) + (("routers",) if router else ())
         facts = card_facts.calibration_facts(tokens, counts, uses=uses)
         _write_card(model, decision, partial, report, command, facts, router)
@@ -255,18 +258,20 @@ def _calibration(tokens: TokenBatch | None, counts: Mapping[int, list[int]]) -> 
 
 def _quality(
     decision: Decision, partial: Path, rest: TokenBatch | None, device: torch.device
-) -> tuple[dict[str, float] | None, str | None]:
-    """Quality on held-out windows when the original is small, or why it was not measured."""
+) -> tuple[dict[str, float] | None, dict[str, dict[str, float]], str | None]:
+    """Quality on held-out windows when the original is small, by text if there are several; or why not measured."""
     if not decision.recipe.quality:
-        return None, "not measured, as asked; run moeq eval"
+        return None, {}, "not measured, as asked; run moeq eval"
     if rest is None:
-        return None, "not measured: no calibration text was left over; run moeq eval"
+        return None, {}, "not measured: no calibration text was left over; run moeq eval"
     if decision.inventory.source_bytes > QUALITY_BYTES:
-        return None, "not measured: the original is too large to load it unasked; run moeq eval"
+        return None, {}, "not measured: the original is too large to load it unasked; run moeq eval"
     if not predicts_tokens(decision.source):
-        return None, "not measured: the model does not predict the next token"
-    result = held_out(decision.source, partial, list(rest.ids_NT), device)
-    return {**result.metrics, "tokens": float(result.tokens)}, None
+        return None, {}, "not measured: the model does not predict the next token"
+    texts = by_text(rest) if len(rest.domains) > 1 else ()
+    whole, *parts = held_out(decision.source, partial, list(rest.ids_NT), device, [list(t.ids_NT) for t in texts])
+    measured = [{**result.metrics, "tokens": float(result.tokens)} for result in (whole, *parts)]
+    return measured[0], {text.source: found for text, found in zip(texts, measured[1:], strict=True)}, None
 
 
 def _report(
@@ -303,6 +308,7 @@ def _report(
         calibration=() if tokens is None else tokens.domains,
         tokens_per_expert=shares,
         quality=None,
+        quality_by_text={},
         quality_note=None,
         verified=checked,
         seconds={},

@@ -49,12 +49,12 @@ def calibration_tokens(
         OptionError: no text was given, and it is needed; or the texts are named in a way that makes no sense.
         CalibrationError: a text is too short or cannot be read.
     """
-    if recipe.calibration is None:
+    if recipe.text is None:
         if needed_by is not None:
             fix = "give a text" + (instead and f", or {instead}")
             raise OptionError(f"{needed_by} needs calibration text", option="calibration", fix=fix)
         return None, None
-    texts = parse_texts(recipe.calibration)
+    texts = parse_texts(recipe.text)
     shares = tuple(text.share for text in texts)
     counts = samples_of(shares, recipe.nsamples)
     kept = samples_of(shares, max(HELD_OUT, len(texts)))

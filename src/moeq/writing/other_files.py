@@ -153,11 +153,11 @@ def sidecar_limit(source: Path, inventory: Inventory, plan: Plan, recipe: Recipe
         "tokens_hash": "0" * 64,
         "texts": [
             {"name": name, "samples": tokens, "documents": 10**12, "conversations": 10**12}
-            for name in (recipe.calibration or "").split(",")
+            for name in (recipe.text or "").split(",") * 2
         ],
         "tokens_per_expert": [[tokens] * layer.num_experts for layer in inventory.layers],
     }
-    listed = manifest(inventory, plan, recipe, files, calibration if recipe.calibration else None)
+    listed = manifest(inventory, plan, recipe, files, calibration if recipe.text else None)
     readme = CARD_RESERVE + CARD_RESERVE_PER_LAYER * len(inventory.layers)
     return sum(sizes.values()) + len(codec.canonical(listed)) + readme
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moeq.artifacts import PROJECTIONS
 from moeq.kernels.facts import KernelFacts, Kinds, kernel_facts
 from moeq.layouts.grouped.stored import Entries
+from moeq.model_parts import PROJECTIONS
 from moeq.spec import QuantSpec, stored_bytes
 
 

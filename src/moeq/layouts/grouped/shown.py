@@ -4,10 +4,10 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Final
 
-from moeq.artifacts import PROJECTIONS, MoeLayer
 from moeq.layouts.base import LayerPlan
 from moeq.layouts.grouped.shape import GroupedPlan
 from moeq.layouts.showing import Shown, mean_bits
+from moeq.model_parts import PROJECTIONS, MoeLayer
 from moeq.report.heatmap import AllocationMap, allocation_svg, allocation_text, svg_limit
 
 

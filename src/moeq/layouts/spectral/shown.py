@@ -11,10 +11,10 @@ from typing import Final
 
 import numpy as np
 
-from moeq.artifacts import MoeLayer
 from moeq.layouts.base import LayerPlan
 from moeq.layouts.showing import Shown, mean_bits
 from moeq.layouts.spectral.shape import SpectralPlan, kept_directions
+from moeq.model_parts import MoeLayer
 from moeq.report import svg
 
 BINS = 32

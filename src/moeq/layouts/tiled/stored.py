@@ -13,10 +13,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from moeq.artifacts import PROJECTIONS
 from moeq.errors import PackedError
 from moeq.format.records import decode_matrix, pack_matrix
 from moeq.layouts.tiled.shape import FACTOR, INDEX_BYTES, SHARING, TILE_COLUMNS, TileForm, side_sections
+from moeq.model_parts import PROJECTIONS
 
 _FIX: Final = "quantize the model again, or download the checkpoint again"
 
