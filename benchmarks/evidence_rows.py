@@ -123,6 +123,7 @@ DEFAULT: dict[str, Row] = {
     "as it comes": {},
     "as it comes, the worst text counts": {"cost_options": "texts=worst"},
     "as it comes, all tokens in one sum": {"cost_options": "texts=pooled"},
+    "uniform, as it comes": {"method": "uniform"},
 }
 """No method named. Costs of each text apart, of chosen tokens of 48 sequences."""
 
