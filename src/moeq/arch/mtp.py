@@ -49,16 +49,16 @@ def mtp_layers(directory: Path, inventory: Inventory, headers: Mapping[str, Tens
         TensorError: a tensor is not of the shape that the model's experts have.
         MissingTensorError: an expert of such a layer is absent.
     """
-    own = next((layer for layer in inventory.layers if _inside(layer)), None)
+    known = ((layer, _inside(layer)) for layer in inventory.layers)
+    own, suffixes = next(((layer, names) for layer, names in known if names), (None, {}))
     if own is None:
         return ()
-    extra = mtp_tensors(directory, headers)
-    _, suffixes = _inside(own) or ("", {})
+    first = suffixes["down"].replace("{expert}", "0")
     found = []
-    for name in sorted(extra, key=_natural):
-        if not name.endswith(suffixes["down"].replace("{expert}", "0")):
+    for name in sorted(mtp_tensors(directory, headers), key=_natural):
+        if not name.endswith(first):
             continue
-        block = name.removesuffix(suffixes["down"].replace("{expert}", "0"))
+        block = name.removesuffix(first)
         sources = {key: replace(own.sources[key], name=f"{block}{suffix}") for key, suffix in suffixes.items()}
         layer = replace(
             own,
@@ -72,16 +72,16 @@ def mtp_layers(directory: Path, inventory: Inventory, headers: Mapping[str, Tens
     return tuple(found)
 
 
-def _inside(layer: MoeLayer) -> tuple[str, dict[str, str]] | None:
-    """What the names of a layer's tensors begin with, and how they go on; None if it has no number."""
+def _inside(layer: MoeLayer) -> dict[str, str]:
+    """How the names of a layer's tensors go on after the layer's number; nothing if they do not have it in common."""
     stems, suffixes = set(), {}
     for projection, source in layer.sources.items():
         match = _LAYER.search(source.name)
         if match is None:
-            return None
+            return {}
         stems.add(source.name[: match.end()])
         suffixes[projection] = source.name[match.end() :]
-    return (stems.pop(), suffixes) if len(stems) == 1 else None
+    return suffixes if len(stems) == 1 else {}
 
 
 def _natural(name: str) -> list[Any]:
