@@ -102,6 +102,10 @@ BITSMOE: dict[str, Row] = {
     "bitsmoe, 16-bit basis": spectral("basis_bits=16"),
     "bitsmoe, without 0 bits": spectral(candidates="1,2,3,4,6,8"),
     "bitsmoe, budget per layer": spectral(scope="layer"),
+    "bitsmoe, budget per layer, error feedback": spectral(scope="layer", quantizer="gptq"),
+    "bitsmoe, budget per layer, uniform bits, error feedback": spectral(
+        "activation=false,energy=false", scope="layer", quantizer="gptq"
+    ),
     "bitsmoe, released quantizer": spectral(quantizer="alternating"),
 }
 
@@ -123,23 +127,45 @@ DEFAULT: dict[str, Row] = {
     "as it comes": {},
     "as it comes, the worst text counts": {"cost_options": "texts=worst"},
     "as it comes, all tokens in one sum": {"cost_options": "texts=pooled"},
-    "uniform, as it comes": {"method": "uniform"},
 }
 """No method named. Costs of each text apart, of chosen tokens of 48 sequences."""
+
+MOST = MAIN | {"as it comes": DEFAULT["as it comes"]}
+CONTRAST = MOST | {
+    name: row
+    for name, row in {**ALPHAQ, **GEMQ, **BITSMOE, **TILEQ}.items()
+    if name
+    in (
+        "alphaq, gamma 0",
+        "alphaq, alpha shuffled",
+        "alphaq, alpha reversed",
+        "gemq, matrix units, progressive",
+        "bitsmoe, identity basis",
+        "bitsmoe, uniform bits",
+        "bitsmoe, budget per layer",
+        "tileq, rank 4",
+        "tileq, rank 4, random placement",
+        "tileq, private factors of the same bytes",
+        "tileq, rotation",
+    )
+}
+"""What decides the claims, for a second model."""
 
 METHODS: dict[str, Row] = {**MAIN, **DEFAULT, **QUANTIZERS, **ALPHAQ, **GEMQ, **BITSMOE, **TILEQ}
 """Row -> options beside budget, seed and calibration."""
 
 GROUPS: dict[str, tuple[str, dict[str, Row]]] = {
     "default": ("The default", DEFAULT),
+    "bundled": ("The default", {"uniform": MAIN["uniform"]}),
     "main": ("Methods", MAIN),
     "quantizers": ("Quantizers of uniform bits", QUANTIZERS),
     "gemq": ("Parts of gemq", GEMQ),
     "alphaq": ("Parts of alphaq", ALPHAQ),
     "bitsmoe": ("Parts of bitsmoe", BITSMOE),
     "tileq": ("Parts of tileq", TILEQ),
-    "budgets": ("Methods", MAIN),
-    "seeds": ("Methods", MAIN),
+    "budgets": ("Methods", MOST),
+    "seeds": ("Methods", MOST),
+    "contrast": ("Methods", CONTRAST),
 }
 """Group -> heading, rows; in the order in which they are measured."""
 
@@ -152,6 +178,8 @@ def wanted(groups: list[str], model: str) -> list[Row]:
         budgets, seeds, texts = (BITS,), SEEDS[:1], ("both",)
         if group in ("main", "default"):
             texts = ("both", "c4", "mixture", *(("bundled",) if group == "default" else ()))
+        elif group == "bundled":
+            texts = ("bundled",)
         elif group == "budgets":
             budgets = BUDGETS
         elif group == "seeds":

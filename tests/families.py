@@ -127,6 +127,16 @@ GEMMA: dict[str, Any] = {
     "vocab_size_per_layer_input": VOCABULARY,
     "global_head_dim": 32,
 }
+GEMMA_TOWER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "patch_size": 4,
+    "position_embedding_size": 256,
+}
 LLAMA4: dict[str, Any] = {
     "num_experts_per_tok": 1,
     "num_hidden_layers": 3,
@@ -194,7 +204,7 @@ FAMILIES: dict[str, Family] = {
     "exaone_moe": Family(architecture="ExaoneMoeForCausalLM"),
     "flex_olmo": Family(architecture="FlexOlmoForCausalLM"),
     "flint": Family(architecture="FlintForCausalLM", text={"mlp_only_layers": [0]}),
-    "gemma4": Family(architecture="Gemma4ForConditionalGeneration", text=GEMMA),
+    "gemma4": Family(architecture="Gemma4ForConditionalGeneration", text=GEMMA, top={"vision_config": GEMMA_TOWER}),
     "gemma4_text": Family(architecture="Gemma4ForCausalLM", text=GEMMA),
     "glm4_moe": Family(architecture="Glm4MoeForCausalLM"),
     "glm4_moe_lite": Family(architecture="Glm4MoeLiteForCausalLM"),

@@ -68,7 +68,14 @@ def parts_of(model: PreTrainedModel) -> dict[str, NDArray[np.float32]]:
 
 
 def write(
-    model: PreTrainedModel, tokenizer: Path | None, out: Path, kind: str = "F32", parts: int = 1, drop: str = ""
+    model: PreTrainedModel,
+    tokenizer: Path | None,
+    out: Path,
+    kind: str = "F32",
+    *,
+    parts: int = 1,
+    drop: str = "",
+    pre: str = "gpt-2",
 ) -> Path:
     """The file, or the first of several; matrices in `kind`, all else in float32.
 
@@ -79,6 +86,7 @@ def write(
         kind: type of GGUF.
         parts: files that it is split into.
         drop: name of a tensor that is left out.
+        pre: how the file says that text is split before merges; the demo model's way is GPT-2's.
     """
     config, arch = model.config, ARCHITECTURES[model.config.model_type]
     tensors = [(name, value) for name, value in parts_of(model).items() if name != drop]
@@ -91,7 +99,7 @@ def write(
         if not part:
             _facts(writer, config)
             if tokenizer is not None:
-                _tokenizer(writer, tokenizer)
+                _tokenizer(writer, tokenizer, pre)
         for at, (name, value) in enumerate(tensors[part * size : (part + 1) * size]):
             _add(writer, name, value, Kind[kind], at)
         writer.write_header_to_file()
@@ -136,13 +144,13 @@ def _facts(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_sliding_window(config.sliding_window)
 
 
-def _tokenizer(writer: gguf.GGUFWriter, directory: Path) -> None:
+def _tokenizer(writer: gguf.GGUFWriter, directory: Path, pre: str) -> None:
     data = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
     special = {token["id"] for token in data["added_tokens"]}
     vocabulary = {**data["model"]["vocab"], **{token["content"]: token["id"] for token in data["added_tokens"]}}
     tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     kinds = (gguf.TokenType.CONTROL if at in special else gguf.TokenType.NORMAL for at in range(len(tokens)))
     writer.add_token_types([int(kind) for kind in kinds])

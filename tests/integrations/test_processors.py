@@ -35,6 +35,7 @@ class Sort:
         tokens: special tokens; the first stands for a picture in a text.
         config: keys of config.json -> place in `tokens`, or a value.
         text: with one picture in it.
+        names: of the first tokens, where the processor asks the tokenizer for them.
     """
 
     processor: str
@@ -42,6 +43,7 @@ class Sort:
     tokens: tuple[str, ...]
     config: dict[str, Any]
     text: str
+    names: tuple[str, ...] = ()
 
 
 PATCHES = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
@@ -75,22 +77,35 @@ SORTS = {
         config={"image_token_id": 0, "video_token_id": 1, "image_start_token_id": 2, "image_end_token_id": 3},
         text="<|begin_of_image|><|image|><|end_of_image|>what is this",
     ),
+    "gemma4": Sort(
+        processor="Gemma4Processor",
+        image=(
+            "gemma4.image_processing_pil_gemma4",
+            "Gemma4ImageProcessorPil",
+            {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 3},
+        ),
+        tokens=("<|image|>", "<|image>", "<image|>", "<|audio|>", "<|audio>", "<audio|>", "<|video|>"),
+        config={"image_token_id": 0, "boi_token_id": 1, "eoi_token_id": 2, "audio_token_id": 3, "video_token_id": 6},
+        text="<|image|>what is this",
+        names=("image_token", "boi_token", "eoi_token", "audio_token", "boa_token", "eoa_token"),
+    ),
 }
 
 
-def tokenizer(special: tuple[str, ...]) -> PreTrainedTokenizerFast:
+def tokenizer(special: tuple[str, ...], names: tuple[str, ...]) -> PreTrainedTokenizerFast:
     letters = ["<unk>", "<pad>", "<eos>", *string.printable[:90], *special]
     inner = Tokenizer(WordLevel({letter: index for index, letter in enumerate(letters)}, unk_token="<unk>"))
     inner.pre_tokenizer, inner.decoder = Split("", "isolated"), Fuse()
     marks = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>"}
-    return PreTrainedTokenizerFast(tokenizer_object=inner, additional_special_tokens=list(special), **marks)
+    known = {"extra_special_tokens": dict(zip(names, special, strict=False))} if names else {}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, additional_special_tokens=list(special), **marks, **known)
 
 
 def make(family: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A checkpoint, and its processor."""
     sort = SORTS[family]
     zoo.make_tiny(family, directory, dtype=torch.bfloat16)
-    words = tokenizer(sort.tokens)
+    words = tokenizer(sort.tokens, sort.names)
     words.save_pretrained(directory)
     ids = words.convert_tokens_to_ids(list(sort.tokens))
     config = json.loads((directory / "config.json").read_text())
@@ -105,7 +120,8 @@ def make(family: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
         "check_argument_for_proper_class",
         lambda self, name, value: None if value is None else check(self, name, value),
     )
-    made: Callable[..., Any] = getattr(transformers, sort.processor)(images, words)
+    absent = {"feature_extractor": None, "video_processor": None} if sort.names else {}
+    made: Callable[..., Any] = getattr(transformers, sort.processor)(image_processor=images, tokenizer=words, **absent)
     return made
 
 

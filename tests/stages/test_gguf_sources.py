@@ -9,7 +9,7 @@ import gguf
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gguf_files
 import moeq
@@ -21,6 +21,10 @@ from moeq.stages import plan
 
 WIDE = 768
 """Of experts: what transformers' reader takes all experts of qwen3moe for, whatever the file says."""
+
+
+HARD = "The  experts of a layer\n\nshare nothing: 12345, IT'S é 日本\n\t x"
+"""Ways to split text differ in numbers, blanks and capitals."""
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -39,9 +43,16 @@ def test_a_model_written_as_gguf_is_the_same_model(family: str, tmp_path: Path, 
     assert (logits(found) - logits(model)).abs().max() < 1e-5
     assert open_source(file) == unfolded
     tokenizer = load_tokenizer(demo_dir)
-    text = "The experts of a layer share nothing."
-    assert load_tokenizer(unfolded)(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert load_tokenizer(unfolded)(HARD)["input_ids"] == tokenizer(HARD)["input_ids"]
     assert found.config.eos_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "qwen2", "gpt-4o"])
+def test_text_is_split_as_the_file_says(pre: str, tmp_path: Path, demo_dir: Path) -> None:
+    """Saved as the family's class, a tokenizer would split as the family does."""
+    file = gguf_files.write(gguf_files.tiny("qwen3_moe"), demo_dir, tmp_path / "m.gguf", pre=pre)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    assert load_tokenizer(open_source(file))(HARD)["input_ids"] == theirs(HARD)["input_ids"]
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])

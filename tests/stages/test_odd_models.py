@@ -102,6 +102,17 @@ def test_experts_outside_the_protocol_are_not_called_dense(tmp_path: Path) -> No
     assert "experts" in str(caught.value.tensor)
 
 
+def test_plan_refuses_to_tune_routers_that_no_gradient_reaches(tmp_path: Path, calibration_text: Path) -> None:
+    zoo.make_tiny("llama4", tmp_path)
+    zoo.write_tokenizer(tmp_path)
+    text: dict[str, Any] = {"calibration": str(calibration_text), "nsamples": 4, "seqlen": 48}
+    for loss in ("task", "kl"):
+        with pytest.raises(OptionError, match="llama4 cannot be tuned") as caught:
+            moeq.plan(tmp_path, **OPTIONS, **text, router=loss)
+        assert caught.value.option == "router"
+    moeq.plan(tmp_path, **OPTIONS, **text)
+
+
 def test_a_model_that_labels_tokens(tmp_path: Path, calibration_text: Path) -> None:
     source = tmp_path / "source"
     zoo.make_tiny("openai_privacy_filter", source, dtype=torch.bfloat16)

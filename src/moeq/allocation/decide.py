@@ -8,7 +8,9 @@ from moeq import codec
 from moeq.allocation import measuring, other_linears, plans
 from moeq.arch.gguf_source import open_source
 from moeq.arch.inventory import read_inventory
+from moeq.arch.meta import build_meta_model
 from moeq.arch.mtp import mtp_layers, mtp_tensors
+from moeq.arch.sorted_rows import weighted_beforehand
 from moeq.artifacts import CostTable, Inventory, Plan
 from moeq.costs.component_table import ComponentTable, Table, load_table
 from moeq.costs.registry import make_cost
@@ -41,6 +43,12 @@ def draft(model: str | Path, recipe: Recipe, table: Table | None = None) -> Deci
     recipe = recipe.settled()
     if inventory.apart:
         _check_apart(recipe)
+    elif recipe.router != "none" and weighted_beforehand(build_meta_model(source)):
+        raise OptionError(
+            f"the routers of {inventory.model_type} cannot be tuned: its tokens are weighted before experts see them",
+            option="router",
+            fix="leave them as they are (--router none)",
+        )
     if recipe.mtp == "pack":
         inventory = replace(inventory, layers=inventory.layers + mtp_layers(source, inventory, headers))
     if recipe.mtp == "drop":

@@ -20,7 +20,7 @@ from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CO
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from moeq.arch.discover import experts_paths
-from moeq.checkpoint.locate import INDEX_NAME, SINGLE_NAME, resolve
+from moeq.checkpoint.locate import INDEX_NAME, SINGLE_NAME, read_config, resolve
 from moeq.checkpoint.rounded.base import decoded
 from moeq.checkpoint.rounded.gguf import LISTING, PLAIN, missing
 from moeq.checkpoint.write import write_file_atomic
@@ -46,6 +46,7 @@ WIDTHS: Final = {
     "shared_expert_intermediate_size": "ffn_down_shexp.weight",
 }
 """Key of a config -> the tensor whose inputs it counts; the metadata has them under other names or not at all."""
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 _BROKEN: Final = "download the file again"
 
 
@@ -131,10 +132,21 @@ def _unfold(files: tuple[Path, ...], out: Path) -> None:
     config.dtype = names.get(max(sizes, key=lambda name: sizes[name]), torch.bfloat16)
     config.save_pretrained(out)
     with contextlib.suppress(Exception):  # not every run needs a tokenizer; who does will say that there is none
-        AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name).save_pretrained(out)
+        _save_tokenizer(files[0], out)
     for file in files:
         (out / file.name).symlink_to(file)
     write_file_atomic(out / LISTING, canonical(headers))
+
+
+def _save_tokenizer(file: Path, out: Path) -> None:
+    """The tokenizer as the file describes it.
+
+    It is saved under no family's class: those bring a way of their own to split text, whatever tokenizer.json says,
+    and a file's need not be the family's.
+    """
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
+    facts = read_config(out / TOKENIZER_CONFIG)
+    write_file_atomic(out / TOKENIZER_CONFIG, canonical({**facts, "tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
 def _read(files: Sequence[Path]) -> tuple[dict[str, _Stored], dict[str, Any]]:

@@ -61,6 +61,11 @@ def top_k_index(experts: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return index
 
 
+def weighted_beforehand(model: nn.Module) -> bool:
+    """Experts of the model get tokens that carry their routing weights: no gradient tells these from the tokens."""
+    return any(type(module).__name__ in FAMILIES for module in model.modules())
+
+
 def adopt(model: nn.Module) -> None:
     """Let the modules of `FAMILIES` in a model follow the protocol; safe to call again."""
     for name, module in model.named_modules():
