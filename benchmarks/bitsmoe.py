@@ -197,7 +197,7 @@ def distorted(job: Row, costs: Path, recipe: Recipe, inventory: Any, headers: An
     for index, layer in enumerate(inventory.layers):
         for name, widths in plan.widths(index, layer).items():
             part = true.layer(index, name)
-            curve = {0: true.facts.drop} | {
+            curve = {0: true.facts.drop[index][name]} | {
                 spec.bits: loss for spec, loss in zip(true.candidates, part.curve_C.tolist(), strict=True)
             }
             lost = np.vectorize(curve.get)(widths)

@@ -40,7 +40,6 @@ MAIN: dict[str, Row] = {
     "gemq, matrix units": gemq(),
     "gemq, expert units, router tuning": gemq(unit="expert", router="task"),
     "bitsmoe": spectral(),
-    "bitsmoe, error feedback": spectral(quantizer="gptq"),
     "tileq": {"method": "tileq"},
 }
 """Every method, at all budgets."""
@@ -90,11 +89,16 @@ GEMQ: dict[str, Row] = {
 }
 
 BITSMOE: dict[str, Row] = {
+    "bitsmoe, rounded to nearest": spectral(quantizer="rtn"),
+    "bitsmoe, dropping counts once (the paper's)": spectral("drop=1"),
+    "bitsmoe, dropping counts three times": spectral("drop=3"),
+    "bitsmoe, dropping counts three times, rounded to nearest": spectral("drop=3", quantizer="rtn"),
+    "bitsmoe, dropping counts thirty times": spectral("drop=30"),
+    "bitsmoe as in the paper": spectral("joint=false,drop=1,importance=routing", quantizer="alternating"),
     "bitsmoe, bases apart (the paper's)": spectral("joint=false"),
     "bitsmoe, identity basis": spectral("basis=identity"),
-    "bitsmoe, identity basis, error feedback": spectral("basis=identity", quantizer="gptq"),
     "bitsmoe, basis for the inputs": spectral("metric=inputs"),
-    "bitsmoe, basis for the inputs, error feedback": spectral("metric=inputs", quantizer="gptq"),
+    "bitsmoe, importance by routing (the paper's)": spectral("importance=routing"),
     "bitsmoe, exact errors": spectral("errors=exact"),
     "bitsmoe, no activation term": spectral("activation=false"),
     "bitsmoe, no energy term": spectral("energy=false"),
@@ -102,11 +106,6 @@ BITSMOE: dict[str, Row] = {
     "bitsmoe, 16-bit basis": spectral("basis_bits=16"),
     "bitsmoe, without 0 bits": spectral(candidates="1,2,3,4,6,8"),
     "bitsmoe, budget per layer": spectral(scope="layer"),
-    "bitsmoe, budget per layer, error feedback": spectral(scope="layer", quantizer="gptq"),
-    "bitsmoe, budget per layer, uniform bits, error feedback": spectral(
-        "activation=false,energy=false", scope="layer", quantizer="gptq"
-    ),
-    "bitsmoe, released quantizer": spectral(quantizer="alternating"),
 }
 
 TILEQ: dict[str, Row] = {

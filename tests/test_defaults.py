@@ -34,7 +34,7 @@ def test_what_is_chosen(demo_dir: Path, calibration_text: Path) -> None:
     assert chosen(demo_dir, method="uniform", quantizer="hqq") == ("uniform", "none", "hqq")
     assert chosen(demo_dir, method="alphaq", calibration="none") == ("alphaq", "none", "hqq")
     assert chosen(demo_dir, method="gemq", quantizer="rtn") == ("gemq", "bundled", "rtn")
-    assert chosen(demo_dir, method="bitsmoe") == ("bitsmoe", "bundled", "rtn")
+    assert chosen(demo_dir, method="bitsmoe") == ("bitsmoe", "bundled", "gptq")
     assert chosen(demo_dir, cost="weight-error", unit="matrix", scope="global", shares="none", solver="auto") == (
         "uniform",
         "bundled",

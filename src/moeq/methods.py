@@ -74,7 +74,7 @@ METHODS = {
         solver="threshold",
         candidates=(0, 1, 2, 3, 4, 6, 8),
         layout="spectral",
-        quantizer="rtn",
+        quantizer="gptq",
         dataless="rtn",
         paper={"quantizer": "alternating", "cost_options": "joint=false,drop=1,importance=routing"},
     ),

@@ -1,5 +1,6 @@
 """The cost of components against what happens when one component changes (BitsMoE notes, section 3)."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,6 +70,48 @@ def test_factors_are_the_mean_harm_of_small_random_changes(projection: str, impo
     assert all(abs(ratio - 1) < tolerance for ratio in ratios), ratios
 
 
+@pytest.mark.parametrize("projection", ["gate", "up", "down"])
+@pytest.mark.parametrize("importance", ["routing", "fisher"])
+def test_dropping_is_measured_by_all_components_together(projection: str, importance: str) -> None:
+    """Against small steps of the real layer towards nothing: linear in the step, so that they say what all would do."""
+    toy = make_toy(num_tokens=40)
+    cost = SpectralEnergy(basis_bits=16, importance=importance, shrink=0.0)
+    for start in (0, 10):  # in two batches
+        cost.visit(toy.view("component", SPECS), toy.part(slice(start, 10 if not start else 40)))
+    costs = next(iter(cost.layers()))[projection]
+    step, together = 1e-5, 0.0
+    for expert in range(toy.layer.num_experts):
+        dz_TH = changed_output(toy, projection, expert, -step * toy.view().read(expert, projection)) / step
+        if importance == "routing":
+            together += float(dz_TH.square().sum())
+        else:
+            assert toy.asked.grad_TH is not None
+            together += float((dz_TH * toy.asked.grad_TH).sum(1).square().sum())
+    apart = float(costs.weight_EH.double().sum()) * 40
+    found = cost.dropping()[0][projection]
+    assert found == pytest.approx(max(1.0, together / apart), rel=0.05)
+
+
+def test_what_acts_together_is_dearer_to_drop() -> None:
+    """Tokens that are all alike: every component meets the same number in all of them."""
+    toy = make_toy(num_tokens=40)
+    alike = replace(
+        toy.asked,
+        x_TH=toy.asked.x_TH[:1].expand_as(toy.asked.x_TH).contiguous(),
+        grad_TH=None if toy.asked.grad_TH is None else toy.asked.grad_TH[:1].expand(40, -1).contiguous(),
+    )
+    found = []
+    for asked in (toy.asked, alike):
+        cost = SpectralEnergy(basis_bits=16)
+        cost.visit(toy.view("component", SPECS), asked)
+        found.append(max(cost.dropping()[0].values()))
+    assert found[1] > 1.5 * found[0]
+    assert SpectralEnergy(drop=2.5).dropping() == ()
+    fixed = SpectralEnergy(basis_bits=16, drop=2.5)
+    fixed.visit(toy.view("component", SPECS), toy.asked)
+    assert fixed.dropping() == ({"gate": 2.5, "up": 2.5, "down": 2.5},)
+
+
 def test_batches_add_up() -> None:
     toy = make_toy()
     whole, parts = measured(toy), measured(toy, parts=3)
@@ -110,7 +153,7 @@ def test_experts_without_a_gate_are_refused(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"basis_bits": 4}, {"basis": "fft"}, {"joint": 1}, {"perturb": "gptq"}, {"drop": 0.5}]
+    "option", [{"basis_bits": 4}, {"basis": "fft"}, {"joint": 1}, {"perturb": "gptq"}, {"drop": 0.5}, {"drop": "often"}]
 )
 def test_options_are_checked(option: dict[str, Any]) -> None:
     with pytest.raises(OptionError):

@@ -275,7 +275,8 @@ def _curve(question: _Question, index: int, name: str) -> NDArray[np.float64]:
         return np.array([4.0**-width for width in question.widths])
     known = {spec.bits: i for i, spec in enumerate(question.table.candidates)}
     curve_C = question.table.layer(index, name).curve_C.numpy()
-    return np.array([curve_C[known[width]] if width else question.table.facts.drop for width in question.widths])
+    drop = question.table.facts.drop[index][name]
+    return np.array([curve_C[known[width]] if width else drop for width in question.widths])
 
 
 def _solve_exact(question: _Question, layers: Sequence[int], limit: int) -> _Chosen:
@@ -292,7 +293,7 @@ def _solve_exact(question: _Question, layers: Sequence[int], limit: int) -> _Cho
             part = question.table.layer(index, name)
             assert part.errors_EHC is not None
             errors_UC = part.errors_EHC.flatten(0, 1).numpy()
-            dropped_U = part.weight_EH.flatten().numpy() * question.table.facts.drop
+            dropped_U = part.weight_EH.flatten().numpy() * question.table.facts.drop[index][name]
             costs.append(
                 np.stack([errors_UC[:, known[width]] if width else dropped_U for width in question.widths], axis=1)
             )

@@ -235,7 +235,7 @@ def _write(what: Subject, cost: SpectralEnergy, output: Path | None) -> Componen
         basis_bits=cost.basis_bits,
         joint=cost.joint,
         exact=cost.exact,
-        drop=cost.drop,
+        drop=cost.dropping(),
         layers=tuple((layer.num_experts, *layer.shapes["down"]) for layer in what.inventory.layers),
         spread=tuple({name: part.spread for name, part in layer.items()} for layer in layers),
         tokens=cost.tokens(),

@@ -30,11 +30,21 @@ from moeq.checkpoint.mapped import map_file
 from moeq.checkpoint.write import ShardWriter, hash_file
 from moeq.codec import Artifact
 from moeq.errors import ArtifactError, CheckpointError
+from moeq.format.records import dequantize
 from moeq.layouts.spectral.shape import BASIS_BITS, basis_spec
 from moeq.spec import ALIGN, QuantSpec, num_groups
 
 FACTS: Final = "facts"
 _AGAIN: Final = "measure again"
+
+
+def decoded_basis(rows_HH: Tensor, scale_HG: Tensor | None, device: torch.device) -> Tensor:
+    """A stored basis, directions in rows, (H, H) float32."""
+    if scale_HG is None:
+        return rows_HH.to(device).float()
+    spec = basis_spec(8)
+    assert spec is not None
+    return dequantize(rows_HH, scale_HG, None, spec).to(device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -83,7 +93,7 @@ class ComponentFacts(Artifact):
         basis_bits: 8 or 16.
         joint: gate and up share one basis.
         exact: costs are exact, not factored.
-        drop: harm of dropping a component, in units of its factor.
+        drop: harm of dropping a component in units of its factor, by layer: projection -> that.
         layers: (E, H, I) of each layer.
         spread: layer -> projection -> standard deviation of ln w over its components. Allocation gains by it.
         tokens: routed tokens of each expert, by layer.
@@ -98,7 +108,7 @@ class ComponentFacts(Artifact):
     basis_bits: int
     joint: bool
     exact: bool
-    drop: float
+    drop: tuple[dict[str, float], ...]
     layers: tuple[tuple[int, int, int], ...]
     spread: tuple[dict[str, float], ...]
     tokens: tuple[tuple[int, ...], ...]
@@ -109,7 +119,9 @@ class ComponentFacts(Artifact):
         if not widths or widths != sorted(set(widths)):
             raise ArtifactError("the candidates must be different widths, rising", fix=_AGAIN)
         if (
-            not 0 < self.drop < float("inf")
+            not all(0 < harm < float("inf") for layer in self.drop for harm in layer.values())
+            or not len(self.drop) == len(self.spread) == len(self.layers)
+            or any(set(layer) != {"gate", "up", "down"} for layer in self.drop)
             or self.basis_bits not in BASIS_BITS
             or not self.layers
             or len(self.tokens) != len(self.layers)

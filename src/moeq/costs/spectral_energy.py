@@ -29,11 +29,11 @@ from torch import Tensor
 
 from moeq.arch import hooks
 from moeq.calibration.spill import SpillPool
+from moeq.costs import coherence
 from moeq.costs.base import Asked, LayerView
-from moeq.costs.component_table import ProjectionCosts
+from moeq.costs.component_table import ProjectionCosts, decoded_basis
 from moeq.costs.options import check_choice, check_number, check_switch
 from moeq.errors import CalibrationError, OptionError
-from moeq.format.records import dequantize
 from moeq.layouts.spectral.shape import BASIS_BITS, basis_spec
 from moeq.quantizers.gain import rounded_weights
 from moeq.quantizers.registry import QUANTIZERS, make_quantizer
@@ -44,7 +44,9 @@ IMPORTANCES: Final = ("routing", "fisher")
 BASES: Final = ("svd", "identity")
 METRICS: Final = ("weights", "inputs")
 SHRINK: Final = 64
+MEASURED: Final = "measured"
 DROP: Final = 3.0
+"""Where nothing is measured."""
 JOINT: Final = True
 SAMPLED: Final = 2048
 """Components of one projection of one layer that the mean error of a width is measured on."""
@@ -63,6 +65,7 @@ class _Sums:
         errors: projection -> exact squared errors (E, H, C) float32, if asked for.
         importance: projection -> (E, H) float64.
         reach: "gate", "up" -> (E,) float64, sum over routed tokens of how far changes go.
+        whole: projection -> harm of all its components together.
         tokens_E: routed tokens.
         asked: tokens of the text.
     """
@@ -73,6 +76,7 @@ class _Sums:
     errors: dict[str, Tensor] = field(default_factory=dict)
     importance: dict[str, Tensor] = field(default_factory=dict)
     reach: dict[str, Tensor] = field(default_factory=dict)
+    whole: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PROJECTIONS, 0.0))
     tokens_E: Tensor = field(default_factory=lambda: torch.zeros(0))
     asked: int = 0
 
@@ -83,18 +87,16 @@ class SpectralEnergy:
     Args:
         basis_bits: 8 or 16, how the basis is stored. Components are those of the rounded basis.
         basis: "svd", or "identity" for no change of basis at all (a control).
-        joint: gate and up share one basis. The paper gives each its own; on the reference model one is as good as two
-            that are not charged (benchmarks/bitsmoe.md), and a token is projected once less.
+        joint: gate and up share one basis. The paper gives each its own; one is as good (benchmarks/bitsmoe.md).
         metric: "weights", or "inputs": gate and up bases for inputs as the text has them (section 12 c).
         importance: "routing" or "fisher", see the module.
         energy: count the energy (off: a control).
         activation: count the importance (off: a control).
         propagate: multiply by m_e, for "routing".
         errors: "mean", one curve D for each projection of a layer, or "exact", each component's own errors.
-        drop: harm of dropping a component, in units of its factor; the paper's is 1. What rounding does to components
-            is independent and averages out. What is dropped is not: it is the components themselves, which inputs and
-            weights correlate. On the reference model 1 underrates it fourfold, and 2 to 4 do equally well
-            (benchmarks/bitsmoe.md).
+        drop: harm of dropping a component, in units of its factor; the paper's is 1. "measured": that of each
+            projection of each layer (`moeq.costs.coherence`); 3 without the activation term. What rounding does to
+            components is independent and averages out; what is dropped acts together.
         shrink: experts with few tokens are drawn towards the mean of the layer, which counts as this many tokens.
         perturb: the quantizer that errors are measured with.
         gain: option of that quantizer.
@@ -102,8 +104,8 @@ class SpectralEnergy:
     """
 
     __slots__ = (
-        "_activation", "_basis", "_energy", "_exact", "_fisher", "_joint", "_layers", "_metric", "_pool", "_propagate",
-        "_quantizer", "_seed", "_shrink", "basis_bits", "drop", "needs",
+        "_activation", "_basis", "_drop", "_energy", "_exact", "_fisher", "_joint", "_layers", "_metric", "_pool",
+        "_propagate", "_quantizer", "_seed", "_shrink", "basis_bits", "needs",
     )  # fmt: skip
 
     def __init__(
@@ -118,7 +120,7 @@ class SpectralEnergy:
         activation: bool = True,
         propagate: bool = True,
         errors: str = "mean",
-        drop: float = DROP,
+        drop: float | str = MEASURED,
         shrink: float = SHRINK,
         perturb: str = "rtn",
         gain: bool | None = None,
@@ -139,14 +141,15 @@ class SpectralEnergy:
         ):
             check_switch(option, value)
         check_number("shrink", shrink)
-        check_number("drop", drop, 1.0)
+        if drop != MEASURED:
+            check_number("drop", drop, 1.0)
         self.needs = "gradients" if importance == "fisher" and activation else "activations"
         self.basis_bits = basis_bits
         self._basis, self._joint, self._metric = basis, joint, metric
         self._fisher = self.needs == "gradients"
         self._energy, self._activation, self._propagate = energy, activation, propagate
         self._exact = errors == "exact"
-        self.drop = float(drop)
+        self._drop = None if drop == MEASURED and activation else DROP if drop == MEASURED else float(drop)
         self._shrink = float(shrink)
         self._quantizer = make_quantizer(perturb, **({} if gain is None else {"gain": gain}))
         self._seed = seed
@@ -196,7 +199,7 @@ class SpectralEnergy:
         for names in groups:
             basis_HH = self._basis_of(view, names, moment_HH if names[0] != "down" else None)
             stored = self._store(basis_HH)
-            inverse_HH = shared_basis.inverse_of(_decoded(*stored, view.device))
+            inverse_HH = shared_basis.inverse_of(decoded_basis(*stored, view.device))
             for name in names:
                 sums.stored[name] = stored
                 self._energies(view, name, inverse_HH, sums)
@@ -284,12 +287,14 @@ class SpectralEnergy:
     ) -> dict[str, Tensor]:
         """What some tokens of one expert count for in its importance, beside their projections, (S,)."""
         x_SH = asked.x_TH[tokens].to(rho2_S.device, torch.float32)
-        z_SI, slopes = _inner(asked, expert, x_SH, weights)
+        z_SI, products, slopes = _inner(asked, expert, x_SH, weights)
         shares = {"down": rho2_S * z_SI.square().mean(1)}
         if self._fisher:
             assert asked.grad_TH is not None, "needs gradients"
             back_SI = asked.grad_TH[tokens].to(rho2_S.device, torch.float32) @ weights["down"]
+            coherence.add(sums.whole, coherence.whole_harms(rho2_S, z_SI, products, slopes, back_SI))
             return shares | {name: (back_SI * slopes[name]).square_().mean(1) * rho2_S for name in ("gate", "up")}
+        coherence.add(sums.whole, coherence.whole_answers(rho2_S, z_SI, products, slopes, weights["down"]))
         square_I = weights["down"].square().sum(0)
         for name in ("gate", "up"):
             sums.reach[name][expert] += float((slopes[name].square() * square_I).mean(1).double().sum())
@@ -298,7 +303,7 @@ class SpectralEnergy:
     def _project(self, view: LayerView, asked: Asked, name: str, share_Tk: Tensor, sums: _Sums) -> None:
         """Add shares times squared projections to the importance; a token is projected once for all its experts."""
         side_TH = asked.x_TH if name != "down" else asked.grad_TH if self._fisher else None
-        basis_HH = None if side_TH is None else _decoded(*sums.stored[name], view.device)
+        basis_HH = None if side_TH is None else decoded_basis(*sums.stored[name], view.device)
         experts = view.layer.num_experts
         for start in range(0, len(share_Tk), CHUNK):
             chunk = slice(start, start + CHUNK)
@@ -325,6 +330,20 @@ class SpectralEnergy:
     def tokens(self) -> tuple[tuple[int, ...], ...]:
         """Routed tokens of each expert, by layer."""
         return tuple(tuple(int(n) for n in self._layers[index].tokens_E) for index in sorted(self._layers))
+
+    def dropping(self) -> tuple[dict[str, float], ...]:
+        """Harm of dropping a component in units of its factor: projection -> that, by layer."""
+        return tuple(
+            {name: self._dropped(self._layers[index], name) for name in PROJECTIONS} for index in sorted(self._layers)
+        )
+
+    def _dropped(self, sums: _Sums, name: str) -> float:
+        if self._drop is not None:
+            return self._drop
+        apart_E = (sums.importance[name] * sums.energy[name]).sum(1)
+        if not self._fisher and name in sums.reach:
+            apart_E = apart_E * sums.reach[name] / sums.tokens_E.clamp(min=1)
+        return coherence.coherence(sums.whole[name], float(apart_E.sum()))
 
     def _projection(self, sums: _Sums, name: str, index: int) -> ProjectionCosts:
         factor_EH = torch.ones_like(sums.energy[name])
@@ -368,21 +387,14 @@ def check_gated(projections: tuple[str, ...], path: str) -> None:
         )
 
 
-def _decoded(rows_HH: Tensor, scale_HG: Tensor | None, device: torch.device) -> Tensor:
-    """The stored basis, (H, H) float32."""
-    if scale_HG is None:
-        return rows_HH.to(device).float()
-    spec = basis_spec(8)
-    assert spec is not None
-    return dequantize(rows_HH, scale_HG, None, spec).to(device)
-
-
-def _inner(asked: Asked, expert: int, x_SH: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Inputs of the down projection (S, I), and their derivatives with respect to gate and up products."""
+def _inner(
+    asked: Asked, expert: int, x_SH: Tensor, weights: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs of the down projection (S, I); products of gate and up; its derivatives with respect to these."""
     with torch.enable_grad():
-        gate_SI = (x_SH @ weights["gate"].T).requires_grad_()
-        up_SI = (x_SH @ weights["up"].T).requires_grad_()
-        z_SI = hooks.activation(asked.experts, expert, gate_SI, up_SI)
+        products = {name: (x_SH @ weights[name].T).requires_grad_() for name in ("gate", "up")}
+        z_SI = hooks.activation(asked.experts, expert, products["gate"], products["up"])
         # Gating is elementwise: the gradient of the sum is each element's derivative.
-        dgate_SI, dup_SI = torch.autograd.grad(z_SI.sum(), (gate_SI, up_SI))
-    return z_SI.detach(), {"gate": dgate_SI, "up": dup_SI}
+        slopes = torch.autograd.grad(z_SI.sum(), tuple(products.values()))
+    kept = {name: product_SI.detach() for name, product_SI in products.items()}
+    return z_SI.detach(), kept, dict(zip(products, slopes, strict=True))

@@ -95,9 +95,10 @@ def _component_report(table: ComponentTable, output: str) -> MeasureReport:
     for index in range(len(facts.layers)):
         for name, value in facts.spread[index].items():
             spread.setdefault(f"spread_{name}", []).append(value)
+            spread.setdefault(f"dropping_{name}", []).append(facts.drop[index][name])
             part = table.layer(index, name)
             weight = float(part.weight_EH.double().sum())
-            totals["0"] += weight * facts.drop
+            totals["0"] += weight * facts.drop[index][name]
             for spec, loss in zip(facts.candidates, part.curve_C.tolist(), strict=True):
                 totals[str(spec.bits)] += weight * loss
     return MeasureReport(
