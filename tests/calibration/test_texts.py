@@ -24,6 +24,11 @@ def test_texts_and_their_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert shares("a.txt:3,b.jsonl:1") == {"a.txt": 0.75, "b.jsonl": 0.25}
     assert shares("org/name:en:1,org/name:de:1") == {"name:en": 0.5, "name:de": 0.5}
     assert shares("x/a.txt,y/a.txt") == {"x/a.txt": 0.5, "y/a.txt": 0.5}
+    assert shares("bundled") == {"bundled web": 0.5, "bundled mixture": 0.5}
+    assert shares("bundled-mixture") == {"bundled mixture": 1}
+    assert shares("bundled:0.5,a.txt:0.5") == {"bundled web": 0.25, "bundled mixture": 0.25, "a.txt": 0.5}
+    Path("bundled-x").write_text("a name is a name")
+    assert shares("bundled-x") == {"bundled-x": 1}
     Path("a,b:0.5").write_text("a name is a name")
     assert shares("a,b:0.5") == {"a,b:0.5": 1}
 
@@ -40,6 +45,8 @@ def test_texts_and_their_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("a.txt:half,b.txt:half", "'half' is no weight"),
         ("a.txt,", "no name"),
         (",", "no name"),
+        ("bundled-code", "no text called 'code'"),
+        ("bundled,bundled-web", "bundled web is named twice"),
     ],
 )
 def test_texts_named_wrongly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, message: str) -> None:
@@ -118,5 +125,6 @@ def test_a_text_that_is_too_short_is_named(demo_dir: Path, text_dir: Path, tmp_p
     short = tmp_path / "short.txt"
     short.write_text("too short")
     recipe = Recipe(calibration=f"{text_dir / 'calibration.txt'},{short}", nsamples=8, seqlen=32)
-    with pytest.raises(CalibrationError, match=r"short\.txt"):
+    with pytest.raises(CalibrationError, match=r"short\.txt") as caught:
         calibration_tokens(demo_dir, recipe, None)
+    assert "at most 0" not in str(caught.value.fix)

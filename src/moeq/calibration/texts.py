@@ -15,6 +15,7 @@ NO_TEXT: Final = "none"
 BUNDLED: Final = "bundled"
 """What stands for the texts that come with moeq (`src/moeq/texts`), each half."""
 BUNDLED_TEXTS: Final = ("web", "mixture")
+_FOLDER: Final = Path(__file__).parent.parent / "texts"
 _WEIGHTED: Final = re.compile(r"(.+):((?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)")
 
 
@@ -38,17 +39,12 @@ def parse_texts(given: str) -> tuple[Text, ...]:
 
     Args:
         given: sources with commas between them, each with ":weight" or without. The name of a file that exists is one
-            source, whatever is in it. "bundled" are the texts that come with moeq.
+            source, whatever is in it. "bundled" are the texts that come with moeq, "bundled-web" is one of them.
 
     Raises:
         OptionError: a text is named twice, or nothing is; a weight is zero or no number; some texts have weights and
             others none.
     """
-    if given == BUNDLED and not Path(given).exists():
-        folder, share = Path(__file__).parent.parent / "texts", 1 / len(BUNDLED_TEXTS)
-        return tuple(
-            Text(name=f"bundled {name}", source=str(folder / f"{name}.jsonl"), share=share) for name in BUNDLED_TEXTS
-        )
     pieces = [given] if Path(given).exists() else [piece.strip() for piece in given.split(",")]
     sources: list[str] = []
     weights: list[float | None] = []
@@ -73,10 +69,28 @@ def parse_texts(given: str) -> tuple[Text, ...]:
         raise _refused("a text has weight 0", "leave it out")
     values = known or [1.0] * len(sources)
     short = [Path(source).name for source in sources]
-    return tuple(
-        Text(name=name if short.count(name) == 1 else source, source=source, share=value / sum(values))
-        for name, source, value in zip(short, sources, values, strict=True)
-    )
+    found: list[Text] = []
+    for name, source, value in zip(short, sources, values, strict=True):
+        share, own = value / sum(values), _bundled(source)
+        named = name if short.count(name) == 1 else source
+        found += [
+            Text(name=f"bundled {each}", source=str(_FOLDER / f"{each}.jsonl"), share=share / len(own)) for each in own
+        ] or [Text(name=named, source=source, share=share)]
+    again = next((text.name for text in found if sum(other.source == text.source for other in found) > 1), None)
+    if again is not None:
+        raise _refused(f"{again} is named twice", "name it once, with a larger weight")
+    return tuple(found)
+
+
+def _bundled(source: str) -> tuple[str, ...]:
+    """The bundled texts that a source stands for; none if it is no name of such."""
+    if Path(source).exists() or not (source == BUNDLED or source.startswith(f"{BUNDLED}-")):
+        return ()
+    name = source.removeprefix(BUNDLED).removeprefix("-")
+    if name and name not in BUNDLED_TEXTS:
+        choices = ", ".join(f"{BUNDLED}-{each}" for each in BUNDLED_TEXTS)
+        raise _refused(f"moeq comes with no text called {name!r}", f"choose one of {choices}, or {BUNDLED} for all")
+    return (name,) if name else BUNDLED_TEXTS
 
 
 def samples_of(shares: tuple[float, ...], total: int) -> tuple[int, ...]:

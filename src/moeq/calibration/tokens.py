@@ -219,7 +219,9 @@ def sample_tokens(
     if len(ids) < needed:
         raise CalibrationError(
             f"the text {source!r} has {len(ids)} tokens, {nsamples} samples of {seqlen} need {needed}",
-            fix=f"give a longer text, or at most {len(ids) // seqlen} samples, or shorter ones",
+            fix="give a longer text, or shorter samples"
+            if len(ids) < seqlen
+            else f"give a longer text, or at most {len(ids) // seqlen} samples, or shorter ones",
         )
     ids_NT = torch.tensor(ids[:needed], dtype=torch.int64).view(nsamples, seqlen)
     return TokenBatch(
