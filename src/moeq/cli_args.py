@@ -60,7 +60,9 @@ def _tuning_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--router-lr", type=float, help="learning rate of routers (default 0.0001)")
 
 
-TEXTS = "txt (a document per line), jsonl, parquet, directory, hub id; several: A:0.5,B:0.5; bundled[-web|-mixture], none"
+TEXTS = (
+    "txt (a document per line), jsonl, parquet, directory, hub id; several: A:0.5,B:0.5; bundled[-web|-mixture], none"
+)
 """Of --calibration."""
 TRUST = "run the code in the model's directory, for models that transformers does not have"
 """Of --trust-remote-code."""
