@@ -129,6 +129,13 @@ DEFAULT: dict[str, Row] = {
 }
 """No method named. Costs of each text apart, of chosen tokens of 48 sequences."""
 
+TRELLIS: dict[str, Row] = {
+    "uniform": MAIN["uniform"],
+    "uniform, trellis": {"method": "uniform", "quantizer": "trellis"},
+    "gemq, matrix units, trellis": {"method": "gemq", "unit": "matrix", "router": "none", "quantizer": "trellis"},
+}
+"""Trellis codes against scalar levels, all else equal."""
+
 MOST = MAIN | {"as it comes": DEFAULT["as it comes"]}
 CONTRAST = MOST | {
     name: row
@@ -150,7 +157,7 @@ CONTRAST = MOST | {
 }
 """What decides the claims, for a second model."""
 
-METHODS: dict[str, Row] = {**MAIN, **DEFAULT, **QUANTIZERS, **ALPHAQ, **GEMQ, **BITSMOE, **TILEQ}
+METHODS: dict[str, Row] = {**MAIN, **DEFAULT, **TRELLIS, **QUANTIZERS, **ALPHAQ, **GEMQ, **BITSMOE, **TILEQ}
 """Row -> options beside budget, seed and calibration."""
 
 GROUPS: dict[str, tuple[str, dict[str, Row]]] = {
@@ -162,6 +169,7 @@ GROUPS: dict[str, tuple[str, dict[str, Row]]] = {
     "alphaq": ("Parts of alphaq", ALPHAQ),
     "bitsmoe": ("Parts of bitsmoe", BITSMOE),
     "tileq": ("Parts of tileq", TILEQ),
+    "trellis": ("Trellis codes", TRELLIS),
     "budgets": ("Methods", MOST),
     "seeds": ("Methods", MOST),
     "contrast": ("Methods", CONTRAST),
@@ -179,6 +187,8 @@ def wanted(groups: list[str], model: str) -> list[Row]:
             texts = ("both", "c4", "mixture", *(("bundled",) if group == "default" else ()))
         elif group == "bundled":
             texts = ("bundled",)
+        elif group == "trellis":
+            budgets, seeds = (BITS, 1.6, 3.125), SEEDS
         elif group == "budgets":
             budgets = BUDGETS
         elif group == "seeds":

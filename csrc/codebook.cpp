@@ -6,6 +6,7 @@
 #include "lanes.h"
 #include "planes.h"
 #include "records.h"
+#include "trellis.h"
 
 namespace moeq::MOEQ_ISA {
 namespace {
@@ -284,6 +285,7 @@ void matvec_codebooks(const MatvecJob& job) {
 
 void look_up(const LookUpJob& job) {
   const Matrix& m = *job.matrix;
+  if (m.levels == Levels::trellis) return look_up_trellis(job);
   for (int64_t row = job.first; row < job.last; row++) {
     const float scale = half_to_float(m.scale[row]);
     for (int64_t block = 0; block < code_blocks(m); block++) {

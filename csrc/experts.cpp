@@ -194,7 +194,8 @@ struct ReadTask {
 Matrix matrix_at(const uint8_t* data, int64_t size, int64_t offset, int bits, int64_t group_size, int levels,
                  int64_t rows, int64_t columns) {
   const bool vector = levels == (int)Levels::vector;
-  require(bits >= 1 && bits <= 8 && bits != 7 && levels >= 0 && levels <= 4, "no such matrix");
+  require(bits >= 1 && bits <= 8 && bits != 7 && levels >= 0 && levels <= 5, "no such matrix");
+  require(levels != (int)Levels::trellis || bits <= 4, "no such trellis");
   require(!vector || ((bits == 2 || bits == 3) && group_size == -1), "no such codebooks");
   require(group_size == -1 || group_size == 32 || group_size == 64 || group_size == 128, "no such group size");
   require(rows > 0 && columns > 0 && rows < (1LL << 31) && columns < (1LL << 31), "no such shape");

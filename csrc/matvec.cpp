@@ -7,6 +7,7 @@
 #include "lanes.h"
 #include "planes.h"
 #include "records.h"
+#include "trellis.h"
 
 namespace moeq::MOEQ_ISA {
 namespace {
@@ -360,6 +361,8 @@ void exact_rows(const MatvecJob& job) {
 void matvec(const MatvecJob& job) {
   if (job.matrix->books)
     matvec_codebooks(job);
+  else if (job.matrix->levels == Levels::trellis)
+    matvec_trellis(job);
   else if (job.exact)
     exact_rows(job);
   else

@@ -20,6 +20,7 @@
 #include "packing.h"
 #include "rounding.h"
 #include "threads.h"
+#include "trellis.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -166,17 +167,35 @@ void decode_matrix(ReadOnlyBytes record, const std::vector<std::tuple<int, int64
   moeq::decode(job, run);
 }
 
-void decode_codebooks(ReadOnlyBytes record, int64_t rows, int bits, int64_t first, Any w, int threads,
-                      const std::string& isa) {
+void decode_rows(ReadOnlyBytes record, int64_t rows, int bits, int levels, int64_t group_size, int64_t first, Any w,
+                 int threads, const std::string& isa) {
   require(w.ndim() == 2, "weights are a matrix");
   const int64_t count = (int64_t)w.shape(0);
-  const moeq::Matrix matrix = moeq::matrix_at(record.data(), (int64_t)record.size(), 0, bits, -1,
-                                              (int)moeq::Levels::vector, rows, (int64_t)w.shape(1));
+  const moeq::Matrix matrix = moeq::matrix_at(record.data(), (int64_t)record.size(), 0, bits, group_size, levels,
+                                              rows, (int64_t)w.shape(1));
+  require(levels >= (int)moeq::Levels::vector, "scalar levels are decoded by decode_matrix");
   require(first >= 0 && count <= rows && first <= rows - count, "there are no such rows");
   const moeq::LookUpJob job{&matrix, first, first + count, w.data(), dtype_of(w)};
   const moeq::Run run = run_of(threads, true, isa);
   const nb::gil_scoped_release unlocked;
   moeq::look_up(job, run);
+}
+
+using Floats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+using ReadOnlyFloats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+
+void trellis_columns(int bits, Floats w, ReadOnlyFloats scale, ReadOnlyFloats upper, Bytes codes, Floats error,
+                     const std::string& isa) {
+  require(bits >= 1 && bits <= 4, "no such trellis");
+  require(w.ndim() == 2 && w.shape(0) > 0 && w.shape(1) > 0, "weights are a matrix");
+  const size_t count = w.shape(0), rows = w.shape(1);
+  const auto alike = [&](const auto& other) { return other.ndim() == 2 && other.shape(0) == count && other.shape(1) == rows; };
+  require(alike(scale) && alike(codes) && alike(error), "scales, codes and errors are shaped like the weights");
+  require(upper.ndim() == 2 && upper.shape(0) == count && upper.shape(1) == count, "there is a factor for each pair");
+  const moeq::TrellisJob job{bits, (int64_t)count, (int64_t)rows, w.data(), scale.data(), upper.data(), codes.data(), error.data()};
+  const moeq::Isa chosen = isa_of(isa);
+  const nb::gil_scoped_release unlocked;
+  MOEQ_PICK(chosen, trellis_columns)(job);
 }
 
 void linear(ReadOnlyBytes record, int64_t rows, int bits, int64_t group_size, int levels, Any x, Any y, bool exact,
@@ -291,9 +310,12 @@ NB_MODULE(_native, module) {
   module.def("decode_matrix", &decode_matrix, nb::arg("record").noconvert(), "planes"_a, "scales"_a, "zeros"_a,
              nb::kw_only(), "bits"_a, "levels"_a, "group_size"_a, nb::arg("w").noconvert(), "threads"_a = 1, "isa"_a = "",
              "Decode a matrix record into weights; planes are (width, offset).");
-  module.def("decode_codebooks", &decode_codebooks, nb::arg("record").noconvert(), "rows"_a, "bits"_a, "first"_a,
-             nb::arg("w").noconvert(), "threads"_a = 1, "isa"_a = "",
-             "Decode rows of a matrix record in codebooks into weights.");
+  module.def("decode_rows", &decode_rows, nb::arg("record").noconvert(), "rows"_a, "bits"_a, "levels"_a, "group_size"_a,
+             "first"_a, nb::arg("w").noconvert(), "threads"_a = 1, "isa"_a = "",
+             "Decode rows of a matrix record in codebooks or of a trellis into weights.");
+  module.def("trellis_columns", &trellis_columns, "bits"_a, nb::arg("w").noconvert(), nb::arg("scale").noconvert(),
+             nb::arg("upper").noconvert(), nb::arg("codes").noconvert(), nb::arg("error").noconvert(), "isa"_a = "",
+             "Round columns one after the other by Viterbi's search, with error feedback.");
   module.def("linear", &linear, nb::arg("record").noconvert(), "rows"_a, "bits"_a, "group_size"_a, "levels"_a,
              nb::arg("x").noconvert(), nb::arg("y").noconvert(), "exact"_a, "threads"_a, "isa"_a = "",
              "y = x W^T for a matrix record, few rows of x.");

@@ -4,7 +4,7 @@
 namespace moeq {
 
 enum class Dtype { float32, bfloat16, float16 };
-enum class Levels { asym, asym16, sym, half, vector };
+enum class Levels { asym, asym16, sym, half, vector, trellis };
 
 constexpr int kBlock = 128;  // codes of a row that are interleaved together in a plane
 

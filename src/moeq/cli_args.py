@@ -15,7 +15,10 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bits", type=float, help="mean stored bits per expert weight, scales and padding included")
     add("--size", help="bytes of the whole checkpoint instead: 8GB, 7.5GiB")
     add("--accounting", help="bytes (default) or codes: --bits counts code bits only, as papers do")
-    add("--quantizer", help="minmax, rtn, hqq, gptq, gptq-mc, vector (default: gptq with calibration text, else hqq)")
+    add(
+        "--quantizer",
+        help="minmax, rtn, hqq, gptq, gptq-mc, trellis, vector (default: gptq with calibration text, else hqq)",
+    )
     add("--group-size", type=int, help="inputs per scale: 32, 64, 128 (default) or -1 for whole rows")
     add("--levels", help="auto (default), asym, asym16, sym or half")
     add("--dense-bits", help="other linears: 16 (default), 8, 6, 4, attention=4,shared=8,dense=8,lm_head=16, or auto")

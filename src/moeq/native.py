@@ -149,6 +149,26 @@ def round_matrix(
     return codes_NK, scale_NG, zero_NG if ZERO_BYTES[spec.levels] else None
 
 
+def trellis_columns(
+    bits: int, w_SN: Tensor, scale_SN: Tensor, upper_SS: Tensor, *, isa: str = ""
+) -> tuple[Tensor, Tensor]:
+    """Round columns one after the other by Viterbi's search, errors made up for by the columns after them.
+
+    Args:
+        bits: width of a code.
+        w_SN: columns of weights, float32, contiguous; overwritten by what was rounded.
+        scale_SN: scale of every weight.
+        upper_SS: their part of the factored Hessian (`moeq.quantizers.gptq`).
+        isa: one of `isas()` instead of the best.
+
+    Returns:
+        codes, uint8, and errors / U_jj, both (S, N).
+    """
+    codes_SN, error_SN = torch.empty(w_SN.shape, dtype=torch.uint8), torch.empty_like(w_SN)
+    _module.trellis_columns(bits, w_SN, scale_SN.contiguous(), upper_SS.contiguous(), codes_SN, error_SN, isa=isa)
+    return codes_SN, error_SN
+
+
 def pack_codes(codes_NK: Tensor, spec: QuantSpec, record: Tensor, *, isa: str = "") -> None:
     """Write the planes of a matrix record (docs/format.md).
 
@@ -189,8 +209,9 @@ def decode_matrix(
     where = sections(spec, shape)
     start, stop = rows or (0, shape[0])
     w_NK = torch.empty(stop - start, shape[1], dtype=dtype)
-    if spec.codebooks is not None:
-        _module.decode_codebooks(record, shape[0], spec.bits, start, w_NK, threads=threads, isa=isa)
+    if spec.codebooks is not None or spec.history:
+        level = LEVELS.index(spec.levels)
+        _module.decode_rows(record, shape[0], spec.bits, level, spec.group_size, start, w_NK, threads=threads, isa=isa)
         return w_NK
     skipped = start * num_groups(shape[1], spec.group_size)
     _module.decode_matrix(

@@ -12,7 +12,7 @@ from moeq.errors import OptionError
 from moeq.layouts.tiled.shape import MAX_RANK, RESIDUALS, TileOptions, tile_options
 from moeq.methods import METHODS, Method, method
 from moeq.option_values import choose, named_values, typed
-from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, VECTORS, WHOLE_ROW, QuantSpec
+from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, TRELLISES, VECTORS, WHOLE_ROW, QuantSpec
 
 DENSE_KINDS = ("attention", "shared", "dense", "lm_head")
 DENSE_BITS = (16, 8, 6, 4)
@@ -202,12 +202,11 @@ class Recipe:
         self.tiles()
         if self.rank is not None and self.rank != AUTO and not (self.rank.isdecimal() and int(self.rank) <= MAX_RANK):
             raise OptionError(f"{self.rank!r} is no rank", option="rank", fix=f"give 0 to {MAX_RANK}, or auto")
+        if self.quantizer == "trellis" and not method(self.method).alone:
+            raise OptionError(f"{self.method} stores no trellises", option="quantizer", fix="use gptq")
         if self.quantizer == "vector" and self.plan is None and (self.cost or self.choosing.cost):
-            raise OptionError(
-                "costs are not measured with codebooks",
-                option="quantizer",
-                fix="use gptq, or a method that gives all matrices alike",
-            )
+            fix = "use gptq, or a method that gives all matrices alike"
+            raise OptionError("costs are not measured with codebooks", option="quantizer", fix=fix)
 
     def _check_own_options(self) -> None:
         """Refuse options that belong to another method's layout."""
@@ -341,8 +340,9 @@ class Recipe:
 
     def spec(self, bits: int) -> QuantSpec:
         """How a matrix of a code width is stored."""
-        if self.quantizer == "vector" and bits in VECTORS:
-            return QuantSpec(bits=bits, group_size=WHOLE_ROW, levels="vector")
+        if bits in OWN_LEVELS.get(str(self.quantizer), ()):
+            size = WHOLE_ROW if self.quantizer == "vector" else self.group_size
+            return QuantSpec(bits=bits, group_size=size, levels=str(self.quantizer))
         layout = method(self.method).records
         return QuantSpec(bits=bits, group_size=self.group_size, levels=self.level_set(bits), layout=layout)
 
@@ -361,6 +361,7 @@ class Recipe:
         return yaml.safe_dump(codec.encode(self), sort_keys=False)
 
 
+OWN_LEVELS = {"vector": tuple(VECTORS), "trellis": tuple(TRELLISES)}
 AUTO_LEVELS = {bits: ("half" if bits <= 2 else "asym") for bits in BITS}
 
 
@@ -393,8 +394,5 @@ def _check_used(recipe: Recipe) -> None:
             if getattr(recipe, name) is not None:
                 option = name.replace("_", "-")
                 methods = ", ".join(other for other, row in METHODS.items() if row.cost)
-                raise OptionError(
-                    f"method {recipe.allocation or recipe.method} makes no choice per unit",
-                    option=option,
-                    fix=f"choose a --method of {methods}",
-                )
+                message = f"method {recipe.allocation or recipe.method} makes no choice per unit"
+                raise OptionError(message, option=option, fix=f"choose a --method of {methods}")

@@ -24,13 +24,14 @@ asym16  zero is stored per group as float16 (what the papers' code does)
 sym     zero = 2^(b-1): integers -2^(b-1) .. 2^(b-1) - 1 times a signed scale
 half    zero = (2^b - 1) / 2: half-integers -(2^b - 1)/2 .. (2^b - 1)/2 times the scale
 """
-LEVELS = (*SCALAR_LEVELS, "vector")
+LEVELS = (*SCALAR_LEVELS, "vector", "trellis")
 """All level sets; the position in this tuple is the id on disk.
 
 vector  a code names an entry of a codebook, and an entry is several neighbouring weights of a row (`VECTORS`)
+trellis a code and the codes above it in its column name an entry of a fixed table (`TRELLISES`)
 """
 
-ZERO_BYTES = {"asym": 1, "asym16": 2, "sym": 0, "half": 0}
+ZERO_BYTES = {"asym": 1, "asym16": 2, "sym": 0, "half": 0, "trellis": 0}
 SCALE_BYTES = 2
 BLOCK = 128
 """Codes of one row that are interleaved together in a plane."""
@@ -79,6 +80,12 @@ VECTORS = {
 """Code width per weight -> codebooks; the level set "vector" has no other widths."""
 
 
+TRELLISES = {1: 5, 2: 4, 3: 3, 4: 2}
+"""Code width -> codes above a weight whose lowest bits choose its levels: 64 entries at every width."""
+RESTART = 64
+"""Rows after which the history of a trellis is zero again: any such run of rows can be read by itself."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class QuantSpec:
     """How one matrix is stored.
@@ -110,6 +117,15 @@ class QuantSpec:
                 raise OptionError(f"there are no codebooks of {self.bits} bits", option="bits", fix="choose 2 or 3")
             if self.group_size != WHOLE_ROW or self.layout != "grouped":
                 raise OptionError("codebooks go with scales of rows", option="group-size", fix="give -1")
+        if self.levels == "trellis" and (self.bits not in TRELLISES or self.layout != "grouped"):
+            choices = ", ".join(str(bits) for bits in TRELLISES)
+            message = f"there is no trellis of {self.bits} bits in the layout {self.layout}"
+            raise OptionError(message, option="bits", fix=f"choose one of {choices}, in grouped layers")
+
+    @property
+    def history(self) -> int:
+        """Bits of the history of the level set "trellis", 0 for all others."""
+        return TRELLISES[self.bits] if self.levels == "trellis" else 0
 
     @property
     def codebooks(self) -> Codebooks | None:

@@ -31,7 +31,8 @@ def random_record(spec: QuantSpec, shape: tuple[int, int], generator: torch.Gene
     record = torch.randint(0, 256, (stored_bytes(spec, shape),), generator=generator).byte()
     where = sections(spec, shape)
     offset, size = where.scales
-    top = 2**spec.bits if spec.codebooks is None else 80  # what codes, or entries of codebooks, are about as large as
+    # What codes, or entries of codebooks and trellises, are about as large as.
+    top = 80 if spec.codebooks is not None else 2 if spec.history else 2**spec.bits
     scale = (torch.rand(size // 2, generator=generator) + 0.5) / (top * shape[1] ** 0.5)
     record[offset : offset + size] = scale.half().view(torch.uint8)
     if spec.levels == "asym16":

@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
     call()
     assert layer.table is not None
-    for column, value in ((1, 4), (2, 128), (3, 5), (0, layer.data.numel() - 64)):
+    for column, value in ((1, 4), (2, 128), (3, 6), (0, layer.data.numel() - 64)):
         table = layer.table.clone()
         table[:, :, column] = value
         with pytest.raises(ValueError, match=r"blob|no such"):

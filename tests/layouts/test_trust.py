@@ -289,7 +289,7 @@ def test_verdicts_outlive_the_process(tmp_path: Path) -> None:
     assert process(tmp_path / "a", "right") == "True ['decode', 'linear', 'grouped'] 0"
     assert process(tmp_path / "a", "right") == "True [] 0"
     first = process(tmp_path / "b", "broken")
-    assert first.startswith("False ['decode', 'linear', 'grouped', 'spectral', 'tiled', 'codebooks'] 1")
+    assert first.startswith("False ['decode', 'linear', 'grouped', 'spectral', 'tiled', 'codebooks', 'trellis'] 1")
     assert process(tmp_path / "b", "right") == "False [] 1"  # honoured, and said
 
 

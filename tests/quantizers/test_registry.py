@@ -5,9 +5,9 @@ from moeq.quantizers.registry import QUANTIZERS, make_quantizer
 
 
 def test_names() -> None:
-    assert list(QUANTIZERS) == ["minmax", "rtn", "hqq", "gptq", "gptq-mc", "alternating", "vector"]
+    assert list(QUANTIZERS) == ["minmax", "rtn", "hqq", "gptq", "gptq-mc", "alternating", "trellis", "vector"]
     needs = {name: make_quantizer(name).needs_hessian for name in QUANTIZERS}
-    assert {name for name, needed in needs.items() if needed} == {"gptq", "gptq-mc", "vector"}
+    assert {name for name, needed in needs.items() if needed} == {"gptq", "gptq-mc", "trellis", "vector"}
 
 
 def test_unknown_names_list_the_choices() -> None:

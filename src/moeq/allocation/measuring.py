@@ -313,6 +313,8 @@ def _options(recipe: Recipe) -> dict[str, Any]:
         wanted = inspect_signature(COSTS[name]).parameters
         if recipe.has_components and not str(recipe.quantizer).startswith("gptq"):
             options.setdefault("perturb", recipe.quantizer)
+        if "perturb" in wanted and recipe.quantizer == "trellis":
+            options.setdefault("perturb", "trellis")
         common: dict[str, Any] = {"seed": recipe.seed, "seqlen": recipe.seqlen}
         perturb = options.get("perturb", wanted["perturb"].default if "perturb" in wanted else None)
         common |= quantizer_options(recipe, str(perturb))

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from moeq import native
-from moeq.spec import BLOCK, WHOLE_ROW, Codebooks, QuantSpec, Sections, num_groups, plane_row_bytes, sections
+from moeq.spec import (
+    BLOCK,
+    RESTART,
+    WHOLE_ROW,
+    Codebooks,
+    QuantSpec,
+    Sections,
+    num_groups,
+    plane_row_bytes,
+    sections,
+)
+from moeq.trellis import codes as trellis
 
 CODE_DTYPE: Final = torch.uint8
 
@@ -167,7 +178,11 @@ def real_zeros(zero_NG: Tensor | None, spec: QuantSpec) -> Tensor | float:
 def dequantize(
     codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, spec: QuantSpec, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """w = scale * (code - zero), computed in float32, (N, K) in `dtype`; for `vector` the entries that codes name."""
+    """w = scale * (code - zero), computed in float32, (N, K) in `dtype`.
+
+    For `vector` the entries that codes name, for `trellis` those that codes and the ones above them name: the first row
+    must be one where histories start.
+    """
     rows, columns = codes_NK.shape
     if spec.codebooks is not None:
         assert zero_NG is not None
@@ -175,9 +190,9 @@ def dequantize(
     groups = num_groups(columns, spec.group_size)
     group_size = columns if groups == 1 else spec.group_size
     scale_NG = scale_NG.float()
-    zero = real_zeros(zero_NG, spec)
+    zero = 0.0 if spec.history else real_zeros(zero_NG, spec)
     padded = groups * group_size
-    codes = codes_NK.float()
+    codes = trellis.entries(codes_NK, spec.bits) if spec.history else codes_NK.float()
     if padded != columns:
         codes = torch.nn.functional.pad(codes, (0, padded - columns))
     w_NGg = codes.view(rows, groups, group_size)
@@ -230,20 +245,22 @@ def decode_in_chunks(
     if spec.codebooks is not None:
         return _decode_vectors(record, spec, shape, dtype, rows)
     columns = shape[1]
-    first, last = rows or (0, shape[0])
+    asked, last = rows or (0, shape[0])
+    first = asked // RESTART * RESTART if spec.history else asked
     scale_NG, zero_NG = unpack_scales(record, spec, shape)
     planes = [
         (width, record[offset : offset + size].view(shape[0], plane_row_bytes(columns, width)))
         for width, offset, size in sections(spec, shape).planes
     ]
     step = max(1, CHUNK_WEIGHTS // columns)
+    step = max(RESTART, step // RESTART * RESTART) if spec.history else step
     w_NK = torch.empty(last - first, columns, dtype=dtype, device=record.device)
     for start in range(first, last, step):
         part = slice(start, min(last, start + step))
         codes = _join([(width, plane[part]) for width, plane in planes], columns)
         zero = None if zero_NG is None else zero_NG[part]
         w_NK[start - first : part.stop - first] = dequantize(codes, scale_NG[part], zero, spec, dtype)
-    return w_NK
+    return w_NK[asked - first :]
 
 
 def _decode_vectors(

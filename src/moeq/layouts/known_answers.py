@@ -151,7 +151,8 @@ def record_of(spec: QuantSpec, shape: tuple[int, int], generator: torch.Generato
     record = torch.randint(0, 256, (stored_bytes(spec, shape),), generator=generator, dtype=torch.int64).byte()
     where = sections(spec, shape)
     offset, size = where.scales
-    top = 2**spec.bits if spec.codebooks is None else 80  # what codes, or entries of codebooks, are about as large as
+    # What codes, or entries of codebooks and trellises, are about as large as.
+    top = 80 if spec.codebooks is not None else 2 if spec.history else 2**spec.bits
     scale = (
         (torch.rand(size // 2, generator=generator, dtype=torch.float32) + 0.5) * 2 * length / (top * shape[1] ** 0.5)
     )

@@ -78,8 +78,7 @@ def subjects(path: str, device: torch.device) -> tuple[str, ...]:
         return ()
     if device.type == "cuda" and torch.cuda.get_device_properties(device).major < gpu.AMPERE:
         return ()
-    found = [subject for subject in SUBJECTS if subject not in ("decode", "codebooks")]
-    return (*found, "codebooks") if _codebooks_have_facts() else tuple(found)
+    return tuple(subject for subject in SUBJECTS if subject != "decode" and _has_facts(subject))
 
 
 def needs(path: str, subject: str) -> tuple[str, ...]:
@@ -184,8 +183,13 @@ def _file_name(path: re.Match[str]) -> str:
 
 
 @cache
-def _codebooks_have_facts() -> bool:
-    """Whether kernels on GPUs take codebooks: whether `device_facts` makes facts for them."""
-    layer = known.codebook_layers()["codebooks"]
+def _has_facts(subject: str) -> bool:
+    """Whether kernels on GPUs take records of a level set: whether `device_facts` makes facts for them."""
+    layers = {"codebooks": known.codebook_layers, "trellis": known.trellis_layers}
+    if subject not in layers:
+        return True
     nowhere = torch.empty(0, dtype=torch.uint8, device="meta")
-    return packed.device_facts(nowhere, layer.entries, list(layer.shapes.values())) is not None
+    return all(
+        packed.device_facts(nowhere, layer.entries, list(layer.shapes.values())) is not None
+        for layer in layers[subject]().values()
+    )

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from moeq import native
-from moeq.errors import TensorError
+from moeq.errors import OptionError, TensorError
 from moeq.quantizers.base import QuantizedMatrix
 from moeq.quantizers.chunks import Part, chunk_for, cut, root_of, spread, threads_for
 from moeq.quantizers.gain import bounded_gain
-from moeq.spec import QuantSpec, num_groups
+from moeq.spec import SCALAR_LEVELS, QuantSpec, num_groups
 
 SCALE_MAX: Final = 65504.0
 """Largest finite float16."""
@@ -57,7 +57,17 @@ class Levels:
 
 
 def levels_of(spec: QuantSpec) -> Levels:
-    """The level set of `spec`."""
+    """The level set of `spec`.
+
+    Raises:
+        OptionError: it is none of single weights.
+    """
+    if spec.levels not in SCALAR_LEVELS:
+        raise OptionError(
+            f"codes of {spec.levels} are chosen by the quantizer {spec.levels} alone",
+            option="quantizer",
+            fix=f"use {spec.levels}, or another plan",
+        )
     top = 2**spec.bits - 1
     zero = {"sym": float(2 ** (spec.bits - 1)), "half": top / 2}.get(spec.levels)
     return Levels(

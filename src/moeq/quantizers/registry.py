@@ -10,6 +10,7 @@ from moeq.quantizers.gptq import Gptq
 from moeq.quantizers.gptq_mc import GptqMc
 from moeq.quantizers.hqq import Hqq
 from moeq.quantizers.rtn import MinMax, Rtn
+from moeq.quantizers.trellis import Trellis
 from moeq.quantizers.vector import Vector
 
 QUANTIZERS: Final[dict[str, type[Quantizer]]] = {
@@ -19,6 +20,7 @@ QUANTIZERS: Final[dict[str, type[Quantizer]]] = {
     "gptq": Gptq,
     "gptq-mc": GptqMc,
     "alternating": Alternating,
+    "trellis": Trellis,
     "vector": Vector,
 }
 

@@ -28,7 +28,8 @@ def chosen_quantizer(recipe: Recipe) -> Quantizer:
 
 def dataless_quantizer(recipe: Recipe) -> Quantizer:
     """What rounds experts that see no text in a run which has some."""
-    name = method(recipe.method).dataless
+    # Trellises are for their own quantizer, which can do without.
+    name = "trellis" if recipe.quantizer == "trellis" else method(recipe.method).dataless
     return make_quantizer(name, **quantizer_options(recipe, name))
 
 

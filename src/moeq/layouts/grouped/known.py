@@ -29,7 +29,7 @@ from moeq.layouts.known_answers import (
     seeded,
     ways_of,
 )
-from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, VECTORS, WHOLE_ROW, QuantSpec
+from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, TRELLISES, VECTORS, WHOLE_ROW, QuantSpec
 
 ODD_WIDTHS: Final = (8, 32, 60, 72, 128, 264)
 """Inputs of linears beside `HIDDEN`: all lengths of what is left behind whole vectors, and none."""
@@ -66,6 +66,30 @@ def codebook_matrices() -> dict[str, PackedMatrix]:
     return found
 
 
+def trellis_matrices() -> dict[str, PackedMatrix]:
+    """Trellises of every width and group size, over more than one restart, and of many lengths of rows."""
+    generator = seeded(6)
+    found = {}
+    for bits in TRELLISES:
+        for at, columns in enumerate((*ODD_WIDTHS, HIDDEN)):
+            spec = _trellis_spec(bits, at)
+            shape = 150 if at == len(ODD_WIDTHS) else 40, columns
+            name = f"trellis of {bits} bits of {columns} inputs"
+            found[name] = PackedMatrix(record=record_of(spec, shape, generator), spec=spec, shape=shape)
+    return found
+
+
+def trellis_layers() -> dict[str, PackedLayer]:
+    """A layer of trellises of every kind, and one where they lie beside all others."""
+    widths = tuple(TRELLISES)
+    return {
+        "trellises": _grouped(3, lambda e, p: _trellis_spec(widths[(e + p) % len(widths)], e + p), 7),
+        "trellises and others": _grouped(
+            5, lambda e, p: _trellis_spec(widths[e % len(widths)], e) if p == e % 3 else _mixed(e, p), 8
+        ),
+    }
+
+
 def layers() -> dict[str, PackedLayer]:
     """Everything mixed in one layer, and a layer with groups of 128 and whole rows alone."""
     return {"mixed groups": _grouped(7, _mixed, 3), "groups of 128": _grouped(3, _plain, 4)}
@@ -94,6 +118,10 @@ def _codebook_spec(bits: int) -> QuantSpec:
     return QuantSpec(bits=bits, group_size=WHOLE_ROW, levels="vector")
 
 
+def _trellis_spec(bits: int, at: int) -> QuantSpec:
+    return QuantSpec(bits=bits, group_size=GROUP_SIZES[at % 4], levels="trellis")
+
+
 def _grouped(num_experts: int, spec_of: SpecOf, seed: int) -> PackedLayer:
     shapes = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
     generator = seeded(seed)
@@ -115,7 +143,7 @@ def rounded_linear(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
 
 
 def _decode_cases() -> Iterator[Case]:
-    for name, matrix in (matrices() | codebook_matrices()).items():
+    for name, matrix in (matrices() | codebook_matrices() | trellis_matrices()).items():
         record, spec, shape = matrix.record, matrix.spec, matrix.shape
         for dtype in native.DTYPES:
             w_NK = records.decode_in_chunks(record, spec, shape, dtype).double()
@@ -193,11 +221,17 @@ def _codebook_cases(path: str, device: torch.device) -> Iterator[Case]:
     yield from _grouped_cases(path, codebook_layers(), device)
 
 
-LATE_CASES: Final[Mapping[str, Cases]] = {"codebooks": _codebook_cases}
+def _trellis_cases(path: str, device: torch.device) -> Iterator[Case]:
+    yield from _linear_cases(path, trellis_matrices(), device)
+    yield from _grouped_cases(path, trellis_layers(), device)
+
+
+LATE_CASES: Final[Mapping[str, Cases]] = {"codebooks": _codebook_cases, "trellis": _trellis_cases}
 """Those that come after the subjects of all layouts."""
 NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "linear": ("decode",),
     "grouped": ("decode", "linear"),
     "codebooks": ("decode", "linear", "grouped"),
+    "trellis": ("decode", "linear", "grouped"),
 }
 """Subject -> others that its calls on a CPU also run through."""

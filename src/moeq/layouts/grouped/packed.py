@@ -16,9 +16,9 @@ def device_facts(
 ) -> KernelFacts | None:
     """The facts of bytes where they are now.
 
-    None on a CPU, whose kernels read the table on disk.
+    None on a CPU, whose kernels read the table on disk, and for trellises, which no kernel for other devices reads.
     """
-    if data.device.type == "cpu":
+    if data.device.type == "cpu" or any(spec.history for expert in entries for _, spec in expert):
         return None
     return kernel_facts(entries, shapes, data.device, kinds)
 

@@ -280,5 +280,6 @@ def open_records(path: str, shapes: Shapes, tensors: Mapping[str, Tensor]) -> tu
 
 def subjects(layout: str, entries: Entries) -> tuple[str, ...]:
     """What `moeq.layouts.trust` is asked about such a layer."""
-    books = any(spec.codebooks is not None for expert in entries for _, spec in expert)
-    return (layout, "codebooks") if books else (layout,)
+    specs = {spec for expert in entries for _, spec in expert}
+    books = ("codebooks",) if any(spec.codebooks is not None for spec in specs) else ()
+    return (layout, *books, *(("trellis",) if any(spec.history for spec in specs) else ()))

@@ -1,0 +1,1 @@
+"""The level set "trellis": its tables, and what codes stand for."""
