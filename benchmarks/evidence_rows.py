@@ -24,7 +24,7 @@ def gemq(options: str | None = None, **more: Any) -> Row:
 
 
 def spectral(options: str | None = None, **more: Any) -> Row:
-    return {"method": "bitsmoe", "cost_options": options, **more}
+    return {"method": "bitsmoe", "cost_options": f"texts=pooled,{options}" if options else "texts=pooled", **more}
 
 
 def tiled(options: str = "", rank: int | str = 4, **more: Any) -> Row:
@@ -89,6 +89,7 @@ GEMQ: dict[str, Row] = {
 }
 
 BITSMOE: dict[str, Row] = {
+    "bitsmoe as it comes": {"method": "bitsmoe"},
     "bitsmoe, rounded to nearest": spectral(quantizer="rtn"),
     "bitsmoe, dropping counts once (the paper's)": spectral("drop=1"),
     "bitsmoe, dropping counts three times": spectral("drop=3"),

@@ -11,6 +11,7 @@ from moeq.allocation.domains import by_text, combined
 from moeq.arch.inventory import read_inventory
 from moeq.artifacts import CostTable
 from moeq.calibration.tokens import Domain, TokenBatch, first_samples
+from moeq.costs.component_table import ComponentTable
 from moeq.errors import OptionError
 from moeq.recipe import Recipe
 from moeq.spec import QuantSpec, Unit
@@ -86,12 +87,43 @@ def test_measured_text_by_text(how: str, demo_dir: Path, text_dir: Path) -> None
     assert alone.costs != found.costs
 
 
+@pytest.mark.parametrize("how", ["mean", "worst"])
+def test_components_text_by_text(how: str, demo_dir: Path, text_dir: Path, tmp_path: Path) -> None:
+    texts = f"{text_dir / 'calibration.txt'}:0.75,{text_dir / 'eval.txt'}:0.25"
+    recipe = Recipe(
+        method="bitsmoe", calibration=texts, cost_options=f"texts={how}", nsamples=8, seqlen=32, device="cpu"
+    )
+    what = measuring.subject(demo_dir, *read_inventory(demo_dir), recipe)
+    assert what.tokens is not None
+    parts = [measuring.table(replace(what, tokens=batch)) for batch in by_text(what.tokens)]
+    found = measuring.table(what, output=tmp_path / "costs.safetensors")
+    assert isinstance(found, ComponentTable)
+    assert found.path == tmp_path / "costs.safetensors"
+    assert found.provenance == what.provenance
+    tables = [part for part in parts if isinstance(part, ComponentTable)]
+    middle, places = len(found.candidates) // 2, [(at, name) for at in range(4) for name in ("gate", "up", "down")]
+    scales = [
+        sum(float(t.layer(*at).weight_EH.double().sum() * t.layer(*at).curve_C[middle]) for at in places)
+        for t in tables
+    ]
+    unit = 0.75 * scales[0] + 0.25 * scales[1]
+    for at in places:
+        a, b = (table.layer(*at).weight_EH.double() / scale for table, scale in zip(tables, scales, strict=True))
+        wanted = torch.maximum(a, b) if how == "worst" else 0.75 * a + 0.25 * b
+        torch.testing.assert_close(found.layer(*at).weight_EH.double(), unit * wanted, rtol=1e-5, atol=0)
+        assert torch.equal(found.layer(*at).rows, tables[0].layer(*at).rows)
+        drops = [table.facts.drop[at[0]][at[1]] for table in tables]
+        assert min(drops) - 1e-9 <= found.facts.drop[at[0]][at[1]] <= max(drops) + 1e-9
+    counts = zip(*(table.facts.tokens[0] for table in tables), strict=True)
+    assert found.facts.tokens[0] == tuple(a + b for a, b in counts)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"method": "gemq", "cost_options": "texts=median"}, "median"),
         ({"method": "gemq", "cost_options": "samples=-1"}, "-1"),
-        ({"method": "bitsmoe", "cost_options": "texts=worst"}, "worst"),
+        ({"method": "bitsmoe", "cost_options": "metric=inputs,texts=worst"}, "worst"),
     ],
 )
 def test_refused(options: dict[str, str], message: str, demo_dir: Path, calibration_text: Path) -> None:

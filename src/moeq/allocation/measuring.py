@@ -1,7 +1,7 @@
 """Measures a cost on an opened model: settles what is measured, and fills the table."""
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature as inspect_signature
@@ -13,7 +13,7 @@ from torch import nn
 
 from moeq import codec
 from moeq.allocation import other_linears, plans
-from moeq.allocation.domains import COMBINED, by_text, combined
+from moeq.allocation.domains import COMBINED, ComponentsOfTexts, by_text, combined
 from moeq.artifacts import CostTable, Inventory
 from moeq.calibration.backprop import Labels
 from moeq.calibration.opening import open_stream, packed_matrices
@@ -22,7 +22,7 @@ from moeq.calibration.tap import Hear
 from moeq.calibration.tokens import TokenBatch, first_samples
 from moeq.checkpoint.read import Reader
 from moeq.costs.base import Asked, Cost, LayerCosts, LayerView, LinearView
-from moeq.costs.component_table import ComponentFacts, ComponentTable, write_table
+from moeq.costs.component_table import ComponentFacts, ComponentTable, ProjectionCosts, write_table
 from moeq.costs.options import check_choice, check_number
 from moeq.costs.registry import COSTS, make_cost
 from moeq.costs.spectral_energy import SpectralEnergy
@@ -137,14 +137,15 @@ def table(
     how = _combination(recipe)
     if tokens is None or len(tokens.domains) < 2 or how == "pooled":
         return _pooled(what, progress, scratch, output)
-    tables = []
-    for batch in by_text(tokens):
-        table = _pooled(replace(what, tokens=batch), progress, scratch, None)
-        assert isinstance(table, CostTable)
-        tables.append(table)
+    tables = [_pooled(replace(what, tokens=batch), progress, scratch, None) for batch in by_text(tokens)]
     names = tuple(domain.name for domain in tokens.domains)
     shares = [tokens.domain_N.count(number) / len(tokens.domain_N) for number in range(len(names))]
-    return replace(combined(tables, names, shares, how), provenance=what.provenance)
+    components = [table for table in tables if isinstance(table, ComponentTable)]
+    if components:
+        together = ComponentsOfTexts(components, shares, how)
+        return _stored(replace(together.facts(), provenance=what.provenance), together.layers(), output)
+    matrices = [table for table in tables if isinstance(table, CostTable)]
+    return replace(combined(matrices, names, shares, how), provenance=what.provenance)
 
 
 def _pooled(
@@ -240,6 +241,10 @@ def _write(what: Subject, cost: SpectralEnergy, output: Path | None) -> Componen
         spread=tuple({name: part.spread for name, part in layer.items()} for layer in layers),
         tokens=cost.tokens(),
     )
+    return _stored(facts, layers, output)
+
+
+def _stored(facts: ComponentFacts, layers: Iterable[dict[str, ProjectionCosts]], output: Path | None) -> ComponentTable:
     home = None if output is not None else Path(tempfile.mkdtemp(prefix="moeq-costs-"))
     path = output if home is None else home / "costs.safetensors"
     assert path is not None
@@ -278,9 +283,11 @@ def _stream(
 
 
 def _combination(recipe: Recipe) -> str:
-    """How the costs of several texts are combined; those of components share their bases, which all texts make."""
-    how = recipe.options_of_cost().get("texts", "pooled" if recipe.has_components else "mean")
-    check_choice("texts", how, ("pooled",) if recipe.has_components else COMBINED)
+    """How the costs of several texts are combined; bases for the inputs are made by all texts together."""
+    options = recipe.options_of_cost()
+    shared = recipe.has_components and options.get("metric") == "inputs"
+    how = options.get("texts", "pooled" if shared else "mean")
+    check_choice("texts", how, ("pooled",) if shared else COMBINED)
     return str(how)
 
 
