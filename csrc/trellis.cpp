@@ -261,71 +261,109 @@ MOEQ_INLINE __m512 add_wide(const W* entries, const int8_t* x, const float* scal
   return sum;
 }
 
-struct WideSums {
-  __m512 a, b, c, d;
+// What is known of a segment for all of its rows.
+template <int kTokens>
+struct Segment {
+  const MatvecJob& job;
+  int64_t first, whole;  // blocks: the first one, and how many are whole
+  const int8_t* q[4];
 };
+
+// `kRows` rows from `row` on, between which histories do not start: the second one takes over what the first one leaves.
+template <int kBits, int kParts, int kTokens, int kRows>
+MOEQ_INLINE void wide_rows(const Segment<kTokens>& s, const WideTable& table, Histories& histories, int64_t row) {
+  static_assert(kTokens * kRows <= 4, "that many sums are named");
+  constexpr int grain = kParts == 4 ? 2 : kParts == 2 ? 1 : 0;
+  constexpr int width1 = kBits == 3 ? 2 : kBits, width2 = kBits == 3 ? 1 : 0;
+  const MatvecJob& job = s.job;
+  const Matrix& m = *job.matrix;
+  const int64_t groups = groups_of(m), runs = s.whole * kParts;
+  const int64_t bytes1 = row_bytes(m.columns, width1), bytes2 = width2 ? row_bytes(m.columns, width2) : 0;
+  const bool grouped = is_grouped(m.group_size);
+  // Histories are left longer than they count; what is too old is cut off where they are looked at.
+  const W known = _mm512_set1_epi8(((1 << kHistory[kBits]) - 1) << kBits), one = _mm512_set1_epi8(1);
+  alignas(64) float scale[kRows * kTokens][kSegmentBlocks * kParts + 8];
+  __m256 bias[kRows * kTokens];
+  for (int r = 0; r < kRows; r++) {
+    const int64_t start = (row + r) * groups + (grouped ? s.first * kParts : 0), left = m.rows * groups - start;
+    const __m256 all_groups = _mm256_set1_ps(half_to_float(m.scale[(row + r) * groups]));
+    for (int t = 0; t < kTokens; t++) bias[r * kTokens + t] = _mm256_setzero_ps();
+    for (int64_t g = 0; g < runs; g += 8) {
+      __m256 w = grouped ? eight_halves(m.scale + start + g, left - g) : all_groups;
+      if (runs - g < 8) {
+        const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        w = _mm256_and_ps(w, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32((int)(runs - g)), lane)));
+      }
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; t++) {
+        const Activations& x = *job.x[t];
+        const __m256 both = _mm256_mul_ps(w, _mm256_loadu_ps(x.scale[grain] + s.first * kParts + g));
+        _mm256_storeu_ps(scale[r * kTokens + t] + g, both);
+        bias[r * kTokens + t] = _mm256_fmadd_ps(both, _mm256_loadu_ps(x.sum[grain] + s.first * kParts + g), bias[r * kTokens + t]);
+      }
+    }
+  }
+  const uint8_t* plane1 = m.planes[0] + row * bytes1 + s.first * (16 * width1);
+  const uint8_t* plane2 = m.planes[width2 ? 1 : 0] + row * bytes2 + s.first * (16 * width2);
+  // Named, not an array: compilers keep those in memory.
+  __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;
+  for (int64_t at = 0; at < s.whole; at++) {
+    uint8_t* history = histories.of + at * kBlock;
+    W before[2] = {_mm512_load_si512(history), _mm512_load_si512(history + 64)}, entries[kRows][2];
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; r++) {
+      W codes[2];
+      unpack_wide<kBits>(plane1 + r * bytes1 + at * (16 * width1), plane2 + r * bytes2 + at * (16 * width2), codes);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        const W shifted = _mm512_slli_epi16(before[half], kBits);
+        entries[r][half] = table.at(_mm512_ternarylogic_epi64(shifted, known, codes[half], 0xea));  // a & b | c
+        before[half] = _mm512_ternarylogic_epi64(_mm512_add_epi8(before[half], before[half]), codes[half], one, 0xf8);  // a | b & c
+      }
+    }
+    _mm512_store_si512(history, before[0]);
+    _mm512_store_si512(history + 64, before[1]);
+    const auto add = [&](int slot, __m512 sum) {
+      return add_wide<kParts>(entries[slot / kTokens], s.q[slot % kTokens] + at * kBlock, scale[slot] + at * kParts, sum);
+    };
+    a = add(0, a);
+    if (kRows * kTokens > 1) b = add(1 % (kRows * kTokens), b);
+    if (kRows * kTokens > 2) {
+      c = add(2 % (kRows * kTokens), c);
+      d = add(3 % (kRows * kTokens), d);
+    }
+  }
+  const __m512 lanes[4] = {a, b, c, d};
+  for (int r = 0; r < kRows; r++) {
+    float sums[kMaxTokens] = {};
+    for (int t = 0; t < kTokens; t++)
+      sums[t] = _mm512_reduce_add_ps(lanes[r * kTokens + t]) - 128.0f * sum_lanes(bias[r * kTokens + t]);
+    for (int64_t at = s.whole; at < histories.blocks; at++) plain_block(histories, row + r, at, job, sums);
+    for (int t = 0; t < job.num_x; t++) {
+      float* out = &job.out[t][row + r];
+      *out = (s.first ? *out : 0.0f) + sums[t] * (1.0f / 32);
+    }
+  }
+}
 
 template <int kBits, int kParts, int kTokens>
 void wide_segment(const MatvecJob& job, int64_t first) {
-  constexpr int grain = kParts == 4 ? 2 : kParts == 2 ? 1 : 0;
-  constexpr int width1 = kBits == 3 ? 2 : kBits, width2 = kBits == 3 ? 1 : 0;
   const Matrix& m = *job.matrix;
   const WideTable table(kBits);
   Histories histories(m, first);
   histories.start(job.first);
-  const int64_t whole = min_of(m.columns / kBlock - first, histories.blocks), groups = groups_of(m);
-  const int64_t bytes1 = row_bytes(m.columns, width1), bytes2 = width2 ? row_bytes(m.columns, width2) : 0;
-  const bool grouped = is_grouped(m.group_size);
-  const W known = _mm512_set1_epi8((1 << kHistory[kBits]) - 1), one = _mm512_set1_epi8(1);
-  const auto input = [&](int t) { return job.x[t < kTokens ? t : 0]; };
-  const int8_t *q0 = input(0)->q + first * kBlock, *q1 = input(1)->q + first * kBlock;
-  const int8_t *q2 = input(2)->q + first * kBlock, *q3 = input(3)->q + first * kBlock;
-  alignas(64) float scale[kTokens][kSegmentBlocks * kParts + 8];
-  for (int64_t row = job.first; row < job.last; row++) {
+  Segment<kTokens> s{job, first, min_of(m.columns / kBlock - first, histories.blocks), {}};
+  for (int t = 0; t < 4; t++) s.q[t] = job.x[t < kTokens ? t : 0]->q + first * kBlock;
+  for (int64_t row = job.first; row < job.last;) {
     if (row % kRestart == 0) std::memset(histories.of, 0, (size_t)(histories.blocks * kBlock));
-    const int64_t start = row * groups + (grouped ? first * kParts : 0), left = m.rows * groups - start;
-    const __m256 all_groups = _mm256_set1_ps(half_to_float(m.scale[row * groups]));
-    __m256 bias[kTokens];
-    for (int t = 0; t < kTokens; t++) bias[t] = _mm256_setzero_ps();
-    for (int64_t g = 0; g < whole * kParts; g += 8) {
-      __m256 w = grouped ? eight_halves(m.scale + start + g, left - g) : all_groups;
-      if (whole * kParts - g < 8) {
-        const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-        w = _mm256_and_ps(w, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32((int)(whole * kParts - g)), lane)));
-      }
-#pragma GCC unroll 4
-      for (int t = 0; t < kTokens; t++) {
-        const __m256 both = _mm256_mul_ps(w, _mm256_loadu_ps(input(t)->scale[grain] + first * kParts + g));
-        _mm256_storeu_ps(scale[t] + g, both);
-        bias[t] = _mm256_fmadd_ps(both, _mm256_loadu_ps(input(t)->sum[grain] + first * kParts + g), bias[t]);
-      }
+    constexpr int rows = kTokens == 1 ? 4 : kTokens == 2 ? 2 : 1;
+    // Histories start at multiples of 64, so that no group of rows that begins at one of its size goes over a start.
+    if (rows > 1 && row % rows == 0 && row + rows <= job.last) {
+      wide_rows<kBits, kParts, kTokens, rows>(s, table, histories, row);
+      row += rows;
+    } else {
+      wide_rows<kBits, kParts, kTokens, 1>(s, table, histories, row++);
     }
-    const uint8_t* plane1 = m.planes[0] + row * bytes1 + first * (16 * width1);
-    const uint8_t* plane2 = m.planes[width2 ? 1 : 0] + row * bytes2 + first * (16 * width2);
-    WideSums sum{_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (int64_t b = 0; b < whole; b++) {
-      W c[2], entries[2];
-      unpack_wide<kBits>(plane1 + b * (16 * width1), plane2 + b * (16 * width2), c);
-      uint8_t* history = histories.of + b * kBlock;
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; half++) {
-        const W before = _mm512_load_si512(history + 64 * half);
-        entries[half] = table.at(_mm512_or_si512(_mm512_slli_epi16(before, kBits), c[half]));
-        // 2 before, or the lowest bit of the code.
-        const W after = _mm512_ternarylogic_epi64(_mm512_add_epi8(before, before), c[half], one, 0xf8);
-        _mm512_store_si512(history + 64 * half, _mm512_and_si512(after, known));
-      }
-      sum.a = add_wide<kParts>(entries, q0 + b * kBlock, scale[0] + b * kParts, sum.a);
-      if (kTokens > 1) sum.b = add_wide<kParts>(entries, q1 + b * kBlock, scale[1 % kTokens] + b * kParts, sum.b);
-      if (kTokens > 2) {
-        sum.c = add_wide<kParts>(entries, q2 + b * kBlock, scale[2 % kTokens] + b * kParts, sum.c);
-        sum.d = add_wide<kParts>(entries, q3 + b * kBlock, scale[3 % kTokens] + b * kParts, sum.d);
-      }
-    }
-    const auto total = [&](__m512 lanes, int t) { return t < kTokens ? _mm512_reduce_add_ps(lanes) - 128.0f * sum_lanes(bias[t % kTokens]) : 0.0f; };
-    float sums[kMaxTokens] = {total(sum.a, 0), total(sum.b, 1), total(sum.c, 2), total(sum.d, 3)};
-    for (int64_t b = whole; b < histories.blocks; b++) plain_block(histories, row, b, job, sums);
-    for (int t = 0; t < job.num_x; t++) job.out[t][row] = (first ? job.out[t][row] : 0.0f) + sums[t] * (1.0f / 32);
   }
 }
 
