@@ -123,14 +123,15 @@ def claims_page(rows: list[Row], model: str, other: str = OTHER) -> str:
     by_text = f"by text ({' / '.join(TEXTS)})"
     header = ("", "claim", "row", "control", "KL ratio", by_text, "verdict", f"on {other}")
     lines = [decided(claim, rows, model, other) for claim in CLAIMS]
+    low, high = 1 - CLEAR, 1 + CLEAR
     return f"""# Evidence: what the papers say, and what was found
 
 Made by `python benchmarks/evidence.py write` from [benchmarks/evidence.md](../benchmarks/evidence.md), which says on
 what and how, and has notes on why. Model `{model}` (62 M parameters, 6 layers of 32 experts, top 4, well
 trained), {BITS:g} stored bits per expert weight for both sides of every line, the same calibration (half C4, half a
 mixture of domains). The ratio is that of mean KL to the original, the mean over seeds of the calibration text where
-there are several, with their range. A claim holds where the ratio is below {1 - CLEAR:g} and below 1 for every seed, and
-does not hold where it is above {1 + CLEAR:g} and above 1 for every seed. The last column has the same for a barely trained
+there are several, with their range. A claim holds where the ratio is below {low:g} and below 1 for every seed, and
+does not hold where it is above {high:g} and above 1 for every seed. The last column has the same for a barely trained
 model of 22 M parameters.
 
 A verdict is about these models. The papers' models are larger by a factor of a hundred and more, trained on a thousand
