@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from torch import Tensor
+from correlated import error, hessian, weights
 
 from moeq import native
 from moeq.errors import OptionError, TensorError
@@ -19,22 +19,6 @@ from moeq.trellis.tables import ERRORS, TABLES, UNIT
 
 def spec_of(bits: int, group_size: int = 128) -> QuantSpec:
     return QuantSpec(bits=bits, group_size=group_size, levels="trellis")
-
-
-def weights(rows: int, columns: int, seed: int = 0) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.02
-
-
-def hessian(columns: int, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    x_SK = torch.randn(2000, columns, generator=generator) * torch.rand(columns, generator=generator)
-    x_SK[:, 1:] += 0.7 * x_SK[:, :-1]
-    return x_SK.T @ x_SK
-
-
-def error(w_NK: Tensor, hat_NK: Tensor, hessian_KK: Tensor) -> float:
-    e_NK = w_NK - hat_NK
-    return float(((e_NK @ hessian_KK) * e_NK).sum() / ((w_NK @ hessian_KK) * w_NK).sum())
 
 
 def by_hand(codes: list[int], bits: int) -> list[float]:
