@@ -189,7 +189,7 @@ def wanted(groups: list[str], model: str) -> list[Row]:
         elif group == "bundled":
             texts = ("bundled",)
         elif group == "trellis":
-            budgets, seeds = (BITS, 1.6, 3.125), SEEDS
+            budgets, seeds, texts = (BITS, 1.6, 3.125), SEEDS, ("both", "c4")
         elif group == "budgets":
             budgets = BUDGETS
         elif group == "seeds":
@@ -201,5 +201,6 @@ def wanted(groups: list[str], model: str) -> list[Row]:
             for bits in budgets
             for text in texts
             for name in methods
+            if not (group == "trellis" and text == "c4" and (seed or bits != BITS))
         ]
     return found
