@@ -112,7 +112,8 @@ def decided(claim: Claim, rows: list[Row], model: str, other: str) -> tuple[str,
     """A line of the ledger."""
     ours, control = (found_of(rows, name, model) for name in (claim.row, claim.control))
     here, there = ratios(claim, rows, model), ratios(claim, rows, other)
-    means = [[statistics.fmean(r[f"{t}_kl"] for r in part.values()) for t in TEXTS] for part in (ours, control) if here]
+    seeds = set(ours) & set(control)
+    means = [[statistics.fmean(part[at][f"{t}_kl"] for at in seeds) for t in TEXTS] for part in (ours, control) if here]
     texts = " / ".join(f"{left / right:.2f}" for left, right in zip(*means, strict=True)) if here else ""
     words = (claim.name, claim.text, claim.row, claim.control)
     return (*words, shown(here), texts, f"**{verdict(here)}**", f"{shown(there)} {verdict(there)}".strip())
