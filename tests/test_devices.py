@@ -49,7 +49,7 @@ CALIBRATED = {
     "pmq": {"method": "pmq", "bits": 2.6},
     "gemq": {"method": "gemq", "bits": 2.6, "router": "task", "router_epochs": 1},
     "gemq by KL": {"method": "gemq", "bits": 2.6, "router": "kl", "router_epochs": 1},
-    "bitsmoe": {"method": "bitsmoe", "bits": 6},
+    "bitsmoe": {"method": "bitsmoe", "bits": 6, "quantizer": "rtn"},
     "bitsmoe by gptq": {"method": "bitsmoe", "bits": 6, "quantizer": "gptq"},
     "tileq": {"method": "tileq", "bits": 5, "rank": 2, "tile_options": "rotation=expert"},
 }

@@ -127,11 +127,12 @@ def test_no_wrong_kernel_passes(kernel: str, fault: str, monkeypatch: pytest.Mon
 
 @needs_native
 def test_right_kernels_pass_in_milliseconds() -> None:
-    for _ in range(2):  # the first calls of torch's own functions take longer
-        checks = selftest.run("native", CPU)
+    runs = [selftest.run("native", CPU) for _ in range(3)]  # the first calls of torch's own functions take longer
+    checks = runs[-1]
     assert [check.subject for check in checks] == list(selftest.SUBJECTS)
     assert all(check.ok for check in checks), checks
-    assert sum(check.seconds for check in checks) < 2  # 0.2 s on two cores of 2020
+    # 0.7 s on one core; the best of three, since other processes may have it.
+    assert min(sum(check.seconds for check in run) for run in runs) < 2
     exact = {check.subject: check for check in checks}["decode"]
     assert exact.error == 0
 

@@ -72,6 +72,8 @@ def trellis_matrices() -> dict[str, PackedMatrix]:
     found = {}
     for bits in TRELLISES:
         for at, columns in enumerate((*ODD_WIDTHS, HIDDEN)):
+            if (at + bits) % 3 and at < len(ODD_WIDTHS):
+                continue  # every length meets some width
             spec = _trellis_spec(bits, at)
             shape = 150 if at == len(ODD_WIDTHS) else 40, columns
             name = f"trellis of {bits} bits of {columns} inputs"
