@@ -22,9 +22,7 @@ struct Histories {
   int64_t block, blocks;  // first of them, number
 
   Histories(const Matrix& matrix, int64_t first_block)
-      : m(matrix), block(first_block), blocks(min_of(num_blocks(matrix.columns) - first_block, kSegmentBlocks)) {
-    std::memset(of, 0, sizeof of);
-  }
+      : m(matrix), block(first_block), blocks(min_of(num_blocks(matrix.columns) - first_block, kSegmentBlocks)) {}
 
   // Ready for row `row`, whatever was before.
   void start(int64_t row) {
@@ -36,6 +34,11 @@ struct Histories {
         const int here = unpack_row(m, r, block + b, codes);
         for (int j = 0; j < here; j++) older(of[b * kBlock + j], codes[j]);
       }
+  }
+
+  // Nothing is known at the start of a run.
+  inline __attribute__((always_inline)) void restart_at(int64_t row) {
+    if (row % kRestart == 0) std::memset(of, 0, (size_t)(blocks * kBlock));
   }
 
   inline __attribute__((always_inline)) void older(uint8_t& history, uint8_t code) const {
@@ -70,26 +73,34 @@ struct Histories {
   }
 };
 
-// Weights as docs/format.md says, times floats.
-void exact_rows(const MatvecJob& job) {
-  const Matrix& m = *job.matrix;
+// Calls work(histories, row) for some rows of one segment of columns after the other.
+template <class Work>
+void each_row(const Matrix& m, int64_t first_row, int64_t last_row, Work work) {
   for (int64_t first = 0; first < num_blocks(m.columns); first += kSegmentBlocks) {
     Histories histories(m, first);
-    histories.start(job.first);
-    for (int64_t row = job.first; row < job.last; row++) {
-      if (row % kRestart == 0) std::memset(histories.of, 0, sizeof histories.of);
-      F sums[kMaxTokens];
-      for (int t = 0; t < job.num_x; t++) sums[t] = all(0.0f);
-      for (int64_t b = 0; b < histories.blocks; b++) {
-        alignas(64) float w[kBlock] = {};
-        histories.weights(row, b, w);
-        for (int t = 0; t < job.num_x; t++)
-          for (int j = 0; j < kBlock; j += kLanes)
-            sums[t] = fma(load(w + j), load(job.x[t]->x + (first + b) * kBlock + j), sums[t]);
-      }
-      for (int t = 0; t < job.num_x; t++) job.out[t][row] = (first ? job.out[t][row] : 0.0f) + sum_lanes(sums[t]);
+    histories.start(first_row);
+    for (int64_t row = first_row; row < last_row; row++) {
+      histories.restart_at(row);
+      work(histories, row);
     }
   }
+}
+
+// Weights as docs/format.md says, times floats.
+void exact_rows(const MatvecJob& job) {
+  each_row(*job.matrix, job.first, job.last, [&](Histories& histories, int64_t row) {
+    const int64_t first = histories.block;
+    F sums[kMaxTokens];
+    for (int t = 0; t < job.num_x; t++) sums[t] = all(0.0f);
+    for (int64_t b = 0; b < histories.blocks; b++) {
+      alignas(64) float w[kBlock] = {};
+      histories.weights(row, b, w);
+      for (int t = 0; t < job.num_x; t++)
+        for (int j = 0; j < kBlock; j += kLanes)
+          sums[t] = fma(load(w + j), load(job.x[t]->x + (first + b) * kBlock + j), sums[t]);
+    }
+    for (int t = 0; t < job.num_x; t++) job.out[t][row] = (first ? job.out[t][row] : 0.0f) + sum_lanes(sums[t]);
+  });
 }
 
 // Block b of a row in plain integers, in 32nds.
@@ -116,6 +127,7 @@ void plain_block(Histories& histories, int64_t row, int64_t b, const MatvecJob& 
 }
 
 #if MOEQ_DOTS
+#if !defined(__AVX512VNNI__)
 
 // 64 entries: four shuffles of 16, of which two bits choose.
 struct Table {
@@ -154,7 +166,7 @@ void segment(const MatvecJob& job, int64_t first) {
   const int8_t *q2 = input(2)->q + first * kBlock, *q3 = input(3)->q + first * kBlock;
   alignas(64) float scale[kTokens][kSegmentBlocks * kParts + 8];
   for (int64_t row = job.first; row < job.last; row++) {
-    if (row % kRestart == 0) std::memset(histories.of, 0, sizeof histories.of);
+    histories.restart_at(row);
     const int64_t start = row * groups + (grouped ? first * kParts : 0), left = m.rows * groups - start;
     const __m256 all_groups = _mm256_set1_ps(half_to_float(m.scale[row * groups]));
     for (int64_t g = 0; g < whole * kParts; g += 8) {
@@ -191,7 +203,7 @@ void segment(const MatvecJob& job, int64_t first) {
   }
 }
 
-#if defined(__AVX512VNNI__)
+#else
 
 using W = __m512i;
 
@@ -347,7 +359,7 @@ MOEQ_INLINE void wide_rows(const Segment<kTokens>& s, const WideTable& table, Hi
 }
 
 template <int kBits, int kParts, int kTokens>
-void wide_segment(const MatvecJob& job, int64_t first) {
+void segment(const MatvecJob& job, int64_t first) {
   const Matrix& m = *job.matrix;
   const WideTable table(kBits);
   Histories histories(m, first);
@@ -355,7 +367,7 @@ void wide_segment(const MatvecJob& job, int64_t first) {
   Segment<kTokens> s{job, first, min_of(m.columns / kBlock - first, histories.blocks), {}};
   for (int t = 0; t < 4; t++) s.q[t] = job.x[t < kTokens ? t : 0]->q + first * kBlock;
   for (int64_t row = job.first; row < job.last;) {
-    if (row % kRestart == 0) std::memset(histories.of, 0, (size_t)(histories.blocks * kBlock));
+    histories.restart_at(row);
     constexpr int rows = kTokens == 1 ? 4 : kTokens == 2 ? 2 : 1;
     // Histories start at multiples of 64, so that no group of rows that begins at one of its size goes over a start.
     if (rows > 1 && row % rows == 0 && row + rows <= job.last) {
@@ -367,16 +379,13 @@ void wide_segment(const MatvecJob& job, int64_t first) {
   }
 }
 
-#define MOEQ_SEGMENT wide_segment
-#else
-#define MOEQ_SEGMENT segment
 #endif
 
 template <int kBits, int kTokens>
 void by_group(const MatvecJob& job, int64_t first) {
-  if (job.matrix->group_size == 32) return MOEQ_SEGMENT<kBits, 4, kTokens>(job, first);
-  if (job.matrix->group_size == 64) return MOEQ_SEGMENT<kBits, 2, kTokens>(job, first);
-  return MOEQ_SEGMENT<kBits, 1, kTokens>(job, first);
+  if (job.matrix->group_size == 32) return segment<kBits, 4, kTokens>(job, first);
+  if (job.matrix->group_size == 64) return segment<kBits, 2, kTokens>(job, first);
+  return segment<kBits, 1, kTokens>(job, first);
 }
 
 template <int kTokens>
@@ -394,7 +403,7 @@ void by_bits(const MatvecJob& job) {
 }
 
 void integer_rows(const MatvecJob& job) {
-  // Three vectors are four, the last of them twice.
+  // Three vectors are four, the first of them twice.
   if (job.num_x == 1) return by_bits<1>(job);
   if (job.num_x == 2) return by_bits<2>(job);
   MatvecJob four = job;
@@ -405,17 +414,12 @@ void integer_rows(const MatvecJob& job) {
 #else
 
 void integer_rows(const MatvecJob& job) {
-  const Matrix& m = *job.matrix;
-  for (int64_t first = 0; first < num_blocks(m.columns); first += kSegmentBlocks) {
-    Histories histories(m, first);
-    histories.start(job.first);
-    for (int64_t row = job.first; row < job.last; row++) {
-      if (row % kRestart == 0) std::memset(histories.of, 0, sizeof histories.of);
-      float sums[kMaxTokens] = {};
-      for (int64_t b = 0; b < histories.blocks; b++) plain_block(histories, row, b, job, sums);
-      for (int t = 0; t < job.num_x; t++) job.out[t][row] = (first ? job.out[t][row] : 0.0f) + sums[t] * (1.0f / 32);
-    }
-  }
+  each_row(*job.matrix, job.first, job.last, [&](Histories& histories, int64_t row) {
+    float sums[kMaxTokens] = {};
+    for (int64_t b = 0; b < histories.blocks; b++) plain_block(histories, row, b, job, sums);
+    for (int t = 0; t < job.num_x; t++)
+      job.out[t][row] = (histories.block ? job.out[t][row] : 0.0f) + sums[t] * (1.0f / 32);
+  });
 }
 
 #endif
@@ -434,19 +438,14 @@ void matvec_trellis(const MatvecJob& job) {
 }
 
 void look_up_trellis(const LookUpJob& job) {
-  const Matrix& m = *job.matrix;
-  for (int64_t first = 0; first < num_blocks(m.columns); first += kSegmentBlocks) {
-    Histories histories(m, first);
-    histories.start(job.first);
-    for (int64_t row = job.first; row < job.last; row++) {
-      if (row % kRestart == 0) std::memset(histories.of, 0, sizeof histories.of);
-      for (int64_t b = 0; b < histories.blocks; b++) {
-        alignas(64) float w[kBlock];
-        const int here = histories.weights(row, b, w);
-        store_as(w, here, job.dtype, job.w, (row - job.first) * m.columns + (first + b) * kBlock);
-      }
+  each_row(*job.matrix, job.first, job.last, [&](Histories& histories, int64_t row) {
+    for (int64_t b = 0; b < histories.blocks; b++) {
+      alignas(64) float w[kBlock];
+      const int here = histories.weights(row, b, w);
+      const int64_t at = (row - job.first) * job.matrix->columns + (histories.block + b) * kBlock;
+      store_as(w, here, job.dtype, job.w, at);
     }
-  }
+  });
 }
 
 }  // namespace moeq::MOEQ_ISA
