@@ -22,6 +22,7 @@ TESTS = (
     "tests/layouts/test_gpu_rows.py::test_tiles",
     "tests/layouts/test_gpu_rows.py::test_nothing_waits_for_the_host",
     "tests/layouts/test_gpu_codebooks.py::test_experts",
+    "tests/layouts/test_gpu_trellis.py::test_experts",
 )
 """Not the whole suite: every case costs compilations."""
 SMOKE_TESTS = TESTS[:1]

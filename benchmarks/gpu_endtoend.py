@@ -18,6 +18,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform gptq": {"bits": 3.2},
     "uniform hqq": {"bits": 3.2, "quantizer": "hqq", "dense_bits": "8"},
     "uniform vector": {"bits": 3.2, "quantizer": "vector"},
+    "uniform trellis": {"bits": 2.2, "quantizer": "trellis"},
     "bitsmoe": {"method": "bitsmoe", "bits": 3},
     "tileq": {"method": "tileq", "bits": 3.3, "rank": 4},
     "gemq": {"method": "gemq", "bits": 2.5},

@@ -1,8 +1,8 @@
 // Dot products of 128 codes with 128 activations of 8 bits, in integers: the inner loops of matvec.cpp.
 //
 // `Dots<bits>::add<parts>` cuts a block into 1, 2 or 4 parts and adds scale * dot of each part to a register of floats
-// whose lanes are summed at the end of a row. Codes are unsigned and at most 63 wherever two products are added in 16
-// bits (63 * 127 * 2 < 2^15); codes of 8 bits are made signed first. The name of a code register is its position: c[s]
+// whose lanes are summed at the end of a row. Codes are unsigned and at most 63 wherever four products are added in 16
+// bits (63 * 127 * 4 < 2^15), at most 127 where two are; codes of 8 bits are made signed first. The name of a code register is its position: c[s]
 // holds codes 32 s to 32 s + 31 of the block, in order, which is what the planes' fields give (docs/format.md).
 #pragma once
 
@@ -123,6 +123,14 @@ struct Dots {
 #pragma GCC unroll 4
       for (int s = part * count; s < (part + 1) * count; s++) dot = _mm256_dpbusd_epi32(dot, c[s], load_x(x + 32 * s));
 #else
+      if (kBits == 7) {
+        // Two products of 7 bits and 8 fit into 16, four do not.
+        dot = to32(pairs(c[part * count], x + 32 * part * count));
+#pragma GCC unroll 4
+        for (int s = part * count + 1; s < (part + 1) * count; s++) dot = _mm256_add_epi32(dot, to32(pairs(c[s], x + 32 * s)));
+        sum = add_scaled_dot(dot, scale + part, sum);
+        continue;
+      }
       V sums = pairs(c[part * count], x + 32 * part * count);
       if (count > 1) sums = _mm256_add_epi16(sums, pairs(c[part * count + 1], x + 32 * (part * count + 1)));
       dot = to32(sums);

@@ -212,6 +212,27 @@ MOEQ_INLINE I all_int(int32_t value) {
 }
 
 MOEQ_INLINE F select(I mask, F yes, F no) { return float_of((mask & bits_of(yes)) | (~mask & bits_of(no))); }
+// Sixteen numbers by index, whose bits above the fourth do not count.
+MOEQ_INLINE F look_up(F table, I index) {
+#if defined(__AVX512F__)
+  return (F)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
+#elif defined(__AVX2__) && defined(__FMA__)
+  const auto half = [&](I1 at) {
+    const __m256 low = _mm256_permutevar8x32_ps((__m256)table.low, (__m256i)at);
+    const __m256 high = _mm256_permutevar8x32_ps((__m256)table.high, (__m256i)at);
+    return (F1)_mm256_blendv_ps(low, high, (__m256)(at << 28));
+  };
+  return {half(index.low), half(index.high)};
+#else
+  float from[kLanes], to[kLanes];
+  int32_t at[kLanes];
+  std::memcpy(from, &table, sizeof from);
+  std::memcpy(at, &index, sizeof at);
+  for (int lane = 0; lane < kLanes; lane++) to[lane] = from[at[lane] & 15];
+  std::memcpy(&table, to, sizeof to);
+  return table;
+#endif
+}
 MOEQ_INLINE F abs(F a) { return float_of(bits_of(a) & all_int(0x7fffffff)); }
 // 0 where a NaN takes part.
 MOEQ_INLINE I greater(F a, F b) { return less(b, a); }

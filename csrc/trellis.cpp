@@ -1,4 +1,5 @@
-// See trellis.h. A row is read with the history of every column beside it, which the row itself then makes older.
+// See trellis.h. Parities of codes and of those above them are made where codes lie packed, four or eight to a byte: a row
+// is read with the rows above it, which are in the cache. A byte shuffle turns indices into levels.
 #include "trellis.h"
 
 #include "dots.h"
@@ -10,105 +11,121 @@
 namespace moeq::MOEQ_ISA {
 namespace {
 
-constexpr int64_t kSegment = 4096;  // columns whose histories stay in the first-level cache
+constexpr int64_t kSegment = 4096;  // columns that are looked at at a time
 constexpr int64_t kSegmentBlocks = kSegment / kBlock;
+constexpr int kMost = 6;  // rows above that can matter
+
+// What rows that are not there have in the plane of lowest bits.
+alignas(64) constexpr uint8_t kNothing[kSegment / 2 + 64] = {};
 
 MOEQ_INLINE int64_t groups_of(const Matrix& m) { return (m.columns + m.group_size - 1) / m.group_size; }
 
-// Some columns, from row to row.
-struct Histories {
-  alignas(64) uint8_t of[kSegment];
-  const Matrix& m;
-  int64_t block, blocks;  // first of them, number
+// Some rows of a run from block `first` on: the plane with their upper bits, that with the lowest, and those above.
+struct Rows {
+  static constexpr int kMany = 4;
+  const uint8_t *upper[kMany], *lowest[kMost + kMany];
 
-  Histories(const Matrix& matrix, int64_t first_block)
-      : m(matrix), block(first_block), blocks(min_of(num_blocks(matrix.columns) - first_block, kSegmentBlocks)) {}
-
-  // Ready for row `row`, whatever was before.
-  void start(int64_t row) {
-    std::memset(of, 0, sizeof of);
-    const int64_t restart = row / kRestart * kRestart, first = row - kHistory[m.bits] > restart ? row - kHistory[m.bits] : restart;
-    alignas(64) uint8_t codes[kBlock];
-    for (int64_t r = first; r < row; r++)
-      for (int64_t b = 0; b < blocks; b++) {
-        const int here = unpack_row(m, r, block + b, codes);
-        for (int j = 0; j < here; j++) older(of[b * kBlock + j], codes[j]);
-      }
+  // `count` of them, from `row` on.
+  Rows(const Matrix& m, int64_t row, int count, int64_t first) {
+    const int last = m.widths[1] ? 1 : 0;
+    const int64_t upper_pitch = row_bytes(m.columns, m.widths[0]), pitch = row_bytes(m.columns, m.widths[last]);
+    const uint8_t* from = m.planes[0] + row * upper_pitch + first * (kBlock / 8 * m.widths[0]);
+    for (int r = 0; r < count; r++) upper[r] = from + r * upper_pitch;
+    from = m.planes[last] + row * pitch + first * (kBlock / 8 * m.widths[last]);
+    const int64_t above = row % kRestart;
+    for (int k = -kMost; k < count; k++) lowest[k + kMost] = -k <= above ? from + k * pitch : kNothing;
   }
 
-  // Nothing is known at the start of a run.
-  inline __attribute__((always_inline)) void restart_at(int64_t row) {
-    if (row % kRestart == 0) std::memset(of, 0, (size_t)(blocks * kBlock));
-  }
-
-  inline __attribute__((always_inline)) void older(uint8_t& history, uint8_t code) const {
-    history = (uint8_t)((history << 1 | (code & 1)) & ((1 << kHistory[m.bits]) - 1));
-  }
-
-  // Entries of block b of a row, which becomes history.
-  int entries(int64_t row, int64_t b, int8_t* out) {
-    alignas(64) uint8_t codes[kBlock];
-    const int here = unpack_row(m, row, block + b, codes);
-    uint8_t* history = of + b * kBlock;
-    for (int j = 0; j < here; j++) {
-      out[j] = kTrellis[m.bits][history[j] << m.bits | codes[j]];
-      older(history[j], codes[j]);
-    }
-    return here;
-  }
-
-  // The same as weights.
-  int weights(int64_t row, int64_t b, float* w) {
-    alignas(64) int8_t entry[kBlock];
-    const int here = entries(row, b, entry);
-    const int64_t column = (block + b) * kBlock, groups = groups_of(m);
-    for (int start = 0; start < here;) {
-      const int64_t group = (column + start) / m.group_size;
-      const int stop = (int)min_of(here, (group + 1) * m.group_size - column);
-      const float scale = half_to_float(m.scale[row * groups + group]);
-      for (int j = start; j < stop; j++) w[j] = (float)entry[j] * (1.0f / 32) * scale;
-      start = stop;
-    }
-    return here;
-  }
+  // The plane of lowest bits of the row that is `back` above row r of these.
+  inline __attribute__((always_inline)) const uint8_t* at(int r, int back) const { return lowest[r - back + kMost]; }
 };
 
-// Calls work(histories, row) for some rows of one segment of columns after the other.
-template <class Work>
-void each_row(const Matrix& m, int64_t first_row, int64_t last_row, Work work) {
-  for (int64_t first = 0; first < num_blocks(m.columns); first += kSegmentBlocks) {
-    Histories histories(m, first);
-    histories.start(first_row);
-    for (int64_t row = first_row; row < last_row; row++) {
-      histories.restart_at(row);
-      work(histories, row);
-    }
+// The entries of `here` codes of block b of row r of some rows, into room for a whole block.
+template <int kBits>
+int entries(const Rows& rows, int r, int64_t b, int here, int8_t* out) {
+  constexpr int width = kBits == 3 ? 1 : kBits, parities = kParities[kBits];
+  const int bytes = (here + 7) / 8 * width;
+  const int64_t from = b * (kBlock / 8 * width);
+  alignas(64) uint8_t index[kBlock] = {}, odd[kBlock / 2];
+  if (kBits == 3)
+    unpack_plane(rows.upper[r] + b * (kBlock / 4), 2, here, true, index);
+  else
+    unpack_plane(rows.at(r, 0) + from, width, here, true, index);
+  const int dropped = kBits == 3 ? 0 : 1;
+  for (int j = 0; j < bytes * (8 / width); j++) index[j] = (uint8_t)(index[j] >> dropped << parities);
+  for (int p = 0; p < parities; p++) {
+    std::memset(odd, 0, sizeof odd);
+#pragma GCC unroll 7
+    for (int k = 0; k <= kMost; k++)
+      if (kTaps[kBits][p] >> k & 1)
+        for (int j = 0; j < bytes; j++) odd[j] ^= rows.at(r, k)[from + j];
+#pragma GCC unroll 8
+    for (int s = 0; s < 8 / width; s++)
+      for (int j = 0; j < bytes; j++) index[s * bytes + j] |= (uint8_t)((odd[j] >> (s * width) & 1) << p);
   }
+  for (int j = 0; j < here; j++) out[j] = kTrellis[kBits][index[j]];
+  return here;
+}
+
+int entries_of(const Matrix& m, const Rows& rows, int r, int64_t first, int64_t b, int8_t* out) {
+  const int here = (int)min_of(m.columns - (first + b) * kBlock, kBlock);
+  switch (m.bits) {
+    case 1:
+      return entries<1>(rows, r, b, here, out);
+    case 2:
+      return entries<2>(rows, r, b, here, out);
+    case 3:
+      return entries<3>(rows, r, b, here, out);
+    default:
+      return entries<4>(rows, r, b, here, out);
+  }
+}
+
+// The same as weights.
+int weights_of(const Matrix& m, const Rows& rows, int64_t row, int64_t first, int64_t b, float* w) {
+  alignas(64) int8_t entry[kBlock];
+  const int here = entries_of(m, rows, 0, first, b, entry);
+  const int64_t column = (first + b) * kBlock, groups = groups_of(m);
+  for (int start = 0; start < here;) {
+    const int64_t group = (column + start) / m.group_size;
+    const int stop = (int)min_of(here, (group + 1) * m.group_size - column);
+    const float scale = half_to_float(m.scale[row * groups + group]);
+    for (int j = start; j < stop; j++) w[j] = (float)entry[j] * scale;
+    start = stop;
+  }
+  return here;
+}
+
+// Calls work(rows, row, first block, blocks) for all segments of one row after the other.
+template <class Work>
+void each_segment(const Matrix& m, int64_t first_row, int64_t last_row, Work work) {
+  for (int64_t row = first_row; row < last_row; row++)
+    for (int64_t first = 0; first < num_blocks(m.columns); first += kSegmentBlocks)
+      work(Rows(m, row, 1, first), row, first, min_of(num_blocks(m.columns) - first, kSegmentBlocks));
 }
 
 // Weights as docs/format.md says, times floats.
 void exact_rows(const MatvecJob& job) {
-  each_row(*job.matrix, job.first, job.last, [&](Histories& histories, int64_t row) {
-    const int64_t first = histories.block;
-    F sums[kMaxTokens];
-    for (int t = 0; t < job.num_x; t++) sums[t] = all(0.0f);
-    for (int64_t b = 0; b < histories.blocks; b++) {
+  F sums[kMaxTokens];
+  each_segment(*job.matrix, job.first, job.last, [&](const Rows& rows, int64_t row, int64_t first, int64_t blocks) {
+    for (int t = 0; first == 0 && t < job.num_x; t++) sums[t] = all(0.0f);
+    for (int64_t b = 0; b < blocks; b++) {
       alignas(64) float w[kBlock] = {};
-      histories.weights(row, b, w);
+      weights_of(*job.matrix, rows, row, first, b, w);
       for (int t = 0; t < job.num_x; t++)
         for (int j = 0; j < kBlock; j += kLanes)
           sums[t] = fma(load(w + j), load(job.x[t]->x + (first + b) * kBlock + j), sums[t]);
     }
-    for (int t = 0; t < job.num_x; t++) job.out[t][row] = (first ? job.out[t][row] : 0.0f) + sum_lanes(sums[t]);
+    for (int t = 0; t < job.num_x; t++) job.out[t][row] = sum_lanes(sums[t]);
   });
 }
 
-// Block b of a row in plain integers, in 32nds.
-void plain_block(Histories& histories, int64_t row, int64_t b, const MatvecJob& job, float* sums) {
+// Block b of a row in plain integers.
+void plain_block(const MatvecJob& job, const Rows& rows, int r, int64_t row, int64_t first, int64_t b, float* sums) {
   const Matrix& m = *job.matrix;
   alignas(64) int8_t entry[kBlock];
-  const int here = histories.entries(row, b, entry);
-  const int64_t at = histories.block + b;
+  const int here = entries_of(m, rows, r, first, b, entry);
+  const int64_t at = first + b;
   const bool grouped = is_grouped(m.group_size);
   const int grain = !grouped || m.group_size == 128 ? 0 : m.group_size == 64 ? 1 : 2, size = kBlock >> grain;
   for (int start = 0; start < here; start += size) {
@@ -127,179 +144,80 @@ void plain_block(Histories& histories, int64_t row, int64_t b, const MatvecJob& 
 }
 
 #if MOEQ_DOTS
-#if !defined(__AVX512VNNI__)
 
-// 64 entries: four shuffles of 16, of which two bits choose.
-struct Table {
-  V parts[4];
-
-  explicit Table(int bits) {
-    for (int part = 0; part < 4; part++) parts[part] = load_twice((const uint8_t*)kTrellis[bits] + 16 * part);
-  }
-
-  inline __attribute__((always_inline)) V at(V index) const {
-    const V bit4 = _mm256_slli_epi16(index, 3), bit5 = _mm256_slli_epi16(index, 2);
-    const V low = _mm256_blendv_epi8(_mm256_shuffle_epi8(parts[0], index), _mm256_shuffle_epi8(parts[1], index), bit4);
-    const V high = _mm256_blendv_epi8(_mm256_shuffle_epi8(parts[2], index), _mm256_shuffle_epi8(parts[3], index), bit4);
-    return _mm256_blendv_epi8(low, high, bit5);
-  }
-};
-
-struct Sums {
-  __m256 a, b, c, d;
-};
-
-template <int kBits, int kParts, int kTokens>
-void segment(const MatvecJob& job, int64_t first) {
-  constexpr int grain = kParts == 4 ? 2 : kParts == 2 ? 1 : 0;
-  constexpr int width1 = kBits == 3 ? 2 : kBits, width2 = kBits == 3 ? 1 : 0;
-  const Matrix& m = *job.matrix;
-  const Table table(kBits);
-  Histories histories(m, first);
-  histories.start(job.first);
-  const int64_t whole = min_of(m.columns / kBlock - first, histories.blocks), groups = groups_of(m);
-  const int64_t bytes1 = row_bytes(m.columns, width1), bytes2 = width2 ? row_bytes(m.columns, width2) : 0;
-  const bool grouped = is_grouped(m.group_size);
-  const V known = bytes_of((1 << kHistory[kBits]) - 1), one = bytes_of(1);
-  const auto input = [&](int t) { return job.x[t < kTokens ? t : 0]; };
-  const int8_t *q0 = input(0)->q + first * kBlock, *q1 = input(1)->q + first * kBlock;
-  const int8_t *q2 = input(2)->q + first * kBlock, *q3 = input(3)->q + first * kBlock;
-  alignas(64) float scale[kTokens][kSegmentBlocks * kParts + 8];
-  for (int64_t row = job.first; row < job.last; row++) {
-    histories.restart_at(row);
-    const int64_t start = row * groups + (grouped ? first * kParts : 0), left = m.rows * groups - start;
-    const __m256 all_groups = _mm256_set1_ps(half_to_float(m.scale[row * groups]));
-    for (int64_t g = 0; g < whole * kParts; g += 8) {
-      const __m256 w = grouped ? eight_halves(m.scale + start + g, left - g) : all_groups;
-      for (int t = 0; t < kTokens; t++)
-        _mm256_storeu_ps(scale[t] + g, _mm256_mul_ps(w, _mm256_loadu_ps(input(t)->scale[grain] + first * kParts + g)));
-    }
-    const uint8_t* plane1 = m.planes[0] + row * bytes1 + first * (16 * width1);
-    const uint8_t* plane2 = m.planes[width2 ? 1 : 0] + row * bytes2 + first * (16 * width2);
-    Sums sum{_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
-    for (int64_t b = 0; b < whole; b++) {
-      Dots<8> dots;
-      V c[4];
-      unpack_codes<kBits>(plane1 + b * (16 * width1), plane2 + b * (16 * width2), c);
-      uint8_t* history = histories.of + b * kBlock;
-#pragma GCC unroll 4
-      for (int s = 0; s < 4; s++) {
-        const V before = load_codes(history + 32 * s);
-        dots.c[s] = table.at(_mm256_or_si256(_mm256_slli_epi16(before, kBits), c[s]));
-        const V after = _mm256_or_si256(_mm256_add_epi8(before, before), _mm256_and_si256(c[s], one));
-        _mm256_store_si256((V*)(history + 32 * s), _mm256_and_si256(after, known));
-      }
-      sum.a = dots.template add<kParts>(q0 + b * kBlock, scale[0] + b * kParts, sum.a);
-      if (kTokens > 1) sum.b = dots.template add<kParts>(q1 + b * kBlock, scale[1 % kTokens] + b * kParts, sum.b);
-      if (kTokens > 2) {
-        sum.c = dots.template add<kParts>(q2 + b * kBlock, scale[2 % kTokens] + b * kParts, sum.c);
-        sum.d = dots.template add<kParts>(q3 + b * kBlock, scale[3 % kTokens] + b * kParts, sum.d);
-      }
-    }
-    float sums[kMaxTokens] = {sum_lanes(sum.a), kTokens > 1 ? sum_lanes(sum.b) : 0.0f,
-                              kTokens > 2 ? sum_lanes(sum.c) : 0.0f, kTokens > 2 ? sum_lanes(sum.d) : 0.0f};
-    for (int64_t b = whole; b < histories.blocks; b++) plain_block(histories, row, b, job, sums);
-    for (int t = 0; t < job.num_x; t++) job.out[t][row] = (first ? job.out[t][row] : 0.0f) + sums[t] * (1.0f / 32);
-  }
-}
-
-#else
-
-using W = __m512i;
-
-// 64 codes of a block in order, and the next 64, from its planes.
-template <int kBits>
-MOEQ_INLINE void unpack_wide(const uint8_t* first, const uint8_t* second, W* c) {
-  const auto twice = [](__m256i v) { return _mm512_broadcast_i64x4(v); };
-  const auto halves = [](int low, int high) {
-    return _mm512_inserti64x4(_mm512_set1_epi16((short)low), _mm256_set1_epi16((short)high), 1);
-  };
-  if (kBits == 1 || kBits == 3) {
-    // Fields of 16 codes: a quarter of a register each.
-    const uint8_t* plane = kBits == 1 ? first : second;
-    const W bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)plane));
-    const W low = _mm512_set_epi64(0x0003000300030003, 0x0003000300030003, 0x0002000200020002, 0x0002000200020002,
-                                   0x0001000100010001, 0x0001000100010001, 0, 0);
-    const W high = _mm512_add_epi16(low, _mm512_set1_epi16(4));
-    c[0] = _mm512_and_si512(_mm512_srlv_epi16(bytes, low), _mm512_set1_epi8(1));
-    c[1] = _mm512_and_si512(_mm512_srlv_epi16(bytes, high), _mm512_set1_epi8(1));
-  }
-  if (kBits == 2 || kBits == 3) {
-    const W bytes = twice(_mm256_loadu_si256((const __m256i*)first));
-    const W a = _mm512_and_si512(_mm512_srlv_epi16(bytes, halves(0, 2)), _mm512_set1_epi8(3));
-    const W b = _mm512_and_si512(_mm512_srlv_epi16(bytes, halves(4, 6)), _mm512_set1_epi8(3));
-    c[0] = kBits == 2 ? a : _mm512_or_si512(_mm512_add_epi8(a, a), c[0]);
-    c[1] = kBits == 2 ? b : _mm512_or_si512(_mm512_add_epi8(b, b), c[1]);
-  }
-  if (kBits == 4) {
-    const W bytes = _mm512_loadu_si512(first);
-    c[0] = _mm512_and_si512(bytes, _mm512_set1_epi8(15));
-    c[1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
-  }
-}
-
-// Entries plus 128, so that they are unsigned.
-struct WideTable {
-#if defined(__AVX512VBMI__)
-  W all;
-  explicit WideTable(int bits) : all(_mm512_xor_si512(_mm512_loadu_si512(kTrellis[bits]), _mm512_set1_epi8(-128))) {}
-  inline __attribute__((always_inline)) W at(W index) const { return _mm512_permutexvar_epi8(index, all); }
-#else
-  W parts[4];
-  explicit WideTable(int bits) {
-    for (int part = 0; part < 4; part++)
-      parts[part] = _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)kTrellis[bits] + part)), _mm512_set1_epi8(-128));
-  }
-  inline __attribute__((always_inline)) W at(W index) const {
-    const __mmask64 bit4 = _mm512_test_epi8_mask(index, _mm512_set1_epi8(16)), bit5 = _mm512_test_epi8_mask(index, _mm512_set1_epi8(32));
-    const W low = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(parts[0], index), bit4, parts[1], index);
-    const W high = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(parts[2], index), bit4, parts[3], index);
-    return _mm512_mask_blend_epi8(bit5, low, high);
-  }
-#endif
-};
-
-template <int kParts>
-MOEQ_INLINE __m512 add_wide(const W* entries, const int8_t* x, const float* scale, __m512 sum) {
-  const W zero = _mm512_setzero_si512();
-  const auto dot = [&](int half, W from) { return _mm512_dpbusd_epi32(from, entries[half], _mm512_loadu_si512(x + 64 * half)); };
-  if (kParts == 1) return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot(1, dot(0, zero))), _mm512_set1_ps(scale[0]), sum);
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; half++) {
-    const __m512 factor = kParts == 2 ? _mm512_set1_ps(scale[half])
-                                      : _mm512_insertf32x8(_mm512_set1_ps(scale[2 * half]), _mm256_set1_ps(scale[2 * half + 1]), 1);
-    sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot(half, zero)), factor, sum);
-  }
+// A parity of every code of a block, where the lowest bit of its field is, of two bits or, if kBits is 4, four; other bits
+// are anything.
+template <int kBits, int kParity>
+MOEQ_INLINE V parity(const Rows& rows, int r, int64_t from) {
+  constexpr int taps = kTaps[kBits][kParity];
+  // Fields of 16 codes are half a register: even ones go into the lower half, odd ones into the upper (see `unpack1`).
+  const auto bytes = [&](int k) { return kBits == 1 || kBits == 3 ? load_twice(rows.at(r, k) + from) : load_codes(rows.at(r, k) + from); };
+  V sum = _mm256_setzero_si256();
+#pragma GCC unroll 7
+  for (int k = 0; k <= kMost; k++)
+    if (taps >> k & 1) sum = _mm256_xor_si256(sum, bytes(k));
+  if (kBits == 1 || kBits == 3) sum = _mm256_srlv_epi32(sum, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
   return sum;
 }
 
-// What is known of a segment for all of its rows.
-template <int kTokens>
-struct Segment {
-  const MatvecJob& job;
-  int64_t first, whole;  // blocks: the first one, and how many are whole
-  const int8_t* q[4];
+// Bits of a where the mask has them, else of b.
+MOEQ_INLINE V bits_from(V a, int mask, V b) {
+#if defined(__AVX512VL__)
+  return _mm256_ternarylogic_epi32(bytes_of(mask), a, b, 0xca);
+#else
+  return _mm256_or_si256(_mm256_and_si256(a, bytes_of(mask)), _mm256_andnot_si256(bytes_of(mask), b));
+#endif
+}
+MOEQ_INLINE V twice(V bits) { return _mm256_add_epi8(bits, bits); }
+MOEQ_INLINE V masked(V a, int mask) { return _mm256_and_si256(a, bytes_of(mask)); }
+
+// Indices of a block, two to a byte: c[0] of a block is in the lower halves of the bytes of `even`, c[2] in the upper; c[1]
+// and c[3] in those of `odd`. Where there are 32 entries, the top of each half of the other two is a fifth bit.
+struct Indices {
+  V even, odd, fifth_even, fifth_odd;
 };
 
-// `kRows` rows from `row` on, between which histories do not start: the second one takes over what the first one leaves.
-template <int kBits, int kParts, int kTokens, int kRows>
-MOEQ_INLINE void wide_rows(const Segment<kTokens>& s, const WideTable& table, Histories& histories, int64_t row) {
-  static_assert(kTokens * kRows <= 4, "that many sums are named");
-  constexpr int grain = kParts == 4 ? 2 : kParts == 2 ? 1 : 0;
-  constexpr int width1 = kBits == 3 ? 2 : kBits, width2 = kBits == 3 ? 1 : 0;
-  const MatvecJob& job = s.job;
-  const Matrix& m = *job.matrix;
-  const int64_t groups = groups_of(m), runs = s.whole * kParts;
-  const int64_t bytes1 = row_bytes(m.columns, width1), bytes2 = width2 ? row_bytes(m.columns, width2) : 0;
-  const bool grouped = is_grouped(m.group_size);
-  // Histories are left longer than they count; what is too old is cut off where they are looked at.
-  const W known = _mm512_set1_epi8(((1 << kHistory[kBits]) - 1) << kBits), one = _mm512_set1_epi8(1);
-  alignas(64) float scale[kRows * kTokens][kSegmentBlocks * kParts + 8];
-  __m256 bias[kRows * kTokens];
-  for (int r = 0; r < kRows; r++) {
-    const int64_t start = (row + r) * groups + (grouped ? s.first * kParts : 0), left = m.rows * groups - start;
-    const __m256 all_groups = _mm256_set1_ps(half_to_float(m.scale[(row + r) * groups]));
-    for (int t = 0; t < kTokens; t++) bias[r * kTokens + t] = _mm256_setzero_ps();
+// From fields of two bits each: the lower and the upper two of an index.
+MOEQ_INLINE Indices joined(V low, V high) {
+  const V even = bits_from(low, 0x33, _mm256_slli_epi16(high, 2)), odd = bits_from(_mm256_srli_epi16(low, 2), 0x33, high);
+  return {even, odd, even, odd};
+}
+
+template <int kBits>
+MOEQ_INLINE Indices indices(const Rows& rows, int r, int64_t b) {
+  if (kBits == 4) {
+    const auto index = [&](int64_t from) {
+      const V odd = bits_from(parity<4, 0>(rows, r, from), 0x11, twice(parity<4, 1>(rows, r, from)));
+      return bits_from(odd, 0x33, twice(load_codes(rows.at(r, 0) + from)));
+    };
+    return {index(b * 64), index(b * 64 + 32), load_codes(rows.at(r, 0) + b * 64), load_codes(rows.at(r, 0) + b * 64 + 32)};
+  }
+  const int64_t from = b * (kBits == 2 ? 32 : 16);
+  const V low = bits_from(parity<kBits, 0>(rows, r, from), 0x55, twice(parity<kBits, 1>(rows, r, from)));
+  const V third = parity<kBits, 2>(rows, r, from);
+  if (kBits == 1) return joined(low, bits_from(third, 0x55, twice(parity<1, 3>(rows, r, from))));
+  if (kBits == 2) return joined(low, bits_from(third, 0x55, load_codes(rows.at(r, 0) + from)));
+  // The upper two bits of a code are the upper two of five: one of them, and the third parity, make the upper two of four.
+  const V upper = load_codes(rows.upper[r] + b * 32);
+  Indices found = joined(low, bits_from(third, 0x55, twice(upper)));
+  found.fifth_even = _mm256_slli_epi16(upper, 2);
+  found.fifth_odd = upper;
+  return found;
+}
+
+// Scales of a segment of a row, times those of the activations.
+template <int kParts, int kTokens>
+struct Scales {
+  alignas(64) float of[kTokens][kSegmentBlocks * kParts + 8];
+
+  // For `whole` blocks from `first` on; adds what an entry of 1 everywhere gives to `ones`.
+  static inline __attribute__((always_inline)) void fill(Scales& to, const MatvecJob& job, int64_t row, int64_t first, int64_t whole, __m256* ones) {
+    constexpr int grain = kParts == 4 ? 2 : kParts == 2 ? 1 : 0;
+    const Matrix& m = *job.matrix;
+    const bool grouped = is_grouped(m.group_size);
+    const int64_t groups = groups_of(m), runs = whole * kParts;
+    const int64_t start = row * groups + (grouped ? first * kParts : 0), left = m.rows * groups - start;
+    const __m256 all_groups = _mm256_set1_ps(half_to_float(m.scale[row * groups]));
     for (int64_t g = 0; g < runs; g += 8) {
       __m256 w = grouped ? eight_halves(m.scale + start + g, left - g) : all_groups;
       if (runs - g < 8) {
@@ -309,96 +227,199 @@ MOEQ_INLINE void wide_rows(const Segment<kTokens>& s, const WideTable& table, Hi
 #pragma GCC unroll 4
       for (int t = 0; t < kTokens; t++) {
         const Activations& x = *job.x[t];
-        const __m256 both = _mm256_mul_ps(w, _mm256_loadu_ps(x.scale[grain] + s.first * kParts + g));
-        _mm256_storeu_ps(scale[r * kTokens + t] + g, both);
-        bias[r * kTokens + t] = _mm256_fmadd_ps(both, _mm256_loadu_ps(x.sum[grain] + s.first * kParts + g), bias[r * kTokens + t]);
+        const __m256 factor = _mm256_mul_ps(w, _mm256_loadu_ps(x.scale[grain] + first * kParts + g));
+        _mm256_storeu_ps(to.of[t] + g, factor);
+        ones[t] = _mm256_fmadd_ps(factor, _mm256_loadu_ps(x.sum[grain] + first * kParts + g), ones[t]);
       }
     }
   }
-  const uint8_t* plane1 = m.planes[0] + row * bytes1 + s.first * (16 * width1);
-  const uint8_t* plane2 = m.planes[width2 ? 1 : 0] + row * bytes2 + s.first * (16 * width2);
+};
+
+// Where there are 32 entries, the upper half of the table.
+constexpr int upper_half(int bits) { return bits < 3 ? 0 : 16; }
+
+#if !defined(__AVX512VNNI__)
+
+using Sum = __m256;
+// Entries are stored plus an offset, so that they are unsigned, but for those of 8 bits.
+template <int kBits>
+constexpr int kOffset = kBits == 4 ? 0 : kLargest[kBits] + 1;
+
+// Levels of a block, ready for products.
+template <int kBits>
+struct Table {
+  V lower, upper;
+
+  Table() {
+    const V offset = bytes_of(kOffset<kBits>);
+    lower = _mm256_add_epi8(load_twice((const uint8_t*)kTrellis[kBits]), offset);
+    upper = _mm256_add_epi8(load_twice((const uint8_t*)kTrellis[kBits] + upper_half(kBits)), offset);
+  }
+
+  inline __attribute__((always_inline)) V at(V index, V fifth) const {
+    const V found = _mm256_shuffle_epi8(lower, index);
+    return kBits < 3 ? found : _mm256_blendv_epi8(found, _mm256_shuffle_epi8(upper, index), fifth);
+  }
+
+  template <class Block>
+  inline __attribute__((always_inline)) void look_up(const Indices& i, Block& block) const {
+    block.c[0] = at(masked(i.even, 15), _mm256_slli_epi16(i.fifth_even, 4));
+    block.c[1] = at(masked(i.odd, 15), _mm256_slli_epi16(i.fifth_odd, 4));
+    block.c[2] = at(masked(_mm256_srli_epi16(i.even, 4), 15), i.fifth_even);
+    block.c[3] = at(masked(_mm256_srli_epi16(i.odd, 4), 15), i.fifth_odd);
+  }
+};
+
+template <int kBits>
+using Block = Dots<kBits == 4 ? 8 : kBits == 3 ? 7 : 6>;
+
+template <int kParts, class Block>
+MOEQ_INLINE Sum add(const Block& block, const int8_t* x, const float* scale, Sum sum) {
+  return block.template add<kParts>(x, scale, sum);
+}
+MOEQ_INLINE Sum no_sum() { return _mm256_setzero_ps(); }
+MOEQ_INLINE float total(Sum v) { return sum_lanes(v); }
+
+#else
+
+using W = __m512i;
+using Sum = __m512;
+template <int kBits>
+constexpr int kOffset = kLargest[kBits] + 1;
+
+// Two registers of levels.
+template <int kBits>
+struct Block {
+  W c[2];
+};
+
+template <int kBits>
+struct Table {
+  W lower, upper;
+
+  Table() {
+    const W offset = _mm512_set1_epi8((char)kOffset<kBits>);
+    const auto wide = [](const int8_t* from) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)from)); };
+    lower = _mm512_add_epi8(wide(kTrellis[kBits]), offset);
+    upper = _mm512_add_epi8(wide(kTrellis[kBits] + upper_half(kBits)), offset);
+  }
+
+  inline __attribute__((always_inline)) void look_up(const Indices& i, Block<kBits>& block) const {
+    const auto wide = [](V low, V high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); };
+    const W index = wide(i.even, i.odd), half = _mm512_set1_epi8(15);
+    const W first = _mm512_and_si512(index, half), second = _mm512_and_si512(_mm512_srli_epi16(index, 4), half);
+    block.c[0] = _mm512_shuffle_epi8(lower, first);
+    block.c[1] = _mm512_shuffle_epi8(lower, second);
+    if (kBits < 3) return;
+    const W fifth = wide(i.fifth_even, i.fifth_odd);
+    block.c[0] = _mm512_mask_shuffle_epi8(block.c[0], _mm512_test_epi8_mask(fifth, _mm512_set1_epi8(8)), upper, first);
+    block.c[1] = _mm512_mask_shuffle_epi8(block.c[1], _mm512_movepi8_mask(fifth), upper, second);
+  }
+};
+
+template <int kParts, int kBits>
+MOEQ_INLINE Sum add(const Block<kBits>& block, const int8_t* x, const float* scale, Sum sum) {
+  const W zero = _mm512_setzero_si512();
+  const auto dot = [&](int half, W from) { return _mm512_dpbusd_epi32(from, block.c[half], _mm512_loadu_si512(x + 64 * half)); };
+  if (kParts == 1) return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot(1, dot(0, zero))), _mm512_set1_ps(scale[0]), sum);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; half++) {
+    const __m512 factor = kParts == 2 ? _mm512_set1_ps(scale[half])
+                                      : _mm512_insertf32x8(_mm512_set1_ps(scale[2 * half]), _mm256_set1_ps(scale[2 * half + 1]), 1);
+    sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot(half, zero)), factor, sum);
+  }
+  return sum;
+}
+MOEQ_INLINE Sum no_sum() { return _mm512_setzero_ps(); }
+MOEQ_INLINE float total(Sum v) { return _mm512_reduce_add_ps(v); }
+
+#endif
+
+// `kRows` rows of a run from `row` on.
+template <int kBits, int kParts, int kTokens, int kRows>
+MOEQ_INLINE void some_rows(const MatvecJob& job, const Table<kBits>& table, int64_t row) {
+  static_assert(kRows * kTokens <= 4, "that many sums are named");
+  const Matrix& m = *job.matrix;
+  Scales<kParts, kTokens> scales[kRows];
   // Named, not an array: compilers keep those in memory.
-  __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;
-  for (int64_t at = 0; at < s.whole; at++) {
-    uint8_t* history = histories.of + at * kBlock;
-    W before[2] = {_mm512_load_si512(history), _mm512_load_si512(history + 64)}, entries[kRows][2];
-#pragma GCC unroll 2
-    for (int r = 0; r < kRows; r++) {
-      W codes[2];
-      unpack_wide<kBits>(plane1 + r * bytes1 + at * (16 * width1), plane2 + r * bytes2 + at * (16 * width2), codes);
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; half++) {
-        const W shifted = _mm512_slli_epi16(before[half], kBits);
-        entries[r][half] = table.at(_mm512_ternarylogic_epi64(shifted, known, codes[half], 0xea));  // a & b | c
-        before[half] = _mm512_ternarylogic_epi64(_mm512_add_epi8(before[half], before[half]), codes[half], one, 0xf8);  // a | b & c
+  Sum a = no_sum(), b = a, c = a, d = a;
+  __m256 ones[kRows * kTokens];
+  for (__m256& each : ones) each = _mm256_setzero_ps();
+  for (int64_t first = 0;; first += kSegmentBlocks) {
+    const Rows rows(m, row, kRows, first);
+    const int64_t blocks = min_of(num_blocks(m.columns) - first, kSegmentBlocks), whole = min_of(m.columns / kBlock - first, blocks);
+    for (int r = 0; r < kRows; r++) Scales<kParts, kTokens>::fill(scales[r], job, row + r, first, whole, ones + r * kTokens);
+    const auto input = [&](int t) { return job.x[t < kTokens ? t : 0]->q + first * kBlock; };
+    const int8_t *q0 = input(0), *q1 = input(1), *q2 = input(2), *q3 = input(3);
+    for (int64_t at = 0; at < whole; at++) {
+      Block<kBits> block;
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; r++) {
+        table.look_up(indices<kBits>(rows, r, at), block);
+        const auto more = [&](int t, const int8_t* q, Sum sum) {
+          return add<kParts>(block, q + at * kBlock, scales[r].of[t % kTokens] + at * kParts, sum);
+        };
+        if (kTokens == 1) {
+          Sum& sum = r == 0 ? a : r == 1 ? b : r == 2 ? c : d;
+          sum = more(0, q0, sum);
+        } else if (kTokens == 2) {
+          Sum &one = r ? c : a, &two = r ? d : b;
+          one = more(0, q0, one);
+          two = more(1, q1, two);
+        } else {
+          a = more(0, q0, a);
+          b = more(1, q1, b);
+          c = more(2, q2, c);
+          d = more(3, q3, d);
+        }
       }
     }
-    _mm512_store_si512(history, before[0]);
-    _mm512_store_si512(history + 64, before[1]);
-    const auto add = [&](int slot, __m512 sum) {
-      return add_wide<kParts>(entries[slot / kTokens], s.q[slot % kTokens] + at * kBlock, scale[slot] + at * kParts, sum);
-    };
-    a = add(0, a);
-    if (kRows * kTokens > 1) b = add(1 % (kRows * kTokens), b);
-    if (kRows * kTokens > 2) {
-      c = add(2 % (kRows * kTokens), c);
-      d = add(3 % (kRows * kTokens), d);
+    if (first + blocks < num_blocks(m.columns)) continue;
+    const Sum lanes[4] = {a, b, c, d};
+    for (int r = 0; r < kRows; r++) {
+      float sums[kMaxTokens] = {};
+      for (int t = 0; t < kTokens; t++)
+        sums[t] = total(lanes[r * kTokens + t]) - (float)kOffset<kBits> * sum_lanes(ones[r * kTokens + t]);
+      for (int64_t at = whole; at < blocks; at++) plain_block(job, rows, r, row + r, first, at, sums);
+      for (int t = 0; t < job.num_x; t++) job.out[t][row + r] = sums[t];
     }
-  }
-  const __m512 lanes[4] = {a, b, c, d};
-  for (int r = 0; r < kRows; r++) {
-    float sums[kMaxTokens] = {};
-    for (int t = 0; t < kTokens; t++)
-      sums[t] = _mm512_reduce_add_ps(lanes[r * kTokens + t]) - 128.0f * sum_lanes(bias[r * kTokens + t]);
-    for (int64_t at = s.whole; at < histories.blocks; at++) plain_block(histories, row + r, at, job, sums);
-    for (int t = 0; t < job.num_x; t++) {
-      float* out = &job.out[t][row + r];
-      *out = (s.first ? *out : 0.0f) + sums[t] * (1.0f / 32);
-    }
+    return;
   }
 }
 
 template <int kBits, int kParts, int kTokens>
-void segment(const MatvecJob& job, int64_t first) {
-  const Matrix& m = *job.matrix;
-  const WideTable table(kBits);
-  Histories histories(m, first);
-  histories.start(job.first);
-  Segment<kTokens> s{job, first, min_of(m.columns / kBlock - first, histories.blocks), {}};
-  for (int t = 0; t < 4; t++) s.q[t] = job.x[t < kTokens ? t : 0]->q + first * kBlock;
+void all_rows(const MatvecJob& job) {
+  const Table<kBits> table;
+  constexpr int kRows = 4 / kTokens;
   for (int64_t row = job.first; row < job.last;) {
-    histories.restart_at(row);
-    constexpr int rows = kTokens == 1 ? 4 : kTokens == 2 ? 2 : 1;
-    // Histories start at multiples of 64, so that no group of rows that begins at one of its size goes over a start.
-    if (rows > 1 && row % rows == 0 && row + rows <= job.last) {
-      wide_rows<kBits, kParts, kTokens, rows>(s, table, histories, row);
-      row += rows;
+    // Runs start at multiples of 64, so that rows that start at a multiple of their number are of one run.
+    if (kRows > 1 && row % kRows == 0 && row + kRows <= job.last) {
+      some_rows<kBits, kParts, kTokens, kRows>(job, table, row);
+      row += kRows;
     } else {
-      wide_rows<kBits, kParts, kTokens, 1>(s, table, histories, row++);
+      some_rows<kBits, kParts, kTokens, 1>(job, table, row++);
     }
   }
 }
 
-#endif
-
 template <int kBits, int kTokens>
-void by_group(const MatvecJob& job, int64_t first) {
-  if (job.matrix->group_size == 32) return segment<kBits, 4, kTokens>(job, first);
-  if (job.matrix->group_size == 64) return segment<kBits, 2, kTokens>(job, first);
-  return segment<kBits, 1, kTokens>(job, first);
+void by_group(const MatvecJob& job) {
+  if (job.matrix->group_size == 32) return all_rows<kBits, 4, kTokens>(job);
+  if (job.matrix->group_size == 64) return all_rows<kBits, 2, kTokens>(job);
+  return all_rows<kBits, 1, kTokens>(job);
 }
 
 template <int kTokens>
 void by_bits(const MatvecJob& job) {
-  for (int64_t first = 0; first < num_blocks(job.matrix->columns); first += kSegmentBlocks) {
-    if (job.matrix->bits == 1)
-      by_group<1, kTokens>(job, first);
-    else if (job.matrix->bits == 2)
-      by_group<2, kTokens>(job, first);
-    else if (job.matrix->bits == 3)
-      by_group<3, kTokens>(job, first);
-    else
-      by_group<4, kTokens>(job, first);
+  switch (job.matrix->bits) {
+    case 1:
+      return by_group<1, kTokens>(job);
+    case 2:
+      return by_group<2, kTokens>(job);
+    case 3:
+      return by_group<3, kTokens>(job);
+    default:
+      return by_group<4, kTokens>(job);
   }
 }
 
@@ -414,11 +435,11 @@ void integer_rows(const MatvecJob& job) {
 #else
 
 void integer_rows(const MatvecJob& job) {
-  each_row(*job.matrix, job.first, job.last, [&](Histories& histories, int64_t row) {
-    float sums[kMaxTokens] = {};
-    for (int64_t b = 0; b < histories.blocks; b++) plain_block(histories, row, b, job, sums);
-    for (int t = 0; t < job.num_x; t++)
-      job.out[t][row] = (histories.block ? job.out[t][row] : 0.0f) + sums[t] * (1.0f / 32);
+  float sums[kMaxTokens];
+  each_segment(*job.matrix, job.first, job.last, [&](const Rows& rows, int64_t row, int64_t first, int64_t blocks) {
+    for (int t = 0; first == 0 && t < job.num_x; t++) sums[t] = 0.0f;
+    for (int64_t b = 0; b < blocks; b++) plain_block(job, rows, 0, row, first, b, sums);
+    for (int t = 0; t < job.num_x; t++) job.out[t][row] = sums[t];
   });
 }
 
@@ -427,10 +448,6 @@ void integer_rows(const MatvecJob& job) {
 }  // namespace
 
 void matvec_trellis(const MatvecJob& job) {
-#if defined(__AVX512VNNI__) && !defined(__AVX512VBMI__)
-  static const bool better = __builtin_cpu_supports("avx512vbmi");
-  if (better) return avx512vbmi::matvec_trellis(job);
-#endif
   if (job.exact)
     exact_rows(job);
   else
@@ -438,12 +455,12 @@ void matvec_trellis(const MatvecJob& job) {
 }
 
 void look_up_trellis(const LookUpJob& job) {
-  each_row(*job.matrix, job.first, job.last, [&](Histories& histories, int64_t row) {
-    for (int64_t b = 0; b < histories.blocks; b++) {
+  const Matrix& m = *job.matrix;
+  each_segment(m, job.first, job.last, [&](const Rows& rows, int64_t row, int64_t first, int64_t blocks) {
+    for (int64_t b = 0; b < blocks; b++) {
       alignas(64) float w[kBlock];
-      const int here = histories.weights(row, b, w);
-      const int64_t at = (row - job.first) * job.matrix->columns + (histories.block + b) * kBlock;
-      store_as(w, here, job.dtype, job.w, at);
+      const int here = weights_of(m, rows, row, first, b, w);
+      store_as(w, here, job.dtype, job.w, (row - job.first) * m.columns + (first + b) * kBlock);
     }
   });
 }

@@ -31,7 +31,6 @@ using TrellisColumns = void(const TrellisJob&);
 MOEQ_DECLARE(base)
 MOEQ_DECLARE(avx2)
 MOEQ_DECLARE(avx512)
-MOEQ_DECLARE(avx512vbmi)  // where bytes can be looked up among 64: products alone
 #undef MOEQ_DECLARE
 
 }  // namespace moeq

@@ -7,69 +7,73 @@
 namespace moeq::MOEQ_ISA {
 namespace {
 
-// Histories are lanes, 16 or 32 of them; where there are fewer, the oldest bits of a history choose nothing.
-template <int kVectors, int kBits>
+// The last kHistory lowest bits, the newest lowest, are a history; lanes are histories. What leads to one comes from
+// either of two, and the parities of both and of the new bit name the subset of levels that it takes.
+template <int kBits>
 struct Search {
-  static constexpr int kStates = kVectors * kLanes, kHalf = 1 << (kBits - 1);
-  // What leads to a history: the oldest bit that it forgets, and the upper bits of the code; entries by lane.
-  F entries[kVectors][2][kHalf];
-  I chosen[kRestart][kVectors];
+  static constexpr int kStates = 1 << kHistory[kBits], kVectors = kStates / kLanes, kHalf = 1 << (kBits - 1);
+  static constexpr int kSubsets = 1 << kParities[kBits];
+  static_assert(kVectors >= 2 && kSubsets <= kLanes, "lanes are named so");
+
+  F levels[kHalf];                // of the subset in each lane, by the upper bits of a code
+  I subset[kVectors][2];          // what leads to the history in a lane from that whose oldest bit is 0 or 1
+  uint8_t subset_of[2][kStates];  // the same
+  I from_old[kRestart][kVectors];
+  I upper[kRestart];  // best upper bits for each subset
   F cost[kVectors];
 
   Search() {
-    const int known = (1 << kHistory[kBits]) - 1;
-    for (int v = 0; v < kVectors; v++)
-      for (int old = 0; old < 2; old++)
-        for (int high = 0; high < kHalf; high++) {
-          alignas(64) float lanes[kLanes];
-          for (int lane = 0; lane < kLanes; lane++) {
-            const int to = v * kLanes + lane, from = (old * kStates + to) / 2;
-            lanes[lane] = (float)kTrellis[kBits][(from & known) << kBits | high << 1 | (to & 1)] / 32.0f;
-          }
-          entries[v][old][high] = load(lanes);
-        }
+    for (int high = 0; high < kHalf; high++) {
+      alignas(64) float lanes[kLanes];
+      for (int lane = 0; lane < kLanes; lane++)
+        lanes[lane] = (float)kTrellis[kBits][high * kSubsets + lane % kSubsets];
+      levels[high] = load(lanes);
+    }
+    for (int old = 0; old < 2; old++) {
+      alignas(64) int32_t lanes[kStates];
+      for (int to = 0; to < kStates; to++) {
+        int found = 0;
+        for (int at = 0; at < kParities[kBits]; at++)
+          found |= __builtin_parity((unsigned)((old * kStates + to) & kTaps[kBits][at])) << at;
+        lanes[to] = found;
+        subset_of[old][to] = (uint8_t)found;
+      }
+      for (int v = 0; v < kVectors; v++) subset[v][old] = load_int(lanes + v * kLanes);
+    }
   }
 
   // Costs of the histories that lanes of vector v come from, the oldest bit being `old`.
   MOEQ_INLINE F before(const F* was, int v, int old) {
-    const F from = kVectors == 1 ? was[0] : was[old];
-    const I bits = bits_of(from);
-    const bool high = kVectors == 1 ? old : v;
-    return float_of(high ? zip_high(bits, bits) : zip_low(bits, bits));
+    const I bits = bits_of(was[old * (kVectors / 2) + v / 2]);
+    return float_of(v % 2 ? zip_high(bits, bits) : zip_low(bits, bits));
   }
 
   void step(float w, float scale, int64_t n) {
     F was[kVectors];
     for (int v = 0; v < kVectors; v++) was[v] = cost[v];
     const F target = all(w), factor = all(-scale);
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; v++) {
-      F best = all(0.0f);
-      I which = all_int(0);
-#pragma GCC unroll 2
-      for (int old = 0; old < 2; old++) {
-        const F from = before(was, v, old);
+    const F first = fma(factor, levels[0], target);
+    F least = first * first;
+    I which = all_int(0);
 #pragma GCC unroll 8
-        for (int high = 0; high < kHalf; high++) {
-          const F off = fma(factor, entries[v][old][high], target);
-          const F tried = fma(off, off, from);
-          const int at = old * kHalf + high;
-          if (at == 0) {
-            best = tried;
-            continue;
-          }
-          const I lower = less(tried, best);
-          best = select(lower, tried, best);
-          which = (lower & all_int(at)) | (~lower & which);
-        }
-      }
-      cost[v] = best;
-      chosen[n][v] = which;
+    for (int high = 1; high < kHalf; high++) {
+      const F off = fma(factor, levels[high], target), tried = off * off;
+      const I lower = less(tried, least);
+      least = select(lower, tried, least);
+      which = (lower & all_int(high)) | (~lower & which);
+    }
+    upper[n] = which;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) {
+      const F without = before(was, v, 0) + look_up(least, subset[v][0]);
+      const F with = before(was, v, 1) + look_up(least, subset[v][1]);
+      from_old[n][v] = less(with, without);
+      cost[v] = min(with, without);
     }
   }
 
-  // Codes of a run of at most kRestart rows.
-  void run(const float* w, const float* scale, int64_t count, uint8_t* codes) {
+  // Codes of a run of at most kRestart rows, and the levels that they name.
+  void run(const float* w, const float* scale, int64_t count, uint8_t* codes, float* level) {
     alignas(64) float costs[kStates];
     for (int state = 0; state < kStates; state++) costs[state] = state ? 1e30f : 0.0f;
     for (int v = 0; v < kVectors; v++) cost[v] = load(costs + v * kLanes);
@@ -79,34 +83,30 @@ struct Search {
     for (int other = 1; other < kStates; other++)
       if (costs[other] < costs[state]) state = other;
     for (int64_t n = count - 1; n >= 0; n--) {
-      alignas(64) int32_t lanes[kLanes];
-      store(lanes, chosen[n][state / kLanes]);
-      const int at = lanes[state % kLanes];
-      codes[n] = (uint8_t)((at & (kHalf - 1)) << 1 | (state & 1));
-      state = (at / kHalf * kStates + state) / 2;
+      int32_t lanes[kLanes], old;
+      std::memcpy(&old, (const char*)from_old[n] + (size_t)state * sizeof old, sizeof old);
+      std::memcpy(lanes, &upper[n], sizeof lanes);
+      const int found = subset_of[old & 1][state], high = lanes[found];
+      codes[n] = (uint8_t)(high << 1 | (state & 1));
+      level[n] = (float)kTrellis[kBits][high * kSubsets + found];
+      state = ((old & 1) * kStates + state) / 2;
     }
   }
 };
 
-template <int kVectors, int kBits>
+template <int kBits>
 void columns(const TrellisJob& job) {
-  Search<kVectors, kBits> search;
-  const int known = (1 << kHistory[kBits]) - 1;
+  Search<kBits> search;
+  float level[kRestart];
   for (int64_t j = 0; j < job.count; j++) {
     float* w = job.w + j * job.rows;
     const float* scale = job.scale + j * job.rows;
-    uint8_t* codes = job.codes + j * job.rows;
     float* error = job.error + j * job.rows;
     const float pivot = job.upper[j * job.count + j];
     for (int64_t start = 0; start < job.rows; start += kRestart) {
       const int64_t left = job.rows - start, count = left < kRestart ? left : kRestart;
-      search.run(w + start, scale + start, count, codes + start);
-      int history = 0;
-      for (int64_t n = start; n < start + count; n++) {
-        const int code = codes[n];
-        error[n] = (w[n] - scale[n] * ((float)kTrellis[kBits][history << kBits | code] / 32.0f)) / pivot;
-        history = (history << 1 | (code & 1)) & known;
-      }
+      search.run(w + start, scale + start, count, job.codes + j * job.rows + start, level);
+      for (int64_t n = 0; n < count; n++) error[start + n] = (w[start + n] - scale[start + n] * level[n]) / pivot;
     }
     for (int64_t k = j + 1; k < job.count; k++) {
       const float share = job.upper[j * job.count + k];
@@ -122,13 +122,13 @@ void columns(const TrellisJob& job) {
 void trellis_columns(const TrellisJob& job) {
   switch (job.bits) {
     case 1:
-      return columns<2, 1>(job);
+      return columns<1>(job);
     case 2:
-      return columns<1, 2>(job);
+      return columns<2>(job);
     case 3:
-      return columns<1, 3>(job);
+      return columns<3>(job);
     default:
-      return columns<1, 4>(job);
+      return columns<4>(job);
   }
 }
 

@@ -80,8 +80,8 @@ VECTORS = {
 """Code width per weight -> codebooks; the level set "vector" has no other widths."""
 
 
-TRELLISES = {1: 5, 2: 4, 3: 3, 4: 2}
-"""Code width -> codes above a weight whose lowest bits choose its levels: 64 entries at every width."""
+TRELLISES = {1: 5, 2: 6, 3: 5, 4: 5}
+"""Code width -> codes above a weight whose lowest bits choose its levels."""
 RESTART = 64
 """Rows after which the history of a trellis is zero again: any such run of rows can be read by itself."""
 

@@ -80,6 +80,12 @@ CASES = {
         "K": 256, "WIDTHS": 1 << 4, "SPAN": 128, "UNIT": 128}),
     "codebooks": Case(kernel="multiply_rows", dtype="bf16", carried=(2, 1, 1, 1), stores=2, constants=GATED | {
         "K": 2048, "WIDTHS": 1 << 4 | 1 << 18 | 1 << 19, "SPAN": 128, "UNIT": 128, "OUT_UNIT": 32}),
+    "trellises": Case(kernel="multiply_rows", dtype="bf16", carried=(2, 1, 1, 1, 1), stores=2, constants=GATED | {
+        "K": 2048, "WIDTHS": 1 << 4 | 1 << 25 | 1 << 26 | 1 << 27, "SPAN": 128, "UNIT": 128, "OUT_UNIT": 32}),
+    "ragged trellises": Case(kernel="multiply_rows", dtype="fp16", carried=(1, 1), constants=PLAIN | {
+        "MASKED": True, "K": 200, "WIDTHS": 1 << 26 | 1 << 28, "SPAN": 32, "UNIT": 32}),
+    "decode trellises": Case(kernel="decode", dtype="bf16", carried=(), stores=2 * 4, constants={
+        "PROJECTIONS": 3, "POSITION": 0, "MATRICES": 2, "N": 768, "K": 200, "WIDTHS": 0b1111 << 25, "BLOCK_N": 16}),
     "decode": Case(kernel="decode", dtype="bf16", carried=(), stores=1, constants={
         "PROJECTIONS": 3, "POSITION": 0, "MATRICES": 2, "N": 768, "K": 2048, "WIDTHS": 0b101111110, "BLOCK_N": 16}),
     "decode codebooks": Case(kernel="decode", dtype="bf16", carried=(), stores=4 + 2, constants={

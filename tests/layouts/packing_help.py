@@ -32,7 +32,7 @@ def random_record(spec: QuantSpec, shape: tuple[int, int], generator: torch.Gene
     where = sections(spec, shape)
     offset, size = where.scales
     # What codes, or entries of codebooks and trellises, are about as large as.
-    top = 80 if spec.codebooks is not None else 2 if spec.history else 2**spec.bits
+    top = 80 if spec.codebooks is not None else 50 if spec.history else 2**spec.bits
     scale = (torch.rand(size // 2, generator=generator) + 0.5) / (top * shape[1] ** 0.5)
     record[offset : offset + size] = scale.half().view(torch.uint8)
     if spec.levels == "asym16":

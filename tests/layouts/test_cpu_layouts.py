@@ -159,7 +159,7 @@ def check(layer: Layer, size: tuple[int, int], tokens: int, seed: int, isa: str)
     exact = call(layer, *arguments, exact=True, isa=isa)
     assert ((exact - wanted) / scale).abs().max() < 1e-4
     fast = call(layer, *arguments, isa=isa)
-    assert ((fast - wanted) / scale).square().mean().sqrt() < 0.05, "8 bits"
+    assert ((fast - wanted) / scale).square().mean().sqrt() < 0.08, "8 bits"
 
 
 @pytest.mark.parametrize("isa", native.isas())

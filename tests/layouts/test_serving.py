@@ -37,9 +37,9 @@ def test_facts_name_the_sections_of_a_record() -> None:
     assert facts.spans == (32, 32, 32)
     # Expert 1's up: 24 rows of 24 bytes at 4 bits, one plane; then 24 x 2 scales and zeros, in steps of 64.
     start = layer.entries[1][1][0]
-    assert facts.table[1, 1].tolist() == [start, start, start + 512, start + 640, 4, 32, 0, 2]
+    assert facts.table[1, 1].tolist() == [start, start, start + 512, start + 640, 4, 32, 0, 2, 0, 0, 0, 0]
     # Expert 0's gate has a second plane behind 24 rows of 10 bytes.
-    assert facts.table[0, 0].tolist() == [0, 256, 384, 512, 3, 32, 0, 2]
+    assert facts.table[0, 0].tolist() == [0, 256, 384, 512, 3, 32, 0, 2, 0, 0, 0, 0]
 
 
 def test_facts_of_components_name_rows_and_their_directions() -> None:

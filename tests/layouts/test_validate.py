@@ -19,7 +19,7 @@ PATH, LINEAR = "model.layers.0.mlp.experts", "model.layers.0.attn.q"
 SHAPES = {"gate": (8, 20), "up": (8, 20), "down": (20, 8)}
 SPECS = (
     (QuantSpec(bits=2), QuantSpec(bits=3, group_size=32), QuantSpec(bits=8, levels="sym")),
-    (QuantSpec(bits=1, levels="half"), QuantSpec(bits=4, levels="asym16"), QuantSpec(bits=6)),
+    (QuantSpec(bits=1, levels="trellis"), QuantSpec(bits=4, levels="asym16"), QuantSpec(bits=6, levels="half")),
 )
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 

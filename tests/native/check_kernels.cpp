@@ -10,6 +10,7 @@
 #include "experts.h"
 #include "random_records.h"
 #include "threads.h"
+#include "trellis.h"
 
 // check_layouts.cpp
 void check_spectral(moeq::Isa isa);
@@ -19,7 +20,7 @@ namespace {
 
 std::vector<float> decoded(const moeq::Matrix& m, const moeq::Run& run) {
   std::vector<float> w((size_t)(m.rows * m.columns));
-  if (m.books) {
+  if (m.books || m.levels == moeq::Levels::trellis) {
     moeq::look_up({&m, 0, m.rows, w.data(), moeq::Dtype::float32}, run);
     return w;
   }
@@ -48,7 +49,7 @@ void fail(const char* what, const Spec& spec, int64_t rows, int64_t columns, dou
 void check_linear(moeq::Isa isa) {
   const int64_t columns = pick(0, 3) ? pick(1, 600) : 128 * pick(1, 9), tokens = pick(1, 9);
   const Spec spec = any_spec(columns);
-  const int64_t rows = pick(1, spec.levels == kVector ? 300 : 70);
+  const int64_t rows = pick(1, spec.levels == kVector ? 300 : spec.levels == kTrellis ? 200 : 70);
   const std::vector<uint8_t> record = record_of(spec, rows, columns);
   moeq::LinearJob job{};
   job.matrix = moeq::matrix_at(record.data(), (int64_t)record.size(), 0, spec.bits, spec.group_size, spec.levels, rows,
@@ -125,6 +126,25 @@ void check_experts(moeq::Isa isa) {
   fail("a record beyond the end was read", {0, 0, 0}, hidden, inner, 0);
 }
 
+// Columns of weights become codes: the same on every instruction set, and with the errors that are said.
+void check_search(moeq::Isa isa) {
+  const int64_t count = pick(1, 9), rows = pick(1, 200);
+  std::vector<float> w((size_t)(count * rows)), scale(w.size()), upper((size_t)(count * count));
+  for (float& value : w) value = std::normal_distribution<float>()(random_bits);
+  for (float& value : scale) value = pick(0, 9) ? 0.5f : 0.0f;
+  for (int64_t j = 0; j < count; j++)
+    for (int64_t k = j; k < count; k++) upper[(size_t)(j * count + k)] = j == k ? 1.0f : 0.1f;
+  std::vector<float> other = w, error(w.size()), wanted_error(w.size());
+  std::vector<uint8_t> codes(w.size()), wanted(w.size());
+  const int bits = pick(1, 4);
+  const auto job = [&](std::vector<float>& weights, std::vector<uint8_t>& to, std::vector<float>& off) {
+    return moeq::TrellisJob{bits, count, rows, weights.data(), scale.data(), upper.data(), to.data(), off.data()};
+  };
+  MOEQ_PICK(isa, trellis_columns)(job(w, codes, error));
+  moeq::base::trellis_columns(job(other, wanted, wanted_error));
+  if (codes != wanted || error != wanted_error) fail("search", {bits, 0, kTrellis}, rows, count, 0);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -135,6 +155,7 @@ int main(int count, char** arguments) {
     for (int round = 0; round < rounds; round++) {
       check_linear(isa);
       check_experts(isa);
+      check_search(isa);
       check_spectral(isa);
       check_tiled(isa);
     }

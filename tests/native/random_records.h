@@ -17,14 +17,16 @@ struct Spec {
   int levels;
 };
 
-constexpr int kVector = 4;  // the level set of codebooks
+constexpr int kVector = 4;   // the level set of codebooks
+constexpr int kTrellis = 5;  // and that of trellises
 
-// Of a matrix with `columns` columns; `scalar`: never in codebooks.
+// Of a matrix with `columns` columns; `scalar`: neither in codebooks nor of a trellis.
 inline Spec any_spec(int64_t columns, bool scalar = false) {
   const Spec book{pick(2, 3), -1, kVector};
   if (!scalar && pick(0, 3) == 0 && columns % (book.bits == 2 ? 4 : 2) == 0) return book;
   const int bits[] = {1, 2, 3, 4, 5, 6, 8};
   const int groups[] = {32, 64, 128, -1};
+  if (!scalar && pick(0, 3) == 0) return {pick(1, 4), groups[pick(0, 3)], kTrellis};
   return {bits[pick(0, 6)], groups[pick(0, 3)], pick(0, 3)};
 }
 

@@ -14,7 +14,7 @@ from moeq.quantizers.trellis import Trellis, best_path, search_columns
 from moeq.recipe import Recipe
 from moeq.spec import RESTART, TRELLISES, QuantSpec, stored_bytes
 from moeq.trellis import codes as trellis
-from moeq.trellis.tables import ERRORS, TABLES, UNIT
+from moeq.trellis.tables import ERRORS, TABLES, TAPS
 
 
 def spec_of(bits: int, group_size: int = 128) -> QuantSpec:
@@ -23,11 +23,13 @@ def spec_of(bits: int, group_size: int = 128) -> QuantSpec:
 
 def by_hand(codes: list[int], bits: int) -> list[float]:
     """What the codes of one column stand for, as docs/format.md says it."""
-    found, history = [], 0
-    for row, code in enumerate(codes):
-        history = 0 if row % 64 == 0 else history
-        found.append(TABLES[bits][(history << bits) + code] / 32)
-        history = (2 * history + code % 2) % (1 << TRELLISES[bits])
+    found = []
+    for row in range(len(codes)):
+        lowest = [codes[above] % 2 for above in range(row, row - row % 64 - 1, -1)]
+        number = codes[row] // 2
+        for taps in reversed(TAPS[bits]):
+            number = 2 * number + sum(bit for k, bit in enumerate(lowest) if taps >> k & 1) % 2
+        found.append(float(TABLES[bits][number]))
     return found
 
 
@@ -38,15 +40,21 @@ def test_codes_stand_for_what_the_format_says(bits: int) -> None:
     found_NK = trellis.entries(codes_NK, bits)
     for column in range(3):
         assert found_NK[:, column].tolist() == by_hand(codes_NK[:, column].tolist(), bits)
-    assert len(TABLES[bits]) == 64
-    assert UNIT == 32
+    assert len(TABLES[bits]) == 1 << (bits - 1 + len(TAPS[bits])) in (16, 32)
+    # Bits of the newest code and of the oldest one are in the last parity alone: what can follow differs most.
+    ends = 1 | 1 << TRELLISES[bits]
+    assert [taps & ends for taps in TAPS[bits]] == [0] * (len(TAPS[bits]) - 1) + [ends]
+    assert max(max(TAPS[bits]).bit_length() - 1 for bits in TRELLISES) <= 6, "csrc/trellis.cpp has room for no more"
+    largest = {1: 31, 2: 31, 3: 63, 4: 127}[bits]
+    assert max(map(abs, TABLES[bits])) == largest, "products of 8 bits would overflow, or a bit is idle"
 
 
 @pytest.mark.parametrize("bits", TRELLISES)
 def test_the_path_is_the_best_of_all(bits: int) -> None:
     generator = torch.Generator().manual_seed(bits)
     rows = {1: 10, 2: 5, 3: 4, 4: 3}[bits]
-    w_N, scale_N = torch.randn(rows, generator=generator), torch.rand(rows, generator=generator) + 0.5
+    w_N = 20 * torch.randn(rows, generator=generator)
+    scale_N = torch.rand(rows, generator=generator) + 0.5
     every = [
         (
             sum((float(w) - float(s) * e) ** 2 for w, s, e in zip(w_N, scale_N, by_hand([*codes], bits), strict=True)),
@@ -63,7 +71,8 @@ def test_the_path_is_the_best_of_all(bits: int) -> None:
 def test_the_compiled_search_is_torchs(bits: int, isa: str) -> None:
     generator = torch.Generator().manual_seed(bits)
     for rows in (1, 63, 64, 65, 200):
-        w_SN, scale_SN = torch.randn(9, rows, generator=generator), torch.rand(9, rows, generator=generator) + 0.5
+        w_SN = 20 * torch.randn(9, rows, generator=generator)
+        scale_SN = torch.rand(9, rows, generator=generator) + 0.5
         upper_SS = torch.eye(9) * 1.5 + 0.1 * torch.randn(9, 9, generator=generator).triu(1)
         ours, theirs = w_SN.clone(), w_SN.clone()
         codes_SN, error_SN = native.trellis_columns(bits, ours, scale_SN, upper_SS, isa=isa)

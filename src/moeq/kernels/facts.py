@@ -9,6 +9,7 @@ slabs.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 import numpy as np
@@ -16,10 +17,15 @@ import torch
 from torch import Tensor
 
 from moeq.spec import BITS, BLOCK, LEVELS, WHOLE_ROW, QuantSpec, num_groups, sections
+from moeq.trellis.tables import TABLES
 
 KERNEL_COLUMNS: Final = ("high", "low", "scales", "zeros", "bits", "group_size", "levels", "groups")
 """What a kernel on a device wants to know of a record: first bytes in the blob of its planes (twice the same where
 there is one), scales and zeros; inputs that share a scale (K for the whole row); groups per row."""
+ENTRY_COLUMNS: Final = 4
+"""Behind them, the entries of a trellis, 32 bytes; zeros for other level sets."""
+FACT_COLUMNS: Final = len(KERNEL_COLUMNS) + ENTRY_COLUMNS
+"""Numbers in the line of a record."""
 SLABS: Final = tuple(reversed(BITS))
 """Widths of slabs, in their order."""
 DOT_ROWS: Final = 32
@@ -31,7 +37,7 @@ class KernelFacts:
     """What kernels on a device want to know of a layer.
 
     Attributes:
-        table: one line for each record, int64, (E, P, len(KERNEL_COLUMNS)), on the device of the bytes.
+        table: one line for each record, int64, (E, P, FACT_COLUMNS), on the device of the bytes.
         widths: for each projection, a bit for each kind of record that there is, see `kind_of`.
         spans: for each projection, inputs that share a scale in all of its records, at most 128.
     """
@@ -79,8 +85,9 @@ def span_of(spec: QuantSpec) -> int:
 
 
 def kind_of(spec: QuantSpec) -> int:
-    """The bit of a kind of record that kernels on a device have code for: its width, 16 more for codebooks."""
-    return 1 << spec.bits + (0 if spec.codebooks is None else 16)
+    """The bit of a kind of record that kernels on a device have code for: its width, 16 more for codebooks and 24
+    more for trellises."""
+    return 1 << spec.bits + (24 if spec.history else 0 if spec.codebooks is None else 16)
 
 
 def kernel_facts(
@@ -101,7 +108,7 @@ def kernel_facts(
         [[_line(*entry, shape) for entry, shape in zip(expert, shapes, strict=True)] for expert in entries],
         dtype=torch.int64,
         device=device,
-    ).view(len(entries), len(shapes), len(KERNEL_COLUMNS))
+    ).view(len(entries), len(shapes), FACT_COLUMNS)
     if kinds is None:
         kinds = entry_kinds(entries, len(shapes))
     return KernelFacts(table=table, widths=kinds.widths, spans=kinds.spans)
@@ -117,7 +124,15 @@ def _line(offset: int, spec: QuantSpec, shape: tuple[int, int]) -> list[int]:
     group_size = shape[1] if spec.group_size == WHOLE_ROW else spec.group_size
     starts = where.planes[0][1], where.planes[-1][1], where.scales[0], where.zeros[0]
     facts = spec.bits, group_size, LEVELS.index(spec.levels), num_groups(shape[1], spec.group_size)
-    return [offset + start for start in starts] + list(facts)
+    return [offset + start for start in starts] + list(facts) + _entries(spec)
+
+
+@cache
+def _entries(spec: QuantSpec) -> list[int]:
+    if not spec.history:
+        return [0] * ENTRY_COLUMNS
+    entries = np.resize(np.array(TABLES[spec.bits], dtype=np.int8), 8 * ENTRY_COLUMNS)
+    return [int(eight) for eight in entries.view(np.int64)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -125,7 +140,7 @@ class RowFacts:
     """Rows of the slabs of a blob.
 
     Attributes:
-        table: one line for each width of `SLABS`, int64, (L, len(KERNEL_COLUMNS) + 1): the slab's record as in
+        table: one line for each width of `SLABS`, int64, (L, FACT_COLUMNS + 1): the slab's record as in
             `KernelFacts.table`, then the position of its first row in `places`. Zeros where there is no such slab.
         firsts: first row of each group in each slab, and one past the last group's, int32, (L, G + 1).
         places: for each row, slab after slab, which number of the other operand it belongs to, int32, (R,).
@@ -169,13 +184,13 @@ def row_facts(
         device: where the blob is.
         kinds: what these rows and others have, as one projection; None for what they have themselves.
     """
-    lines = torch.zeros(len(SLABS), 9, dtype=torch.int64)
+    lines = torch.zeros(len(SLABS), FACT_COLUMNS + 1, dtype=torch.int64)
     first_LG = np.zeros((len(SLABS), len(firsts[0]) if firsts else 1), dtype=np.int32)
     base = 0
     for (offset, spec, rows), first_G in zip(slabs, firsts, strict=True):
         at = SLABS.index(spec.bits)
-        lines[at, :8] = kernel_facts([[(offset, spec)]], [(rows, columns)], torch.device("cpu")).table[0, 0]
-        lines[at, 8] = base
+        lines[at, :FACT_COLUMNS] = kernel_facts([[(offset, spec)]], [(rows, columns)], torch.device("cpu")).table[0, 0]
+        lines[at, FACT_COLUMNS] = base
         first_LG[at] = first_G
         base += rows
     counts_LG = np.diff(first_LG, axis=1)

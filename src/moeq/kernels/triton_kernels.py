@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from moeq.kernels.triton_records import BLOCK, FACTS, block_weights, full_blocks, multiply, tail_of
-from moeq.kernels.triton_tiles import VECTOR, VECTOR_KINDS, product, scalar_widths
+from moeq.kernels.triton_tiles import TRELLIS_KINDS, VECTOR, VECTOR_KINDS, product, scalar_widths
+from moeq.kernels.triton_trellis import store_trellis
 from moeq.kernels.triton_vectors import dim_of, vector_numbers, vector_scales, vector_words
 
 
@@ -216,14 +217,18 @@ def decode(
         facts = table + ((FIRST + expert) * PROJECTIONS + POSITION + matrix) * FACTS
         out_N = weights + tl.program_id(2).to(tl.int64) * (N * K) + row.to(tl.int64) * K
         bits = tl.load(facts + 4)
-        scalar = tl.load(facts + 6) != VECTOR
+        levels = tl.load(facts + 6)
         if scalar_widths(WIDTHS) > 0:
-            if scalar:
+            if levels < VECTOR:
                 store_block(out_N, data, facts, block, row, row_N, K)
         for kind in tl.static_range(2, 4):
             if (WIDTHS >> (VECTOR_KINDS + kind)) & 1:
-                if (bits == kind) & (scalar == 0):
+                if (bits == kind) & (levels == VECTOR):
                     store_vectors(out_N, data, facts, block, row, row_N, K, kind)
+        for kind in tl.static_range(1, 5):
+            if (WIDTHS >> (TRELLIS_KINDS + kind)) & 1:
+                if (bits == kind) & (levels > VECTOR):
+                    store_trellis(out_N, data, facts, block, row, row_N, K, kind)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 
 BLOCK: tl.constexpr = tl.constexpr(128)
 """Codes that are interleaved together, `moeq.spec.BLOCK`."""
-FACTS: tl.constexpr = tl.constexpr(8)
+FACTS: tl.constexpr = tl.constexpr(12)
 """Columns of `moeq.layouts.grouped.packed.KernelFacts.table`."""
 
 

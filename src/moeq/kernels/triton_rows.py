@@ -12,6 +12,7 @@ import triton.language as tl
 from moeq.kernels.triton_kernels import rows_of, store_block
 from moeq.kernels.triton_records import (
     BLOCK,
+    FACTS,
     block_weights,
     full_blocks,
     high_of,
@@ -24,7 +25,7 @@ from moeq.kernels.triton_records import (
 )
 from moeq.kernels.triton_tiles import product
 
-LINE: tl.constexpr = tl.constexpr(9)
+LINE: tl.constexpr = tl.constexpr(13)
 """Columns of `moeq.kernels.facts.RowFacts.table`."""
 
 
@@ -76,7 +77,7 @@ def add_rows(
     facts = table + SLAB * LINE
     group_size = tl.load(facts + 5).to(tl.int32)
     levels = tl.load(facts + 6).to(tl.int32)
-    base = tl.load(facts + 8)
+    base = tl.load(facts + FACTS)
     last = tl.load(firsts + SLAB * (E + 1) + expert + 1)
     start = tl.load(firsts + SLAB * (E + 1) + expert) + split * BLOCK_N
     for at in tl.range(start, last, SPLITS * BLOCK_N):
@@ -184,7 +185,7 @@ def dot_rows(
                 tl.zeros((BLOCK_N, BLOCK_M), tl.float32), data, facts, x_M, sums_M, row, row_N, col_M,
                 0, full_blocks(K + 127), K, WIDTHS, SPAN, UNIT, True, DTYPE,
             )  # fmt: skip
-            place_N = tl.load(places + tl.load(facts + 8) + row, mask=row_N, other=0)
+            place_N = tl.load(places + tl.load(facts + FACTS) + row, mask=row_N, other=0)
             mask_NM = row_N[:, None] & col_M[None, :]
             tl.store(out_M[None, :] + place_N[:, None], acc_NM.to(out_M.dtype.element_ty), mask=mask_NM)
 
@@ -203,7 +204,7 @@ def decode_rows(
         slab, row, row_N = some_rows(tl.program_id(0), firsts, group, E, BLOCK_N)
         if slab >= 0:
             facts = table + slab * LINE
-            place_N = tl.load(places + tl.load(facts + 8) + row, mask=row_N, other=0)
+            place_N = tl.load(places + tl.load(facts + FACTS) + row, mask=row_N, other=0)
             out_N = weights + (tl.program_id(2).to(tl.int64) * PLACES + place_N) * K
             store_block(out_N, data, facts, tl.program_id(1), row, row_N, K)
 

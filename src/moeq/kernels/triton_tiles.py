@@ -35,12 +35,15 @@ from moeq.kernels.triton_records import (
     tail_of,
     zeros_of,
 )
+from moeq.kernels.triton_trellis import walk_trellis
 from moeq.kernels.triton_vectors import walk_vectors
 
 VECTOR: tl.constexpr = tl.constexpr(4)
 """The level set "vector", as `moeq.spec.LEVELS` counts."""
 VECTOR_KINDS: tl.constexpr = tl.constexpr(16)
 """Bits of WIDTHS from here on are of codebooks, `moeq.kernels.facts.kind_of`."""
+TRELLIS_KINDS: tl.constexpr = tl.constexpr(24)
+"""And from here on of trellises."""
 
 
 @triton.jit
@@ -143,7 +146,7 @@ def walk_plane(
 
 @triton.constexpr_function
 def scalar_widths(widths):
-    """WIDTHS without codebooks."""
+    """WIDTHS of scalar levels."""
     return widths & 0xFFFF
 
 
@@ -168,10 +171,12 @@ def product(
 ):  # fmt: skip
     """acc + W x^T over the blocks from `first` to before `last`, and over the tail after the last block.
 
-    WIDTHS has a bit set for each width that the record can have, and from VECTOR_KINDS on for each of codebooks.
+    WIDTHS has a bit set for each width that the record can have, from VECTOR_KINDS on for each of codebooks, and
+    from TRELLIS_KINDS on for each of trellises.
     """
     bits = tl.load(facts + 4).to(tl.int32)
-    scalar = tl.load(facts + 6) != VECTOR
+    levels = tl.load(facts + 6)
+    scalar = levels < VECTOR
     if scalar_widths(WIDTHS) > 0:
         if is_few(WIDTHS):
             for width in tl.static_range(1, 9):
@@ -199,6 +204,10 @@ def product(
                 acc_NM = multiply(w_NK.to(DTYPE), x_KM, acc_NM)
     for kind in tl.static_range(2, 4):
         if (WIDTHS >> (VECTOR_KINDS + kind)) & 1:
-            if (bits == kind) & (scalar == 0):
+            if (bits == kind) & (levels == VECTOR):
                 acc_NM = walk_vectors(acc_NM, data, facts, x_M, row, row_N, col_M, first, last, K, kind, DTYPE)
+    for kind in tl.static_range(1, 5):
+        if (WIDTHS >> (TRELLIS_KINDS + kind)) & 1:
+            if (bits == kind) & (levels > VECTOR):
+                acc_NM = walk_trellis(acc_NM, data, facts, x_M, row, row_N, col_M, first, last, K, kind, SPAN, DTYPE)
     return acc_NM

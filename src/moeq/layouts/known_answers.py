@@ -152,7 +152,7 @@ def record_of(spec: QuantSpec, shape: tuple[int, int], generator: torch.Generato
     where = sections(spec, shape)
     offset, size = where.scales
     # What codes, or entries of codebooks and trellises, are about as large as.
-    top = 80 if spec.codebooks is not None else 2 if spec.history else 2**spec.bits
+    top = 80 if spec.codebooks is not None else 50 if spec.history else 2**spec.bits
     scale = (
         (torch.rand(size // 2, generator=generator, dtype=torch.float32) + 0.5) * 2 * length / (top * shape[1] ** 0.5)
     )

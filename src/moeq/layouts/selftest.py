@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from typing import Final
 
@@ -23,7 +22,7 @@ import torch
 
 from moeq import native
 from moeq.layouts.base import part
-from moeq.layouts.grouped import gpu, known, packed
+from moeq.layouts.grouped import gpu
 from moeq.layouts.known_answers import EXACT, Case, Cases
 from moeq.spec import LAYOUTS
 
@@ -78,7 +77,7 @@ def subjects(path: str, device: torch.device) -> tuple[str, ...]:
         return ()
     if device.type == "cuda" and torch.cuda.get_device_properties(device).major < gpu.AMPERE:
         return ()
-    return tuple(subject for subject in SUBJECTS if subject != "decode" and _has_facts(subject))
+    return tuple(subject for subject in SUBJECTS if subject != "decode")
 
 
 def needs(path: str, subject: str) -> tuple[str, ...]:
@@ -180,16 +179,3 @@ _PATH: Final = re.compile(r"(?:[A-Za-z]:)?(?:[/\\][^/\\\s'\",:]+){2,}[/\\]?")
 def _file_name(path: re.Match[str]) -> str:
     last = re.split(r"[/\\]", path.group().rstrip("/\\"))[-1]
     return last if "." in last else "(path)"
-
-
-@cache
-def _has_facts(subject: str) -> bool:
-    """Whether kernels on GPUs take records of a level set: whether `device_facts` makes facts for them."""
-    layers = {"codebooks": known.codebook_layers, "trellis": known.trellis_layers}
-    if subject not in layers:
-        return True
-    nowhere = torch.empty(0, dtype=torch.uint8, device="meta")
-    return all(
-        packed.device_facts(nowhere, layer.entries, list(layer.shapes.values())) is not None
-        for layer in layers[subject]().values()
-    )

@@ -1,7 +1,7 @@
 """What codes of the level set "trellis" stand for (docs/format.md, "Trellis").
 
-A weight is scale * entry / 32, the entry at 2^b * history + code of a fixed table of 64; the history is the lowest bits
-of the codes above it in its column, newest last, and starts at zero every `RESTART` rows.
+A weight is scale * entry. The upper bits of a code and some parities of the lowest bits of it and of the codes above it
+in its column are the number of the entry; what is above the first row of a run of `RESTART` rows counts as zero.
 
 Legend: N output rows, K input columns, G groups per row.
 """
@@ -10,23 +10,36 @@ import torch
 from torch import Tensor
 
 from moeq.spec import RESTART, TRELLISES
-from moeq.trellis.tables import TABLES, UNIT
+from moeq.trellis.tables import TABLES, TAPS
 
 
-def histories(codes_NK: Tensor, bits: int) -> Tensor:
-    """The history of every code, uint8, (N, K); the first row is one where histories start."""
+def windows(codes_NK: Tensor, bits: int) -> Tensor:
+    """The lowest bits of every code and of those above it, bit k for k rows above, uint8, (N, K)."""
     low_NK = codes_NK & 1
-    found_NK = torch.zeros_like(codes_NK)
+    found_NK = low_NK.clone()
     for back in range(1, TRELLISES[bits] + 1):
-        earlier_NK = torch.zeros_like(low_NK)
-        earlier_NK[back:] = low_NK[:-back] if back < len(low_NK) else low_NK[:0]
+        above_NK = torch.zeros_like(low_NK)
+        above_NK[back:] = low_NK[:-back] if back < len(low_NK) else low_NK[:0]
         # Rows that are no further than that from a restart have nothing there.
         inside_N = torch.arange(len(low_NK), device=codes_NK.device) % RESTART >= back
-        found_NK |= (earlier_NK << (back - 1)) * inside_N.unsqueeze(1)
+        found_NK |= (above_NK << back) * inside_N.unsqueeze(1)
     return found_NK
 
 
+def parities(bits: int) -> Tensor:
+    """The parities of every window, as one number, int64, (2^(history + 1),)."""
+    window = torch.arange(2 << TRELLISES[bits])
+    found = torch.zeros_like(window)
+    for at, taps in enumerate(TAPS[bits]):
+        for back in range(TRELLISES[bits] + 1):
+            if taps >> back & 1:
+                found ^= ((window >> back) & 1) << at
+    return found
+
+
 def entries(codes_NK: Tensor, bits: int) -> Tensor:
-    """What codes stand for in units of their scales, float32, (N, K); the first row is one where histories start."""
-    table = torch.tensor(TABLES[bits], dtype=torch.float32, device=codes_NK.device) / UNIT
-    return table[((histories(codes_NK, bits) << bits) | codes_NK).long()]
+    """What codes stand for in units of their scales, float32, (N, K); the first row is one where a run starts."""
+    device = codes_NK.device
+    table = torch.tensor(TABLES[bits], dtype=torch.float32, device=device)
+    parity_NK = parities(bits).to(device)[windows(codes_NK, bits).long()]
+    return table[((codes_NK.long() >> 1) << len(TAPS[bits])) | parity_NK]

@@ -14,11 +14,8 @@ from moeq.spec import QuantSpec, stored_bytes
 def device_facts(
     data: Tensor, entries: Entries, shapes: Sequence[tuple[int, int]], kinds: Kinds | None = None
 ) -> KernelFacts | None:
-    """The facts of bytes where they are now.
-
-    None on a CPU, whose kernels read the table on disk, and for trellises, which no kernel for other devices reads.
-    """
-    if data.device.type == "cpu" or any(spec.history for expert in entries for _, spec in expert):
+    """The facts of bytes where they are now; None on a CPU, whose kernels read the table on disk."""
+    if data.device.type == "cpu":
         return None
     return kernel_facts(entries, shapes, data.device, kinds)
 
