@@ -52,8 +52,7 @@ def costs_for(job: Row, options: dict[str, Any], bench: Bench) -> str | None:
     elif recipe.quantizer == "gptq":
         recipe = recipe.replace(quantizer=None, candidates=None)
     asked = (job["calibration"], job["seed"]) if settled.cost in TEXT_COSTS else None
-    own = ("trellis",) if recipe.quantizer == "trellis" else ()  # measured with it, and other candidates
-    return str(bench.costs(recipe, (settled.cost, settled.unit, recipe.options_of_cost(), asked, *own)))
+    return str(bench.costs(recipe, (settled.cost, settled.unit, recipe.options_of_cost(), asked)))
 
 
 def measure_one(job: Row, bench: Bench) -> Row:

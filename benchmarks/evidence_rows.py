@@ -17,10 +17,10 @@ def alphaq(unit: str = "matrix", **options: Any) -> Row:
 
 
 def gemq(options: str | None = None, **more: Any) -> Row:
-    """Matrix units, no tuning of routers, costs of all tokens in one sum, unless told otherwise."""
+    """Matrix units, scalar levels, no tuning of routers, costs of all tokens in one sum, unless told otherwise."""
     plain = "texts=pooled,samples=0,tokens=0"
     every = f"{plain},{options}" if options else plain
-    return {"method": "gemq", "unit": "matrix", "router": "none", "cost_options": every, **more}
+    return {"method": "gemq", "unit": "matrix", "router": "none", "quantizer": "gptq", "cost_options": every, **more}
 
 
 def spectral(options: str | None = None, **more: Any) -> Row:
@@ -68,6 +68,7 @@ GEMQ: dict[str, Row] = {
     "gemq, matrix units, full form": gemq("form=full"),
     "gemq, matrix units, gptq perturbation": gemq("perturb=gptq"),
     "gemq, expert units, no shares": gemq(unit="expert", shares="none"),
+    "as it comes, costs measured with trellises": {"cost_options": "perturb=trellis"},
     "gemq as in the paper": gemq("perturb=paper,floor=0", unit="expert", router="task"),
     "uniform, router tuning": {"method": "uniform", "router": "task"},
     "uniform, router tuning by kl": {"method": "uniform", "router": "kl"},
@@ -125,15 +126,17 @@ TILEQ: dict[str, Row] = {
 
 DEFAULT: dict[str, Row] = {
     "as it comes": {},
-    "as it comes, the worst text counts": {"cost_options": "texts=worst"},
-    "as it comes, all tokens in one sum": {"cost_options": "texts=pooled"},
+    "as it comes, gptq": {"quantizer": "gptq"},
+    "as it comes, gptq, the worst text counts": {"quantizer": "gptq", "cost_options": "texts=worst"},
+    "as it comes, gptq, all tokens in one sum": {"quantizer": "gptq", "cost_options": "texts=pooled"},
 }
 """No method named. Costs of each text apart, of chosen tokens of 48 sequences."""
 
 TRELLIS: dict[str, Row] = {
     "uniform": MAIN["uniform"],
     "uniform, trellis": {"method": "uniform", "quantizer": "trellis"},
-    "gemq, matrix units, trellis": {"method": "gemq", "unit": "matrix", "router": "none", "quantizer": "trellis"},
+    "as it comes, gptq": DEFAULT["as it comes, gptq"],
+    "as it comes": {},
 }
 """Trellis codes against scalar levels, all else equal."""
 

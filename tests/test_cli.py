@@ -204,7 +204,7 @@ def test_quantize_with_calibration(
     words = ["--bits", "5", "--group-size", "32", "--device", "cpu", "--nsamples", "4", "--seqlen", "32"]
     document = run("quantize", tiny_dir, tmp_path / "out", *words, "--calibration", calibration_text, capsys=capsys)
     check_fields(document, "quantize")
-    assert document["quantizer"] == "gptq"
+    assert document["quantizer"] == "trellis"
     tokens = document["tokens_per_expert"]
     assert set(tokens) == {"min", "median", "max", "without_tokens", "layers"}
     assert [sum(layer) for layer in tokens["layers"]] == [4 * 32 * 2] * 3

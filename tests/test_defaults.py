@@ -26,8 +26,9 @@ def chosen(model: Path, **options: Any) -> tuple[str | None, str | None, str | N
 
 def test_what_is_chosen(demo_dir: Path, calibration_text: Path) -> None:
     text = str(calibration_text)
-    assert chosen(demo_dir) == ("gemq", "bundled", "gptq")
-    assert chosen(demo_dir, calibration=text) == ("gemq", text, "gptq")
+    assert chosen(demo_dir) == ("gemq", "bundled", "trellis")
+    assert chosen(demo_dir, calibration=text) == ("gemq", text, "trellis")
+    assert chosen(demo_dir, calibration=text, levels="asym16") == ("gemq", text, "gptq")
     assert chosen(demo_dir, calibration="none") == ("uniform", "none", "hqq")
     assert chosen(demo_dir, quantizer="rtn") == ("uniform", "none", "rtn")
     assert chosen(demo_dir, method="uniform") == ("uniform", "bundled", "gptq")
@@ -40,7 +41,9 @@ def test_what_is_chosen(demo_dir: Path, calibration_text: Path) -> None:
         "bundled",
         "gptq",
     )
-    assert filled(demo_dir, {"plan": "x.json"}) == {"plan": "x.json"}
+    assert filled(demo_dir, {"plan": "x.json"}) == {"plan": "x.json", "calibration": "bundled"}
+    assert filled(demo_dir, {"plan": "x.json", "quantizer": "rtn"}) == {"plan": "x.json", "quantizer": "rtn"}
+    assert filled(demo_dir, {"plan": "x.json", "calibration": "none"}) == {"plan": "x.json", "calibration": "none"}
     assert filled(demo_dir, {"method": None, "calibration": None})["method"] == "gemq"
 
 

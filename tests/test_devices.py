@@ -53,6 +53,8 @@ CALIBRATED = {
     "bitsmoe by gptq": {"method": "bitsmoe", "bits": 6, "quantizer": "gptq"},
     "tileq": {"method": "tileq", "bits": 5, "rank": 2, "tile_options": "rotation=expert"},
 }
+NIGHTLY = ("gemq by KL",)
+"""Goes the way of `gemq` but for its loss, which runs on a CPU in tests of its own."""
 HEAVY = {
     "gptq": ("mm", "linalg_cholesky_ex", "addmm_"),
     "gptq-mc": ("mm", "linalg_cholesky_ex", "addmm_"),
@@ -92,7 +94,9 @@ def test_rounding_without_data(name: str, tiny_dir: Path, tmp_path: Path, gpu: G
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CALIBRATED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name in NIGHTLY)) for name in CALIBRATED]
+)
 def test_calibrated_packing(
     name: str, tiny_dir: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,7 +137,7 @@ def test_the_budget_has_the_unit_that_was_asked_for() -> None:
 def test_a_method_brings_its_own_choices() -> None:
     settled = Recipe(method="gemq", bits=2.5, calibration="a.txt").settled()
     assert (settled.cost, settled.unit, settled.scope, settled.shares) == ("fisher", "matrix", "global", "c2c3")
-    assert (settled.solver, settled.router, settled.quantizer) == ("auto", "none", "gptq")
+    assert (settled.solver, settled.router, settled.quantizer) == ("auto", "none", "trellis")
     assert Recipe(method="gemq", bits=2.5, shares="none", unit="matrix").settled().shares == "none"
     plain = Recipe(bits=2.5).settled()
     assert (plain.cost, plain.unit, plain.router, plain.quantizer) == (None, None, "none", "hqq")

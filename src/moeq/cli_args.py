@@ -17,7 +17,8 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add("--accounting", help="bytes (default) or codes: --bits counts code bits only, as papers do")
     add(
         "--quantizer",
-        help="minmax, rtn, hqq, gptq, gptq-mc, trellis, vector (default: gptq with calibration text, else hqq)",
+        help="minmax, rtn, hqq, gptq, gptq-mc, trellis, vector "
+        "(default: trellis for gemq, gptq for others, hqq without calibration text)",
     )
     add("--group-size", type=int, help="inputs per scale: 32, 64, 128 (default) or -1 for whole rows")
     add("--levels", help="auto (default), asym, asym16, sym or half")

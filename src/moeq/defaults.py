@@ -41,12 +41,13 @@ def filled(model: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
     if preset is not None:
         choose("preset", preset, PRESETS)
         given = dict(method(given.get("method", METHOD)).paper) | given
+    named = QUANTIZERS.get(str(given.get("quantizer")))
     if "plan" in given:
-        return given
+        heard = "calibration" in given or (named is not None and not named.needs_hessian)
+        return given if heard or not (_speaks(model) and _has_tokenizer(model)) else given | {"calibration": BUNDLED}
     text = given.get("calibration")
     if text == NO_TEXT:
         return {"method": "uniform"} | given
-    named = QUANTIZERS.get(str(given.get("quantizer")))
     others = {"cost", *(option for row in METHODS.values() for option in row.own_options)}
     even = bool(others & given.keys()) or str(given.get("quantizer")) in ALIKE
     even |= text is None and named is not None and not named.needs_hessian

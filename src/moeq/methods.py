@@ -93,8 +93,10 @@ METHODS = {
         solver="auto",
         candidates=(1, 2, 3),
         shares="c2c3",
+        quantizer="trellis",
         paper={
             "unit": "expert",
+            "quantizer": "gptq",
             "router": "task",
             "cost_options": "perturb=paper,floor=0,samples=0,tokens=0,texts=pooled",
         },

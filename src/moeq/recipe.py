@@ -238,8 +238,9 @@ class Recipe:
         """With the method's own choices where none was made; the quantizer depends on whether there is text."""
         own, row = method(self.method), self.choosing
         known = bool(row.cost or self.cost) and self.plan is None
+        with_text = "gptq" if self.levels != "auto" and own.quantizer in OWN_LEVELS else own.quantizer
         return self.replace(
-            quantizer=self.quantizer or (own.quantizer if self.text else own.dataless),
+            quantizer=self.quantizer or (with_text if self.text else own.dataless),
             cost=(self.cost or row.cost) if known else None,
             unit=(self.unit or row.unit) if known else None,
             scope=(self.scope or row.scope) if known else None,

@@ -276,14 +276,13 @@ def test_the_command_line_goes_all_the_way(
     assert objectives == sorted(objectives, reverse=True)
     assert curve[0]["dense_bytes"] < curve[-1]["dense_bytes"]
     out = tmp_path / "out"
-    options = (*options, "--quantizer", "rtn", "--no-quality", "--device", "cpu")
+    options = (*options, "--no-quality", "--device", "cpu")
     run("quantize", demo_dir, out, *options, "--size", 3_150_000, capsys=capsys)
     assert sum(path.stat().st_size for path in out.iterdir()) <= 3_150_000
     assert Plan.load(out / finish.PLAN_NAME).hash == plans[0].hash
     assert moeq.verify(out).logits_finite
-    again = run(
-        "quantize", demo_dir, tmp_path / "b", "--plan", tmp_path / "3150000.json", "--quantizer", "rtn", capsys=capsys
-    )
+    again = run("quantize", demo_dir, tmp_path / "b", "--plan", tmp_path / "3150000.json", capsys=capsys)
+    assert again["quantizer"] == "trellis", "as the plan has it"
     assert again["plan_hash"] == plans[0].hash
 
 
@@ -293,7 +292,7 @@ def test_measuring_and_calibrated_packing_in_one_go(demo_dir: Path, calibration_
     report = moeq.quantize(
         demo_dir, out, method="gemq", dense_bits="auto", size="3.2MB", calibration=str(calibration_text), **SMALL
     )
-    assert report.quantizer == "gptq"
+    assert report.quantizer == "trellis"
     assert report.directory_bytes <= 3_200_000
     assert Plan.load(out / finish.PLAN_NAME).dense
 

@@ -72,13 +72,12 @@ def test_one_table_serves_many_budgets(demo_dir: Path, costs: Path) -> None:
     table = CostTable.load(costs)
     objectives = []
     for bits in (1.5, 2.0, 2.5, 3.0, 3.5):
-        plan = allocate.run(inventory, headers, Recipe(method="gemq", unit="expert", bits=bits), table=table)
+        recipe = Recipe(method="gemq", unit="expert", quantizer="trellis", bits=bits)
+        plan = allocate.run(inventory, headers, recipe, table=table)
         assert plan.expert_bytes <= bits * inventory.expert_parameters / 8
         objectives.append(plan.objective)
     assert objectives == sorted(objectives, reverse=True)
-    codes = allocate.run(
-        inventory, headers, Recipe(method="gemq", unit="expert", bits=2.0, accounting="codes"), table=table
-    )
+    codes = allocate.run(inventory, headers, recipe.replace(bits=2.0, accounting="codes"), table=table)
     assert sum(min(bits) for layer in widths(codes) for bits in layer) == 2 * len(table.units)
 
 
@@ -266,7 +265,7 @@ def test_the_command_line_goes_all_the_way(
     assert len(points) == 8
     assert [point["expert_bytes"] for point in points] == sorted(point["expert_bytes"] for point in points)
     assert [point["objective"] for point in points] == sorted((point["objective"] for point in points), reverse=True)
-    packed = run("quantize", demo_dir, tmp_path / "out", "--plan", plan, "--quantizer", "minmax", capsys=capsys)
+    packed = run("quantize", demo_dir, tmp_path / "out", "--plan", plan, capsys=capsys)
     assert packed["plan_hash"] == allocated["plan_hash"]
     written = tmp_path / "weight.json"
     measured = run(

@@ -174,6 +174,10 @@ def test_widths_by_another_methods_costs(demo_dir: Path, calibration_text: Path,
     costs = tmp_path / "costs"
     few = {"nsamples": 4, "seqlen": 32}
     moeq.measure(demo_dir, method="gemq", calibration=str(calibration_text), **few).save(costs)
+    with pytest.raises(OptionError, match="gptq does not choose codes of the level set trellis"):
+        moeq.plan(demo_dir, method="tileq", allocation="gemq", quantizer="gptq", bits=3.0, costs=str(costs))
+    gptq = {"quantizer": "gptq", **few}
+    moeq.measure(demo_dir, method="gemq", calibration=str(calibration_text), **gptq).save(costs)
     plan = moeq.allocate(demo_dir, method="tileq", allocation="gemq", rank="2", bits=3.0, costs=str(costs))
     assert (plan.unit, plan.cost, plan.layout, plan.method) == ("matrix", "fisher", "tiled", "tileq")
     inventory, _ = read_inventory(demo_dir)

@@ -1,6 +1,6 @@
 """Decides a run before it begins: the model, the plan, the files; measures costs where the method needs them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from moeq.costs.registry import make_cost
 from moeq.errors import ArtifactError, OptionError
 from moeq.methods import method
 from moeq.progress import Progress
+from moeq.quantizers.registry import QUANTIZERS
 from moeq.recipe import Recipe
-from moeq.spec import TensorInfo
+from moeq.spec import QuantSpec, TensorInfo
 from moeq.writing import arrangement, other_files
 from moeq.writing.decision import Decision
 from moeq.writing.quantizer_choice import chosen_quantizer
@@ -40,7 +41,7 @@ def draft(model: str | Path, recipe: Recipe, table: Table | None = None) -> Deci
     """
     source = open_source(model)
     inventory, headers = read_inventory(source, trust_remote_code=recipe.trust_remote_code)
-    recipe = recipe.settled()
+    asked, recipe = recipe.quantizer, recipe.settled()
     if inventory.apart:
         _check_apart(recipe)
     elif recipe.router != "none" and weighted_beforehand(build_meta_model(source)):
@@ -60,7 +61,7 @@ def draft(model: str | Path, recipe: Recipe, table: Table | None = None) -> Deci
     if recipe.plan is not None:
         plan = Plan.load(Path(recipe.plan))
         plan.check_model(inventory)
-        recipe = recipe.replace(method=plan.method)
+        recipe = _with_quantizer(recipe.replace(method=plan.method), asked, plan.specs)
         table = _table_of(plan, recipe)
     else:
         if table is None and recipe.costs is not None:
@@ -72,6 +73,8 @@ def draft(model: str | Path, recipe: Recipe, table: Table | None = None) -> Deci
                     option="costs",
                     fix=f"add --cost {table.cost} --unit {table.unit}, or measure again",
                 )
+        if isinstance(table, CostTable):
+            recipe = _with_quantizer(recipe, asked, table.candidates)
         plan = plans.run(inventory, headers, recipe, sidecars_of(source, inventory, headers, recipe), table)
     files = arrangement.arrange(inventory, plan, headers)
     return Decision(
@@ -104,6 +107,19 @@ def _check_apart(recipe: Recipe) -> None:
                 option=option,
                 fix="use --method uniform or alphaq with --quantizer hqq, and no calibration text",
             )
+
+
+def _with_quantizer(recipe: Recipe, asked: str | None, specs: Iterable[QuantSpec]) -> Recipe:
+    """With the quantizer that specs ask for: codes of trellises and of codebooks are chosen by those of the same name.
+
+    Raises:
+        OptionError: another one was asked for.
+    """
+    own = next((spec.levels for spec in specs if spec.levels in QUANTIZERS), None)
+    if own is not None and asked not in (None, own):
+        message = f"{asked} does not choose codes of the level set {own}, which this plan or these costs have"
+        raise OptionError(message, option="quantizer", fix=f"leave it away, or give {own}")
+    return recipe.replace(quantizer=own)
 
 
 def _table_of(plan: Plan, recipe: Recipe) -> ComponentTable | None:

@@ -8,6 +8,7 @@ from inspect import signature as inspect_signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,6 +27,7 @@ from moeq.costs.component_table import ComponentFacts, ComponentTable, Projectio
 from moeq.costs.options import check_choice, check_number
 from moeq.costs.registry import COSTS, make_cost
 from moeq.costs.spectral_energy import SpectralEnergy
+from moeq.costs.stand_ins import noise_ratio, stand_in
 from moeq.errors import OptionError
 from moeq.format.manifest import read_manifest
 from moeq.model_parts import DenseLinear, MatrixSource
@@ -169,7 +171,7 @@ def _pooled(
                 index=layer,
                 layer=shape,
                 read=read,
-                candidates=what.candidates,
+                candidates=tuple(map(stand_in, what.candidates)) if _stands_in(recipe) else what.candidates,
                 unit=str(recipe.unit),
                 device=device,
             )
@@ -320,8 +322,6 @@ def _options(recipe: Recipe) -> dict[str, Any]:
         wanted = inspect_signature(COSTS[name]).parameters
         if recipe.has_components and not str(recipe.quantizer).startswith("gptq"):
             options.setdefault("perturb", recipe.quantizer)
-        if "perturb" in wanted and recipe.quantizer == "trellis":
-            options.setdefault("perturb", "trellis")
         common: dict[str, Any] = {"seed": recipe.seed, "seqlen": recipe.seqlen}
         perturb = options.get("perturb", wanted["perturb"].default if "perturb" in wanted else None)
         common |= quantizer_options(recipe, str(perturb))
@@ -329,9 +329,21 @@ def _options(recipe: Recipe) -> dict[str, Any]:
     return options
 
 
+def _stands_in(recipe: Recipe) -> str:
+    """What rounds plain levels in the place of trellises; empty if the cost rounds to these themselves, or nothing."""
+    options, wanted = _options(recipe), inspect_signature(COSTS[str(recipe.cost)]).parameters
+    chosen = {name: options.get(name, parameter.default) for name, parameter in wanted.items()}
+    found = str(chosen.get("perturb", chosen.get("quantizer", "")))
+    if recipe.quantizer != "trellis" or chosen.get("noise") == "paper":
+        return ""
+    return "" if found == "trellis" else found
+
+
 def _assemble(what: Subject, layers: list[LayerCosts]) -> CostTable:
     units = list(what.inventory.cost_units(str(what.recipe.unit)))
     names = sorted({name for layer in layers for name in layer.statistics})
+    rounder = _stands_in(what.recipe)
+    ratio_C = np.array([noise_ratio(spec, rounder) if rounder else 1.0 for spec in what.candidates])
     found = CostTable(
         model_hash=what.inventory.model_hash,
         cost=str(what.recipe.cost),
@@ -339,7 +351,7 @@ def _assemble(what: Subject, layers: list[LayerCosts]) -> CostTable:
         provenance=what.provenance,
         units=tuple(unit for unit, _ in units),
         candidates=what.candidates,
-        costs=tuple(tuple(map(float, row)) for layer in layers for row in layer.costs_UC),
+        costs=tuple(tuple(map(float, row * ratio_C)) for layer in layers for row in layer.costs_UC),
         sizes=tuple(
             tuple(sum(stored_bytes(spec, shape) for shape in shapes) for spec in what.candidates) for _, shapes in units
         ),

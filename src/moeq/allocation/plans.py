@@ -101,7 +101,7 @@ def _check_table(table: CostTable | ComponentTable, inventory: Inventory, draft:
                 f"the costs are of {spec.bits} bits, group size {spec.group_size}, levels {spec.levels}, "
                 "which this run would not use",
                 option="costs",
-                fix="measure with the same --group-size and --levels",
+                fix="measure with the same --quantizer, --group-size and --levels",
             )
 
 
