@@ -140,6 +140,9 @@ TRELLIS: dict[str, Row] = {
 }
 """Trellis codes against scalar levels, all else equal."""
 
+TUNED: dict[str, Row] = {"as it comes, tuned": {"tune": "model"}}
+"""Routers, norms and biases trained after packing."""
+
 MOST = MAIN | {"as it comes": DEFAULT["as it comes"]}
 CONTRAST = MOST | {
     name: row
@@ -161,7 +164,7 @@ CONTRAST = MOST | {
 }
 """What decides the claims, for a second model."""
 
-METHODS: dict[str, Row] = {**MAIN, **DEFAULT, **TRELLIS, **QUANTIZERS, **ALPHAQ, **GEMQ, **BITSMOE, **TILEQ}
+METHODS: dict[str, Row] = {**MAIN, **DEFAULT, **TUNED, **TRELLIS, **QUANTIZERS, **ALPHAQ, **GEMQ, **BITSMOE, **TILEQ}
 """Row -> options beside budget, seed and calibration."""
 
 GROUPS: dict[str, tuple[str, dict[str, Row]]] = {
@@ -174,6 +177,7 @@ GROUPS: dict[str, tuple[str, dict[str, Row]]] = {
     "bitsmoe": ("Parts of bitsmoe", BITSMOE),
     "tileq": ("Parts of tileq", TILEQ),
     "trellis": ("Trellis codes", TRELLIS),
+    "tuned": ("The default", TUNED),
     "budgets": ("Methods", MOST),
     "seeds": ("Methods", MOST),
     "contrast": ("Methods", CONTRAST),
@@ -191,6 +195,8 @@ def wanted(groups: list[str], model: str) -> list[Row]:
             texts = ("both", "c4", "mixture", *(("bundled",) if group == "default" else ()))
         elif group == "bundled":
             texts = ("bundled",)
+        elif group == "tuned":
+            texts = ("both", "c4", "mixture", "bundled")
         elif group == "trellis":
             budgets, seeds, texts = (BITS, 1.6, 3.125), SEEDS, ("both", "c4")
         elif group == "budgets":

@@ -22,7 +22,7 @@ RECIPE_OPTIONS = (
     "--recipe --method --bits --size --accounting --quantizer --group-size --levels --dense-bits --calibration "
     "--preset --mtp --trust-remote-code --nsamples --seqlen --seed --routing --act-order --no-act-order --damp --gain "
     "--no-gain --device --plan --costs --cost --cost-options --unit --candidates --context --round-context "
-    "--no-round-context --scope --shares --solver --router --router-epochs --router-lr --quality --no-quality "
+    "--no-round-context --scope --shares --solver --router --router-epochs --router-lr --tune --quality --no-quality "
     "--rank --allocation --tile-options --progressive"
 )
 OPTIONS = {
@@ -32,7 +32,7 @@ OPTIONS = {
     "allocate": f"model output --json --svg {RECIPE_OPTIONS}",
     "pareto": f"model --json --points --svg {RECIPE_OPTIONS}",
     "repair": "directory output --json --calibration --nsamples --seqlen --seed --loss --reference --device "
-    "--router-epochs --router-lr",
+    "--router-epochs --router-lr --tune",
     "quantize": f"model output --json --resume --save-recipe {RECIPE_OPTIONS}",
     "eval": "model --json --text --reference --pairs --seqlen --max-tokens --batch-size --device --trust-remote-code",
     "generate": "model prompt --json --max-new-tokens --temperature --seed --device --trust-remote-code",

@@ -156,8 +156,9 @@ def quantize(report: QuantizeReport) -> str:
 
 def repair(report: RepairReport) -> str:
     """Text of `moeq repair`."""
+    what = "routers and norms" if report.tune == "model" else "routers"
     lines = [
-        f"wrote {report.output}: {report.parameters:,} router weights tuned in {report.steps:,} steps, "
+        f"wrote {report.output}: {report.parameters:,} weights of {what} tuned in {report.steps:,} steps, "
         f"{len(report.changed)} tensors changed",
         f"{report.loss} loss on the calibration text: {report.loss_before:.5g} -> {report.loss_after:.5g}",
     ]

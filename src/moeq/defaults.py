@@ -72,6 +72,7 @@ def _needs_text(given: Mapping[str, Any], chosen: str) -> bool:
         (quantizer is not None and quantizer.needs_hessian)
         or (_sees_text(cost) and "costs" not in given)
         or given.get("router", own.router) != "none"
+        or given.get("tune", "none") != "none"
     )
 
 

@@ -23,6 +23,7 @@ ACCOUNTINGS = ("bytes", "codes")
 MTP = ("keep", "pack", "drop")
 UNITS, SCOPES = ("expert", "matrix", "component"), ("global", "layer")
 ROUTER_LOSSES = ("none", "task", "kl")
+TUNES = ("none", "model")
 DEFAULT_CANDIDATES = (1, 2, 3, 4)
 
 
@@ -41,8 +42,7 @@ class Recipe:
         dense_bits: width of the other linears: one number for all but lm_head, or "attention=4,lm_head=8". "auto", for
             all but lm_head or for some kinds, lets the program that spends `size` on the experts choose theirs too.
         calibration: texts, "a.txt:0.5,b.jsonl:0.5", "bundled" (`moeq.calibration.texts`), or "none" as None.
-        nsamples: calibration sequences.
-        seqlen: tokens of a sequence.
+        nsamples, seqlen: calibration sequences, and tokens of each.
         seed: of everything random.
         routing: "natural", "all" or a number r: which experts' statistics see a token.
         act_order: gptq: columns by falling importance.
@@ -61,8 +61,8 @@ class Recipe:
         context: path of a packed checkpoint of this model whose activations and gradients costs are measured on.
         round_context: costs are those of rounding the context's weights once more (GEMQ's loop read literally).
         router: loss that routers are tuned with after packing: "none", "task" or "kl".
-        router_epochs: passes over the calibration text.
-        router_lr: learning rate.
+        router_epochs, router_lr: passes over the calibration text, and learning rate of routers.
+        tune: what is trained after packing besides: "model", norms, biases and routers by "kl", or "none".
         quality: measure quality on held-out windows of the calibration text, if the original is small.
         rank: components of the tiled low-rank factors; "auto" takes what the budget leaves, None a small share if any.
         allocation: for the tiled layout, the method whose unit, cost and solver choose the residuals' widths.
@@ -103,6 +103,7 @@ class Recipe:
     router: str | None = None
     router_epochs: int = 1
     router_lr: float = 1e-4
+    tune: str = "none"
     quality: bool = True
     rank: str | None = None
     allocation: str | None = None
@@ -120,7 +121,8 @@ class Recipe:
         choose("mtp", self.mtp, MTP)
         choose("group-size", self.group_size, GROUP_SIZES)
         choose("levels", self.levels, ("auto", *SCALAR_LEVELS))
-        for name, value, least in (("nsamples", self.nsamples, 1), ("seqlen", self.seqlen, 2), ("seed", self.seed, 0)):
+        atoms = ("nsamples", self.nsamples, 1), ("seqlen", self.seqlen, 2), ("router-epochs", self.router_epochs, 1)
+        for name, value, least in (*atoms, ("seed", self.seed, 0)):
             if value < least:
                 raise OptionError(f"{value} is too small", option=name, fix=f"give at least {least}")
         if not self.damp > 0:
@@ -149,15 +151,14 @@ class Recipe:
             ("unit", self.unit, UNITS),
             ("scope", self.scope, SCOPES),
             ("router", self.router, ROUTER_LOSSES),
+            ("tune", self.tune, TUNES),
         ):
             if value is not None:
                 choose(name, value, choices)
-        if self.router_epochs < 1:
-            raise OptionError(f"{self.router_epochs} is too small", option="router-epochs", fix="give at least 1")
+        if self.tune == "model" and self.router not in (None, "kl"):
+            raise OptionError(f"routers are tuned by kl, not {self.router}", option="tune", fix="drop --router")
         if not 0 < self.router_lr <= 1:
-            raise OptionError(
-                f"{self.router_lr} is no learning rate", option="router-lr", fix="the usual value is 0.0001"
-            )
+            raise OptionError(f"{self.router_lr} is no learning rate", option="router-lr", fix="the usual is 0.0001")
         if self.round_context and self.context is None and self.progressive is None:
             raise OptionError(
                 "there is no context to round", option="round-context", fix="give --context or --progressive"
@@ -246,7 +247,7 @@ class Recipe:
             scope=(self.scope or row.scope) if known else None,
             shares=(self.shares or row.shares) if known else None,
             solver=(self.solver or row.solver) if known else None,
-            router=self.router or own.router,
+            router="kl" if self.tune == "model" else self.router or own.router,
         )
 
     def options_of_cost(self) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from moeq.errors import CalibrationError, OptionError
 from moeq.evals.perplexity import perplexity
 from moeq.format.manifest import read_manifest
 from moeq.repair import tune as tune_module
-from moeq.repair.router import decoder_blocks, find_routers, trainable
-from moeq.repair.tune import Teacher, Tuned, TuneOptions, recomputing, tune
+from moeq.repair.router import decoder_blocks, find_routers, find_vectors, trainable
+from moeq.repair.tune import Teacher, Tuned, TuneOptions, held_out_of, recomputing, tune
 from moeq.runtime.load import load_any
 
 Pack = Callable[[str], Path]
@@ -67,6 +67,36 @@ def test_kl_drops(pack: Pack, ids: Tensor) -> None:
     model, routers, _ = opened(packed)
     result = tune(model, routers, ids, TuneOptions(loss="kl", lr=1e-3, epochs=3), teacher=original(packed))
     assert 0 < result.loss_after < 0.97 * result.loss_before
+
+
+def test_vectors_help_and_only_they_move(pack: Pack, ids: Tensor) -> None:
+    """What is trained on some sequences is judged by others."""
+    packed = pack("qwen3_moe")
+    model, routers, _ = opened(packed)
+    everything = routers | find_vectors(model)
+    assert len(everything) > len(routers)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    options = TuneOptions(what="model", loss="kl", lr=2e-3, epochs=4)
+    held_out = held_out_of([0] * (len(ids) - 2) + [1, 1])
+    assert held_out == [[1], [len(ids) - 1]]
+    result = tune(model, everything, ids, options, teacher=original(packed), held_out=held_out)
+    assert result.steps in {epoch * (len(ids) - 2) for epoch in range(1, 5)}
+    assert result.loss_after < 0.97 * result.loss_before
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed <= set(everything)
+    assert any("norm" in name for name in changed)
+
+
+def test_what_helps_no_text_that_was_held_out_is_not_kept(pack: Pack, ids: Tensor) -> None:
+    packed = pack("qwen3_moe")
+    model, routers, _ = opened(packed)
+    everything = routers | find_vectors(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    wild = TuneOptions(what="model", loss="kl", lr=0.3, epochs=2)
+    result = tune(model, everything, ids, wild, teacher=original(packed), held_out=[[0], [1]])
+    assert result.steps == 0
+    assert result.loss_after == result.loss_before
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_kl_is_the_mean_over_all_positions(pack: Pack, ids: Tensor) -> None:
@@ -228,13 +258,14 @@ def test_progress_counts_every_sequence(pack: Pack, ids: Tensor) -> None:
         ({"lr": math.nan}, "option router-lr"),
         ({"lr": 3e38}, "option router-lr"),
         ({"epochs": 0}, "option router-epochs"),
+        ({"what": "everything"}, "option tune"),
         ({"weight_decay": -1.0}, "option weight-decay"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         TuneOptions(**options)
-    assert {field.default for field in dataclasses.fields(TuneOptions)} == {"task", 1e-4, 1}
+    assert {field.default for field in dataclasses.fields(TuneOptions)} == {"routers", "task", 1e-4, 1}
 
 
 def test_refusals(pack: Pack, ids: Tensor) -> None:

@@ -92,7 +92,7 @@ def test_manifest_and_card_say_what_was_done(rough_tiny: Path, repaired: tuple[P
     old, new = read_manifest(rough_tiny), read_manifest(out)
     (done,) = new.recipe.pop("repairs")
     assert new.recipe == old.recipe
-    assert done["routers"] == {"loss": "task", "lr": 1e-3, "epochs": 2, "weight_decay": 1e-4}
+    assert done["routers"] == {"what": "routers", "loss": "task", "lr": 1e-3, "epochs": 2, "weight_decay": 1e-4}
     assert done["calibration"]["source"] == text.name
     assert done["calibration"]["shape"] == [4, 24]
     assert (new.model_hash, new.plan_hash, new.layers) == (old.model_hash, old.plan_hash, old.layers)
@@ -135,8 +135,33 @@ def test_kl_to_the_original(rough_tiny: Path, tiny_dir: Path, text: Path, tmp_pa
         assert {"perplexity", "reference_perplexity", "kl", "top1_agreement", "router_overlap"} <= set(metrics)
     assert report.before["router_overlap"] < 1
     assert report.before != report.after
-    assert seen == {"blocks", "routers"}
+    assert seen == {"blocks", "tuning"}
     assert "kl on held-out windows" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_whole_model_is_tuned_by_kl(rough_tiny: Path, tiny_dir: Path, text: Path, tmp_path: Path) -> None:
+    """Norms and routers change, packed bytes do not; what was held out is better off."""
+    options = {**SIZES, "nsamples": 8, "lr": 3e-3, "epochs": 3}
+    report = repair.run(
+        rough_tiny, tmp_path / "out", calibration=str(text), tune="model", reference=tiny_dir, **options
+    )
+    assert (report.tune, report.loss) == ("model", "kl")
+    assert report.loss_after < report.loss_before
+    names = set(report.changed)
+    assert any("layernorm" in name for name in names)
+    assert not any(".experts." in name for name in names)
+    assert "Routers and norms" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert moeq.verify(tmp_path / "out").logits_finite
+
+
+def test_tuning_at_the_end_of_packing(tiny_dir: Path, text: Path, tmp_path: Path) -> None:
+    options = {"bits": 4.0, "group_size": 32, "calibration": str(text), "nsamples": 8, "seqlen": 24, "device": "cpu"}
+    plain = moeq.quantize(tiny_dir, tmp_path / "plain", method="uniform", **options)
+    tuned = moeq.quantize(tiny_dir, tmp_path / "tuned", method="uniform", tune="model", **options)
+    assert plain.stored_bytes == tuned.stored_bytes
+    assert read_manifest(tmp_path / "tuned").recipe["repairs"][0]["routers"]["what"] == "model"
+    with pytest.raises(OptionError, match="tuned by kl"):
+        moeq.plan(tiny_dir, bits=3, tune="model", router="task")
 
 
 def test_the_teacher_is_the_original(rough_tiny: Path, tiny_dir: Path, text: Path, tmp_path: Path) -> None:

@@ -61,6 +61,15 @@ def find_routers(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Paramet
     return found
 
 
+def find_vectors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that are vectors of floats: scales of norms, and biases."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 1 and parameter.is_floating_point()
+    }
+
+
 @contextmanager
 def trainable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Evaluation mode inside, and gradients for exactly these parameters (if of a float dtype); then all as before."""

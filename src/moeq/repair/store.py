@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Transpose
 
-from moeq.arch.keymap import build_keymap
+from moeq.arch.keymap import Route, build_keymap
 from moeq.checkpoint.dtypes import TORCH_DTYPES, WEIGHT_DTYPES
 from moeq.checkpoint.read import Reader, read_headers
 from moeq.checkpoint.write import FileDigest, ShardWriter
@@ -37,33 +37,45 @@ class Place:
         return turned.to(self.dtype).contiguous()
 
 
-def places(model: PreTrainedModel, names: Iterable[str], headers: Mapping[str, TensorInfo]) -> dict[str, Place]:
+def places(
+    model: PreTrainedModel, names: Iterable[str], headers: Mapping[str, TensorInfo], *, strict: bool = True
+) -> dict[str, Place]:
     """Where parameters of a loaded model lie in the checkpoint with these headers.
+
+    Args:
+        model: as `moeq.runtime.load` gives it.
+        names: of its parameters.
+        headers: of the checkpoint.
+        strict: without it, what has no such place is left out.
 
     Raises:
         OptionError: a parameter is not one tensor of the checkpoint, copied or transposed.
     """
     routes = build_keymap(model, headers).routes
     state = model.state_dict()
-    found: dict[str, Place] = {}
-    for name in names:
-        route = routes.get(name)
-        info = headers[route.names[0]] if route is not None and len(route.names) == 1 else None
-        if route is None or info is None or len(route.targets) != 1 or info.dtype not in WEIGHT_DTYPES:
-            raise _unknown(model, name)
-        match route.operations:
-            case ():
-                swapped = None
-            case (Transpose() as operation,):
-                kept = operation.check_dims and info.shape == tuple(state[name].shape)
-                swapped = None if kept else (operation.dim0, operation.dim1)
-            case _:
-                raise _unknown(model, name)
-        place = Place(tensor=route.names[0], dtype=TORCH_DTYPES[info.dtype], swapped=swapped)
-        if tuple(place.stored(state[name]).shape) != info.shape:
-            raise _unknown(model, name)
-        found[name] = place
-    return found
+    found = {name: _place(routes.get(name), headers, tuple(state[name].shape)) for name in names}
+    missing = [name for name, place in found.items() if place is None]
+    if strict and missing:
+        raise _unknown(model, missing[0])
+    return {name: place for name, place in found.items() if place is not None}
+
+
+def _place(route: Route | None, headers: Mapping[str, TensorInfo], shape: tuple[int, ...]) -> Place | None:
+    """Where a parameter of a shape lies, None if that is not one tensor, copied or transposed."""
+    info = headers[route.names[0]] if route is not None and len(route.names) == 1 else None
+    if route is None or info is None or len(route.targets) != 1 or info.dtype not in WEIGHT_DTYPES:
+        return None
+    match route.operations:
+        case ():
+            swapped = None
+        case (Transpose() as operation,):
+            kept = operation.check_dims and info.shape == shape
+            swapped = None if kept else (operation.dim0, operation.dim1)
+        case _:
+            return None
+    place = Place(tensor=route.names[0], dtype=TORCH_DTYPES[info.dtype], swapped=swapped)
+    stored = place.stored(torch.empty(shape, device="meta"))
+    return place if tuple(stored.shape) == info.shape else None
 
 
 def changed(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

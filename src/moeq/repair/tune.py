@@ -1,7 +1,10 @@
-"""Trains the routers of a packed model, and nothing else (GEMQ, section on router fine-tuning).
+"""Trains the routers of a packed model (GEMQ, section on router fine-tuning), or all that is small in it.
 
 Experts that were rounded answer differently, so the routers' old preferences are no longer the best ones. Their
-parameters are a few hundredths of a percent of the model: they keep their 16 bits, and tuning them costs no byte.
+parameters are a few hundredths of a percent of the model: they keep their 16 bits, and tuning them costs no byte. So do
+norms and biases, which set how large what goes in and out of rounded matrices is.
+
+What is trained on some sequences is judged by others, of every text: if one of these is worse off, all stays as it was.
 
 A step of AdamW at the paper's rate of 1e-4 is about one unit in the last place of a bfloat16 weight: most of it
 would be lost to rounding. The sums are therefore kept in float32; the model computes with their rounded copies.
@@ -10,7 +13,7 @@ Legend: N sequences, B sequences of a batch (here 1), T tokens, R rows (position
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,10 +32,15 @@ Progress = Callable[[int, int], None]
 """Called with (sequences done, sequences), the measuring of the loss before and after included."""
 
 LOSSES = ("task", "kl")
+SUBJECTS = ("routers", "model")
+"""What may be trained: routers alone, or with all parameters that are vectors: norms, biases."""
+MODEL_LR = 3e-4
+"""The usual rate for "model"; that of routers is 1e-4."""
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 CHUNK_ELEMENTS = 1 << 24
 """Logits that are widened to float32 at a time: 64 MiB."""
+HELD_OUT = 8
 MEASURED_TOKENS = 2048
 """Tokens that are measured at once, but at least one sequence."""
 
@@ -42,18 +50,22 @@ class TuneOptions:
     """How routers are trained; the defaults are the paper's (GEMQ, implementation details).
 
     Attributes:
+        what: one of `SUBJECTS`.
         loss: "task", the mean cross-entropy of the next token; "kl", the mean KL(original || packed).
         lr: AdamW's rate, constant.
         epochs: passes over the sequences, in their order, one sequence a step.
         weight_decay: AdamW's decoupled decay.
     """
 
+    what: str = "routers"
     loss: str = "task"
     lr: float = 1e-4
     epochs: int = 1
     weight_decay: float = 1e-4
 
     def __post_init__(self) -> None:
+        if self.what not in SUBJECTS:
+            raise OptionError(f"{self.what!r} is not supported", option="tune", fix="choose routers or model")
         if self.loss not in LOSSES:
             raise OptionError(f"{self.loss!r} is no loss", option="loss", fix=f"choose one of {', '.join(LOSSES)}")
         if not 0 < self.lr <= 1:
@@ -70,9 +82,10 @@ class Tuned:
 
     Attributes:
         weights: parameter name -> trained value on the CPU, in the dtype it is stored in; the model holds the same.
-        loss_before: mean loss over all sequences before the first step, in nats per predicted token.
-        loss_after: the same with the trained, rounded routers.
-        steps: optimizer steps.
+        loss_before: mean loss before the first step, in nats per predicted token: over the sequences that were held
+            out if there were any, else over all.
+        loss_after: the same with the trained, rounded parameters.
+        steps: optimizer steps whose outcome was kept.
     """
 
     weights: dict[str, Tensor]
@@ -90,22 +103,25 @@ def tune(
     blocks: Iterable[str] = (),
     stored: Mapping[str, torch.dtype] | None = None,
     teacher: Teacher | None = None,
+    held_out: Sequence[Sequence[int]] = (),
     progress: Progress | None = None,
 ) -> Tuned:
-    """Train the routers of a packed model in place; everything else keeps its bytes.
+    """Train parameters of a packed model in place; everything else keeps its bytes.
 
     Balance losses of the family play no part: the loss is computed here, from the logits alone. There is no
     dropout (evaluation mode), no warm-up and no clipping. On a CPU the same call gives the same bits.
 
     Args:
         model: a packed model of `moeq.runtime.load`.
-        routers: its router parameters, by name (`moeq.repair.router.find_routers`).
+        routers: the parameters, by name (`moeq.repair.router.find_routers`, `find_vectors`).
         ids_NT: the sequences, int64.
         options: how to train.
         blocks: module paths of decoder blocks that forget their activations and compute them again in the
             backward pass (`moeq.repair.router.decoder_blocks`): memory is then that of one block instead of all.
         stored: parameter -> dtype of its tensor on disk, to which it is rounded at the end; its own by default.
         teacher: the original's logits, for the loss "kl".
+        held_out: for each text, sequences that are not trained on. After every epoch they are measured; the best
+            outcome for which no text has a higher loss than before is kept, or what was there.
         progress: called after each sequence.
 
     Raises:
@@ -120,39 +136,61 @@ def tune(
             fix="give at least one sequence of two tokens",
         )
     objective = _Objective(model=model, loss=options.loss, teacher=teacher if options.loss == "kl" else None)
-    count = len(ids_NT)
-    tick = _ticker(progress, count * (options.epochs + 2))
+    seen = [index for index in range(len(ids_NT)) if not any(index in each for each in held_out)]
+    judged = [list(each) for each in held_out if len(each)] or [list(range(len(ids_NT)))]
+    measures = sum(map(len, judged)) * (1 + (options.epochs if held_out else 1))
+    tick = _ticker(progress, len(seen) * options.epochs + measures)
+    dtypes = {name: parameter.dtype for name, parameter in routers.items()} | dict(stored or {})
     with trainable(model, routers.values()), recomputing(model, blocks):
-        before = _measure(objective, ids_NT, tick)
-        masters = _train(objective, routers, ids_NT, options, tick)
-        dtypes = {name: parameter.dtype for name, parameter in routers.items()} | dict(stored or {})
-        weights = {name: master.to(dtypes[name]) for name, master in masters.items()}
-        _assign(routers, weights)
-        after = _measure(objective, ids_NT, tick)
+        kept = {name: parameter.detach().to(dtypes[name], copy=True) for name, parameter in routers.items()}
+        before = best = [_measure(objective, ids_NT, each, tick) for each in judged]
+        steps = 0
+        for epoch, masters in enumerate(_train(objective, routers, ids_NT, seen, options, tick), start=1):
+            if not held_out and epoch < options.epochs:
+                continue
+            weights = {name: master.to(dtypes[name]) for name, master in masters.items()}
+            _assign(routers, weights)
+            after = [_measure(objective, ids_NT, each, tick) for each in judged]
+            helps = math.fsum(after) < math.fsum(best) and all(
+                new <= old for new, old in zip(after, before, strict=True)
+            )
+            if helps or not held_out:
+                best, kept, steps = after, weights, epoch * len(seen)
+            _assign(routers, masters)
+        _assign(routers, kept)
     return Tuned(
-        weights={name: weight.cpu() for name, weight in weights.items()},
-        loss_before=before,
-        loss_after=after,
-        steps=count * options.epochs,
+        weights={name: weight.cpu() for name, weight in kept.items()},
+        loss_before=math.fsum(before) / len(before),
+        loss_after=math.fsum(best) / len(best),
+        steps=steps,
     )
+
+
+def held_out_of(domain_N: Sequence[int]) -> list[list[int]]:
+    """Every `HELD_OUT`-th sequence of each text, for texts of two sequences or more."""
+    texts: dict[int, list[int]] = {}
+    for index, domain in enumerate(domain_N):
+        texts.setdefault(domain, []).append(index)
+    return [indices[1::HELD_OUT] for indices in texts.values() if len(indices) > 1]
 
 
 def _train(
     objective: "_Objective",
     routers: Mapping[str, nn.Parameter],
     ids_NT: Tensor,
+    seen: Sequence[int],
     options: TuneOptions,
     tick: Callable[[], None],
-) -> dict[str, Tensor]:
-    """Step through the sequences; the model's parameters always hold the rounded masters."""
+) -> Iterator[dict[str, Tensor]]:
+    """Step through the sequences; float32 values after each epoch. The model holds them, rounded to its dtype."""
     masters = {name: parameter.detach().to(torch.float32, copy=True) for name, parameter in routers.items()}
     optimizer = torch.optim.AdamW(
         masters.values(), lr=options.lr, betas=BETAS, eps=EPS, weight_decay=options.weight_decay
     )
     for epoch in range(options.epochs):
-        for index in range(len(ids_NT)):
+        for step, index in enumerate(seen):
             loss = objective(index, ids_NT[index : index + 1])
-            _check_finite(float(loss.detach()), epoch * len(ids_NT) + index)
+            _check_finite(float(loss.detach()), epoch * len(seen) + step)
             loss.backward()
             for name, parameter in routers.items():
                 masters[name].grad = None if parameter.grad is None else parameter.grad.float()
@@ -160,7 +198,7 @@ def _train(
             optimizer.step()
             _assign(routers, masters)
             tick()
-    return masters
+        yield masters
 
 
 @torch.no_grad()
@@ -170,24 +208,29 @@ def _assign(routers: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -
 
 
 @torch.no_grad()
-def _measure(objective: "_Objective", ids_NT: Tensor, tick: Callable[[], None]) -> float:
-    """The mean loss over all sequences; short ones go together, since every pass decodes all experts it needs."""
-    step = max(1, MEASURED_TOKENS // ids_NT.shape[1])
+def _measure(objective: "_Objective", ids_NT: Tensor, wanted: Sequence[int], tick: Callable[[], None]) -> float:
+    """The mean loss over some sequences; short neighbours go together, since every pass decodes experts again."""
+    most = max(1, MEASURED_TOKENS // ids_NT.shape[1])
     losses = []
-    for start in range(0, len(ids_NT), step):
-        ids_BT = ids_NT[start : start + step]
-        losses.append(float(objective(start, ids_BT)) * len(ids_BT))
+    at = 0
+    while at < len(wanted):
+        count = 1
+        while count < most and at + count < len(wanted) and wanted[at + count] == wanted[at] + count:
+            count += 1
+        ids_BT = ids_NT[wanted[at] : wanted[at] + count]
+        losses.append(float(objective(wanted[at], ids_BT)) * count)
         _check_finite(losses[-1], None)
-        for _ in ids_BT:
+        for _ in range(count):
             tick()
-    return math.fsum(losses) / len(ids_NT)
+        at += count
+    return math.fsum(losses) / len(wanted)
 
 
 def _check_finite(loss: float, step: int | None) -> None:
     if not math.isfinite(loss):
         when = "when it was measured" if step is None else f"in step {step + 1}"
         raise CalibrationError(
-            f"the loss of the routers became {loss} {when}", fix="use a smaller learning rate, or look at the model"
+            f"the loss became {loss} {when}", fix="use a smaller learning rate, or look at the model"
         )
 
 

@@ -77,14 +77,15 @@ PICTURE_NAME = "allocation.svg"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterFacts:
-    """What tuning the routers did.
+    """What tuning after packing did.
 
     Attributes:
+        what: what was trained: "routers", or "model", routers, norms and biases.
         loss: what was lowered: "task" or "kl".
-        loss_before: mean loss on the calibration tokens, routers as in the original.
-        loss_after: the same with the tuned routers as they are stored.
-        steps: optimizer steps.
-        parameters: router weights that were trained.
+        loss_before: mean loss on the calibration tokens before (for "model", on those that were held out).
+        loss_after: the same with the tuned weights as they are stored.
+        steps: optimizer steps whose outcome was kept; 0 if it was no better, and all stayed as it was.
+        parameters: weights that were trained.
         overlap_before: share of experts chosen as in the original before tuning, on windows of the calibration
             text that tuning did not see; None if not measured.
         overlap_after: the same with the tuned routers.
@@ -97,6 +98,7 @@ class RouterFacts:
     parameters: int
     overlap_before: float | None = None
     overlap_after: float | None = None
+    what: str = "routers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,14 +317,18 @@ def _calibration(facts: CalibrationFacts | None) -> str:
 
 
 def _router(facts: RouterFacts) -> str:
-    loss = f"{ROUTER_LOSSES.get(facts.loss, facts.loss)}, on the tokens it was tuned on"
+    more = facts.what == "model"
+    loss = f"{ROUTER_LOSSES.get(facts.loss, facts.loss)}, on " + (
+        "other tokens" if more else "the tokens it was tuned on"
+    )
     rows = [(loss, human_number(facts.loss_before), human_number(facts.loss_after))]
     if facts.overlap_before is not None and facts.overlap_after is not None:
         overlap = f"{METRICS['router_overlap']}, on other windows"
         rows.append((overlap, human_number(facts.overlap_before), human_number(facts.overlap_after)))
     return (
-        f"The routers ({facts.parameters:,} weights) were trained for {facts.steps:,} steps to lower the loss of the "
-        "packed model; nothing else was.\n\n" + markdown_table(("measure", "before tuning", "after tuning"), rows)
+        f"The routers {'and norms ' if more else ''}({facts.parameters:,} weights) were trained for {facts.steps:,} "
+        "steps to lower the loss of the packed model; nothing else was.\n\n"
+        + markdown_table(("measure", "before tuning", "after tuning"), rows)
     )
 
 

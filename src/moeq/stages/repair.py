@@ -20,7 +20,7 @@ from moeq.layouts.validate import validate_packed, verify_files
 from moeq.progress import Progress
 from moeq.recipe import Recipe
 from moeq.repair import store
-from moeq.repair.tune import TuneOptions
+from moeq.repair.tune import MODEL_LR, TuneOptions
 from moeq.report.card import ROUTERS_KEPT, ROUTERS_TUNED
 from moeq.report.tables import human_number, markdown_table
 from moeq.runtime import load
@@ -32,6 +32,7 @@ from moeq.writing.routers import Retuned, inventory_of, retune, teaching, update
 REFERENCE_BYTES = 2**30
 """Originals up to this size are loaded to compare predictions on held-out windows."""
 CARD_NAME = "README.md"
+WHO = {"routers": "The routers", "model": "Routers and norms"}
 BESIDE_BYTES = 2**16
 """Upper bound of what manifest and model card grow by."""
 
@@ -41,18 +42,20 @@ class RepairReport:
     """What was done; field names are those of the JSON document (docs/json.md).
 
     Attributes:
+        tune: what was trained, "routers" or "model".
         loss: what was lowered, "task" or "kl".
         loss_before: its mean on the calibration tokens before tuning, nats per token.
         loss_after: the same with the tuned routers as they are stored.
-        parameters: router weights that were trained.
+        parameters: weights that were trained.
         changed: names of the tensors whose bytes changed.
         before: metrics on held-out windows of the calibration text before tuning: perplexity, and with a
             reference also what `moeq eval` compares.
-        after: the same with the tuned routers.
+        after: the same after tuning.
         quality_note: why `before` and `after` lack something, "" if they do not.
     """
 
     output: str
+    tune: str
     loss: str
     lr: float
     epochs: int
@@ -77,15 +80,16 @@ def run(
     nsamples: int = 128,
     seqlen: int = 512,
     seed: int = 0,
-    loss: str = "task",
+    tune: str = "routers",
+    loss: str | None = None,
     reference: str | Path | None = None,
-    lr: float = 1e-4,
+    lr: float | None = None,
     epochs: int = 1,
     weight_decay: float = 1e-4,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> RepairReport:
-    """Write a packed checkpoint that differs from another one in its routers only.
+    """Write a packed checkpoint that differs from another one in its routers only, or in what else is small.
 
     Nothing appears under `out` until every file is written, hashed and reloaded.
 
@@ -96,9 +100,10 @@ def run(
         nsamples: sequences to train on.
         seqlen: tokens of a sequence.
         seed: of the order of the documents.
-        loss: "task" or "kl".
+        tune: "routers", or "model": norms and biases too.
+        loss: "task" or "kl"; None is "task" for routers and "kl" for more.
         reference: the original; for "kl", and to compare with it.
-        lr: learning rate.
+        lr: learning rate; None is the usual one.
         epochs: passes over the sequences.
         weight_decay: of AdamW.
         device: where to compute.
@@ -111,7 +116,11 @@ def run(
         StorageError: the disk is full or refuses.
     """
     started = time.perf_counter()
-    options = TuneOptions(loss=loss, lr=lr, epochs=epochs, weight_decay=weight_decay)
+    usual = MODEL_LR if tune == "model" else 1e-4
+    options = TuneOptions(
+        what=tune, loss=loss or ("kl" if tune == "model" else "task"), lr=usual if lr is None else lr, epochs=epochs,
+        weight_decay=weight_decay,
+    )  # fmt: skip
     place = load.pick_device(device)
     source, out = open_source(directory), Path(os.path.abspath(out))
     manifest = validate_packed(source)
@@ -151,6 +160,7 @@ def _report(
 ) -> RepairReport:
     return RepairReport(
         output=str(out),
+        tune=options.what,
         loss=options.loss,
         lr=options.lr,
         epochs=options.epochs,
@@ -214,7 +224,8 @@ def _write_card(source: Path, partial: Path, name: str, result: Retuned) -> None
 def card_section(name: str, result: Retuned) -> str:
     """What the model card says of a checkpoint whose routers were tuned after it had been packed."""
     facts = result.facts
-    rows = [(f"{facts.loss} loss on the calibration tokens", facts.loss_before, facts.loss_after)]
+    where = "calibration tokens" if facts.what == "routers" else "calibration tokens that were not trained on"
+    rows = [(f"{facts.loss} loss on the {where}", facts.loss_before, facts.loss_after)]
     for metric, value in (result.before or {}).items():
         if result.after is not None and metric in result.after:
             rows.append((f"{metric} on held-out windows", value, result.after[metric]))
@@ -223,6 +234,6 @@ def card_section(name: str, result: Retuned) -> str:
     )
     return (
         f"## Routers of {name}\n\n"
-        f"The routers ({facts.parameters:,} weights) were tuned after packing, {facts.steps:,} steps; nothing else was "
-        f"changed. What is said above under quality was measured before.\n\n{table}\n"
+        f"{WHO[facts.what]} ({facts.parameters:,} weights) were tuned after packing, {facts.steps:,} steps; nothing "
+        f"else was changed. What is said above under quality was measured before.\n\n{table}\n"
     )

@@ -1,4 +1,4 @@
-"""Tunes the routers of one packed checkpoint: what `moeq repair` and the end of `moeq quantize` share."""
+"""Tunes what is small in one packed checkpoint: what `moeq repair` and the end of `moeq quantize` share."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,8 +26,8 @@ from moeq.format.manifest import Manifest, read_manifest, write_manifest
 from moeq.layouts.validate import validate_packed
 from moeq.progress import Progress
 from moeq.repair import store
-from moeq.repair.router import decoder_blocks, find_routers
-from moeq.repair.tune import Teacher, Tuned, TuneOptions, tune
+from moeq.repair.router import decoder_blocks, find_routers, find_vectors
+from moeq.repair.tune import MODEL_LR, Teacher, Tuned, TuneOptions, held_out_of, tune
 from moeq.report.card import RouterFacts
 from moeq.runtime import load
 from moeq.writing.decision import Decision
@@ -111,6 +111,8 @@ def tune_packed(
         return None
     assert tokens is not None
     options = TuneOptions(loss=str(recipe.router), lr=recipe.router_lr, epochs=recipe.router_epochs)
+    if recipe.tune == "model":
+        options = replace(options, what="model", lr=MODEL_LR)
     note = journal.notes.get(ROUTERS)
     if note is not None:
         write_manifest(partial, updated(read_manifest(partial), {}, tokens, options))
@@ -166,6 +168,10 @@ def retune(
     paths = [layer.path for layer in manifest.layers if layer.attached]
     routers = find_routers(model, paths)
     places = store.places(model, routers, read_headers(directory))
+    if options.what == "model":
+        vectors = find_vectors(model)
+        places |= store.places(model, vectors, read_headers(directory), strict=False)
+        routers |= {name: vectors[name] for name in places if name in vectors}
     before = _measure(model, original, rows)
     tuned = tune(
         model,
@@ -175,7 +181,8 @@ def retune(
         blocks=decoder_blocks(model, paths),
         stored={name: place.dtype for name, place in places.items()},
         teacher=teacher,
-        progress=None if progress is None else lambda done, total: progress("routers", done, total),
+        held_out=held_out_of(tokens.domain_N) if options.what == "model" else (),
+        progress=None if progress is None else lambda done, total: progress("tuning", done, total),
     )
     after = _measure(model, original, rows)
     tensors = {places[name].tensor: places[name].stored(weight) for name, weight in tuned.weights.items()}
@@ -267,6 +274,7 @@ def _facts(
     tuned: Tuned, options: TuneOptions, before: Mapping[str, float] | None, after: Mapping[str, float] | None
 ) -> RouterFacts:
     return RouterFacts(
+        what=options.what,
         loss=options.loss,
         loss_before=tuned.loss_before,
         loss_after=tuned.loss_after,
