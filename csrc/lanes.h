@@ -251,6 +251,21 @@ MOEQ_INLINE bool any(I mask) {
 }
 #endif
 
+// The lanes of a comparison that hold, as bits.
+MOEQ_INLINE uint32_t lanes_of(I mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (uint32_t)_mm256_movemask_ps((__m256)mask.low) | (uint32_t)_mm256_movemask_ps((__m256)mask.high) << 8;
+#else
+  int32_t lanes[kLanes];
+  std::memcpy(lanes, &mask, sizeof lanes);
+  uint32_t found = 0;
+  for (int lane = 0; lane < kLanes; lane++) found |= (uint32_t)(lanes[lane] & 1) << lane;
+  return found;
+#endif
+}
+
 MOEQ_INLINE I load_int(const void* from) {
   I out;
   std::memcpy(&out, from, sizeof out);

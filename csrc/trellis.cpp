@@ -20,7 +20,7 @@ alignas(64) constexpr uint8_t kNothing[kSegment / 2 + 64] = {};
 
 MOEQ_INLINE int64_t groups_of(const Matrix& m) { return (m.columns + m.group_size - 1) / m.group_size; }
 
-// Some rows of a run from block `first` on: the plane with their upper bits, that with the lowest, and those above.
+// Some rows from block `first` on: the plane with their upper bits, that with the lowest, and those above.
 struct Rows {
   static constexpr int kMany = 4;
   const uint8_t *upper[kMany], *lowest[kMost + kMany];
@@ -32,8 +32,7 @@ struct Rows {
     const uint8_t* from = m.planes[0] + row * upper_pitch + first * (kBlock / 8 * m.widths[0]);
     for (int r = 0; r < count; r++) upper[r] = from + r * upper_pitch;
     from = m.planes[last] + row * pitch + first * (kBlock / 8 * m.widths[last]);
-    const int64_t above = row % kRestart;
-    for (int k = -kMost; k < count; k++) lowest[k + kMost] = -k <= above ? from + k * pitch : kNothing;
+    for (int k = -kMost; k < count; k++) lowest[k + kMost] = -k <= row ? from + k * pitch : kNothing;
   }
 
   // The plane of lowest bits of the row that is `back` above row r of these.
@@ -335,7 +334,7 @@ MOEQ_INLINE float total(Sum v) { return _mm512_reduce_add_ps(v); }
 
 #endif
 
-// `kRows` rows of a run from `row` on.
+// `kRows` rows from `row` on.
 template <int kBits, int kParts, int kTokens, int kRows>
 MOEQ_INLINE void some_rows(const MatvecJob& job, const Table<kBits>& table, int64_t row) {
   static_assert(kRows * kTokens <= 4, "that many sums are named");
@@ -392,8 +391,7 @@ void all_rows(const MatvecJob& job) {
   const Table<kBits> table;
   constexpr int kRows = 4 / kTokens;
   for (int64_t row = job.first; row < job.last;) {
-    // Runs start at multiples of 64, so that rows that start at a multiple of their number are of one run.
-    if (kRows > 1 && row % kRows == 0 && row + kRows <= job.last) {
+    if (kRows > 1 && row + kRows <= job.last) {
       some_rows<kBits, kParts, kTokens, kRows>(job, table, row);
       row += kRows;
     } else {

@@ -1,5 +1,5 @@
 // See trellis.h. Viterbi's search down a column, for all histories at once in lanes, and the error feedback of GPTQ from
-// one column to the next. Restarts cut a column into runs that have nothing to do with each other.
+// one column to the next.
 #include "lanes.h"
 #include "trellis.h"
 #include "trellis_tables.h"
@@ -18,11 +18,15 @@ struct Search {
   F levels[kHalf];                // of the subset in each lane, by the upper bits of a code
   I subset[kVectors][2];          // what leads to the history in a lane from that whose oldest bit is 0 or 1
   uint8_t subset_of[2][kStates];  // the same
-  I from_old[kRestart][kVectors];
-  I upper[kRestart];  // best upper bits for each subset
   F cost[kVectors];
+  // Of every row: which histories come from one whose oldest bit is 1, and the best upper bits for each subset.
+  struct Step {
+    uint64_t from_old;
+    uint8_t upper[kLanes];
+  };
+  Step* steps;
 
-  Search() {
+  explicit Search(int64_t rows) : steps(new Step[(size_t)rows]) {
     for (int high = 0; high < kHalf; high++) {
       alignas(64) float lanes[kLanes];
       for (int lane = 0; lane < kLanes; lane++)
@@ -41,6 +45,10 @@ struct Search {
       for (int v = 0; v < kVectors; v++) subset[v][old] = load_int(lanes + v * kLanes);
     }
   }
+
+  ~Search() { delete[] steps; }
+  Search(const Search&) = delete;
+  Search& operator=(const Search&) = delete;
 
   // Costs of the histories that lanes of vector v come from, the oldest bit being `old`.
   MOEQ_INLINE F before(const F* was, int v, int old) {
@@ -62,17 +70,21 @@ struct Search {
       least = select(lower, tried, least);
       which = (lower & all_int(high)) | (~lower & which);
     }
-    upper[n] = which;
+    alignas(64) int32_t lanes[kLanes];
+    store(lanes, which);
+    for (int lane = 0; lane < kLanes; lane++) steps[n].upper[lane] = (uint8_t)lanes[lane];
+    uint64_t old = 0;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) {
       const F without = before(was, v, 0) + look_up(least, subset[v][0]);
       const F with = before(was, v, 1) + look_up(least, subset[v][1]);
-      from_old[n][v] = less(with, without);
+      old |= (uint64_t)lanes_of(less(with, without)) << (v * kLanes);
       cost[v] = min(with, without);
     }
+    steps[n].from_old = old;
   }
 
-  // Codes of a run of at most kRestart rows, and the levels that they name.
+  // Codes of a column, and the levels that they name.
   void run(const float* w, const float* scale, int64_t count, uint8_t* codes, float* level) {
     alignas(64) float costs[kStates];
     for (int state = 0; state < kStates; state++) costs[state] = state ? 1e30f : 0.0f;
@@ -83,31 +95,25 @@ struct Search {
     for (int other = 1; other < kStates; other++)
       if (costs[other] < costs[state]) state = other;
     for (int64_t n = count - 1; n >= 0; n--) {
-      int32_t lanes[kLanes], old;
-      std::memcpy(&old, (const char*)from_old[n] + (size_t)state * sizeof old, sizeof old);
-      std::memcpy(lanes, &upper[n], sizeof lanes);
-      const int found = subset_of[old & 1][state], high = lanes[found];
+      const int old = (int)(steps[n].from_old >> state & 1), found = subset_of[old][state], high = steps[n].upper[found];
       codes[n] = (uint8_t)(high << 1 | (state & 1));
       level[n] = (float)kTrellis[kBits][high * kSubsets + found];
-      state = ((old & 1) * kStates + state) / 2;
+      state = (old * kStates + state) / 2;
     }
   }
 };
 
 template <int kBits>
 void columns(const TrellisJob& job) {
-  Search<kBits> search;
-  float level[kRestart];
+  Search<kBits> search(job.rows);
   for (int64_t j = 0; j < job.count; j++) {
     float* w = job.w + j * job.rows;
     const float* scale = job.scale + j * job.rows;
     float* error = job.error + j * job.rows;
     const float pivot = job.upper[j * job.count + j];
-    for (int64_t start = 0; start < job.rows; start += kRestart) {
-      const int64_t left = job.rows - start, count = left < kRestart ? left : kRestart;
-      search.run(w + start, scale + start, count, job.codes + j * job.rows + start, level);
-      for (int64_t n = 0; n < count; n++) error[start + n] = (w[start + n] - scale[start + n] * level[n]) / pivot;
-    }
+    // Levels first, where errors will be.
+    search.run(w, scale, job.rows, job.codes + j * job.rows, error);
+    for (int64_t n = 0; n < job.rows; n++) error[n] = (w[n] - scale[n] * error[n]) / pivot;
     for (int64_t k = j + 1; k < job.count; k++) {
       const float share = job.upper[j * job.count + k];
       if (share == 0.0f) continue;

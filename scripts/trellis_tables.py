@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moeq.spec import RESTART, TRELLISES
+from moeq.spec import TRELLISES
 
 ROOT = Path(__file__).parent.parent
 PYTHON, HEADER = ROOT / "src" / "moeq" / "trellis" / "tables.py", ROOT / "csrc" / "trellis_tables.h"
@@ -31,8 +31,10 @@ TAPS = {1: (10, 4, 6, 41), 2: (36, 10, 81), 3: (4, 18, 35), 4: (18, 37)}
 LARGEST = {1: 31, 2: 31, 3: 63, 4: 127}
 """Code width -> the largest integer."""
 ROUNDS = 30
-COLUMNS = 4096
-HELD_OUT = 16384
+RUN = 512
+COLUMNS = 512
+HELD_OUT = 2048
+"""Rows of a column, and columns to train and to measure on."""
 
 
 def indices(bits: int, history: int, taps: tuple[int, ...]) -> Tensor:
@@ -68,8 +70,8 @@ def paths(x_RC: Tensor, levels: Tensor, index: Tensor) -> tuple[Tensor, float]:
 
 
 def gaussian(columns: int, seed: int) -> Tensor:
-    """Runs between restarts, (RESTART, C)."""
-    return torch.randn(RESTART, columns, generator=torch.Generator().manual_seed(seed))
+    """(RUN, C)."""
+    return torch.randn(RUN, columns, generator=torch.Generator().manual_seed(seed))
 
 
 def train(index: Tensor, levels: Tensor, x_RC: Tensor, rounds: int) -> tuple[Tensor, float]:
@@ -110,7 +112,7 @@ def search(bits: int, history: int, tries: int) -> None:
     middle = list(range(2, 1 << history, 2))
     pairs = [tap for tap in middle if tap.bit_count() <= 2]
     found = {}
-    x_RC = gaussian(400, 1)
+    x_RC = gaussian(50, 1)
     for _ in range(tries):
         ends = 1 | 1 << history | chosen.choice([0, *(tap for tap in middle if tap.bit_count() == 1)])
         taps = (*chosen.sample(pairs, len(TAPS[bits]) - 1), ends)
@@ -141,7 +143,7 @@ def python_file(tables: dict[int, tuple[list[int], float, float]]) -> str:
     lines += [f"UNITS: Final = {{{units}}}", '"""Code width -> what a standard deviation is in entries."""', ""]
     errors = ", ".join(f"{bits}: {error:.4f}" for bits, (_, _, error) in tables.items())
     lines += [f"ERRORS: Final = {{{errors}}}"]
-    lines += ['"""Code width -> mean squared error on Gaussian numbers of variance 1, restarts included."""', ""]
+    lines += ['"""Code width -> mean squared error on Gaussian numbers of variance 1."""', ""]
     return "\n".join(lines)
 
 
@@ -155,7 +157,6 @@ def header_file(tables: dict[int, tuple[list[int], float, float]]) -> str:
     lines = [
         '// Tables of the level set "trellis", made by scripts/trellis_tables.py; see src/moeq/trellis/tables.py.',
         "#pragma once\n\n#include <cstdint>\n\nnamespace moeq {\n",
-        f"constexpr int64_t kRestart = {RESTART};  // rows after which the history is zero again",
         "// By code width: codes above that matter, parities, and the bits that each of them is of.",
         f"constexpr int kHistory[5] = {{{inner([str(history) for history in TRELLISES.values()])}}};",
         f"constexpr int kParities[5] = {{{inner([str(len(tap)) for tap in TAPS.values()])}}};",

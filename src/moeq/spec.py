@@ -82,8 +82,6 @@ VECTORS = {
 
 TRELLISES = {1: 5, 2: 6, 3: 5, 4: 5}
 """Code width -> codes above a weight whose lowest bits choose its levels."""
-RESTART = 64
-"""Rows after which the history of a trellis is zero again: any such run of rows can be read by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

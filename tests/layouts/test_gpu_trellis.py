@@ -8,7 +8,7 @@ from test_grouped_gpu import TOLERANCE
 
 from moeq.kernels import facts
 from moeq.layouts.grouped import gpu, reference
-from moeq.spec import GROUP_SIZES, LEVELS, RESTART, TRELLISES, QuantSpec
+from moeq.spec import GROUP_SIZES, LEVELS, TRELLISES, QuantSpec
 from moeq.trellis.tables import TAPS
 
 pytestmark = pytest.mark.gpu
@@ -20,7 +20,7 @@ OTHERS = QuantSpec(bits=3, group_size=32), QuantSpec(bits=2, group_size=-1, leve
 @pytest.mark.parametrize("shape", [(1, 8), (40, 136), (150, 264), (65, 512)])
 @pytest.mark.parametrize("bits", TRELLISES)
 def test_linear(bits: int, shape: tuple[int, int], triton_device: torch.device) -> None:
-    """Whole and ragged blocks of rows and columns, over restarts, and every group size in turn."""
+    """Whole and ragged blocks of rows and columns, and every group size in turn."""
     torch.manual_seed(shape[0])
     group_size = GROUP_SIZES[(bits + shape[1]) % len(GROUP_SIZES)]
     matrix = matrix_of(QuantSpec(bits=bits, group_size=group_size, levels="trellis"), shape, triton_device)
@@ -56,7 +56,6 @@ def test_constants_of_the_kernels_are_those_of_the_format() -> None:
     pytest.importorskip("triton")
     from moeq.kernels import triton_records, triton_tiles, triton_trellis
 
-    assert triton_trellis.RESTART.value == RESTART
     assert triton_trellis.ENTRIES.value == len(facts.KERNEL_COLUMNS)
     assert triton_records.FACTS.value == facts.FACT_COLUMNS
     for bits, taps in TAPS.items():

@@ -12,7 +12,7 @@ from moeq.format.records import decode_in_chunks, decode_matrix, dequantize, pac
 from moeq.quantizers.gptq import Gptq
 from moeq.quantizers.trellis import Trellis, best_path, search_columns
 from moeq.recipe import Recipe
-from moeq.spec import RESTART, TRELLISES, QuantSpec, stored_bytes
+from moeq.spec import TRELLISES, QuantSpec, stored_bytes
 from moeq.trellis import codes as trellis
 from moeq.trellis.tables import ERRORS, TABLES, TAPS
 
@@ -25,7 +25,7 @@ def by_hand(codes: list[int], bits: int) -> list[float]:
     """What the codes of one column stand for, as docs/format.md says it."""
     found = []
     for row in range(len(codes)):
-        lowest = [codes[above] % 2 for above in range(row, row - row % 64 - 1, -1)]
+        lowest = [codes[above] % 2 for above in range(row, -1, -1)]
         number = codes[row] // 2
         for taps in reversed(TAPS[bits]):
             number = 2 * number + sum(bit for k, bit in enumerate(lowest) if taps >> k & 1) % 2
@@ -116,14 +116,6 @@ def test_what_is_stored_decodes_to_what_was_rounded(bits: int, shape: tuple[int,
         assert torch.equal(decode(record, spec, shape), expected)
         for rows in ((0, shape[0]), (shape[0] // 2, shape[0]), (shape[0] - 1, shape[0])):
             assert torch.equal(decode(record, spec, shape, rows=rows), expected[slice(*rows)])
-
-
-def test_runs_between_restarts_have_nothing_to_do_with_each_other() -> None:
-    w_NK, spec = weights(2 * RESTART, 128), spec_of(2)
-    whole = Trellis().quantize(w_NK, spec, None)
-    second = Trellis().quantize(w_NK[RESTART:], spec, None)
-    assert torch.equal(whole.codes_NK[RESTART:], second.codes_NK)
-    assert torch.equal(whole.scale_NG[RESTART:], second.scale_NG)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-7, 3e4, -2.0])

@@ -18,7 +18,7 @@ from moeq.calibration.workers import in_order
 from moeq.format.records import dequantize
 from moeq.model_parts import MoeLayer
 from moeq.quantizers.base import QuantizedMatrix, Quantizer
-from moeq.spec import RESTART, QuantSpec
+from moeq.spec import QuantSpec
 
 CHUNK_TOKENS = 2048
 """Tokens of an expert that are worked on together."""
@@ -88,7 +88,7 @@ def grouped(
         mine = dict(zip(layer.projections, specs[expert], strict=True))
         weights = [read(expert, name).to(device) for name in names]
         alike = len({mine[name] for name in names}) == 1
-        if alike and all(_rows_are_apart(weight, mine[names[0]]) for weight in weights):
+        if alike and _rows_are_apart(mine[names[0]]):
             parts = _in_one_go(weights, mine[names[0]], quantizer, hessian_KK)
         else:
             parts = [
@@ -102,9 +102,9 @@ def grouped(
     return work
 
 
-def _rows_are_apart(weight_NK: Tensor, spec: QuantSpec) -> bool:
+def _rows_are_apart(spec: QuantSpec) -> bool:
     """Whether rows that follow a matrix have nothing to do with it: codebooks are of blocks, histories go on."""
-    return spec.codebooks is None and not (spec.history and len(weight_NK) % RESTART)
+    return spec.codebooks is None and not spec.history
 
 
 def _in_one_go(

@@ -11,7 +11,6 @@ from torch import Tensor
 from moeq import native
 from moeq.spec import (
     BLOCK,
-    RESTART,
     WHOLE_ROW,
     Codebooks,
     QuantSpec,
@@ -180,8 +179,8 @@ def dequantize(
 ) -> Tensor:
     """w = scale * (code - zero), computed in float32, (N, K) in `dtype`.
 
-    For `vector` the entries that codes name, for `trellis` those that codes and the ones above them name: the first row
-    must be one where histories start.
+    For `vector` the entries that codes name, for `trellis` those that codes and the ones above them name: of rows from
+    the middle of a matrix the first `spec.history` come out wrong.
     """
     rows, columns = codes_NK.shape
     if spec.codebooks is not None:
@@ -245,22 +244,22 @@ def decode_in_chunks(
     if spec.codebooks is not None:
         return _decode_vectors(record, spec, shape, dtype, rows)
     columns = shape[1]
-    asked, last = rows or (0, shape[0])
-    first = asked // RESTART * RESTART if spec.history else asked
+    first, last = rows or (0, shape[0])
     scale_NG, zero_NG = unpack_scales(record, spec, shape)
     planes = [
         (width, record[offset : offset + size].view(shape[0], plane_row_bytes(columns, width)))
         for width, offset, size in sections(spec, shape).planes
     ]
     step = max(1, CHUNK_WEIGHTS // columns)
-    step = max(RESTART, step // RESTART * RESTART) if spec.history else step
     w_NK = torch.empty(last - first, columns, dtype=dtype, device=record.device)
     for start in range(first, last, step):
-        part = slice(start, min(last, start + step))
+        above = min(start, spec.history)  # rows that those of a trellis depend on
+        part = slice(start - above, min(last, start + step))
         codes = _join([(width, plane[part]) for width, plane in planes], columns)
         zero = None if zero_NG is None else zero_NG[part]
-        w_NK[start - first : part.stop - first] = dequantize(codes, scale_NG[part], zero, spec, dtype)
-    return w_NK[asked - first :]
+        some_NK = dequantize(codes, scale_NG[part], zero, spec, dtype)
+        w_NK[start - first : part.stop - first] = some_NK[above:]
+    return w_NK
 
 
 def _decode_vectors(

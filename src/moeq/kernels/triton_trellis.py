@@ -26,8 +26,6 @@ from moeq.kernels.triton_records import (
 
 ENTRIES: tl.constexpr = tl.constexpr(8)
 """Column of the facts of a record from which on its entries are, `moeq.kernels.facts.ENTRY_COLUMNS`."""
-RESTART: tl.constexpr = tl.constexpr(64)
-"""`moeq.spec.RESTART`."""
 
 
 @triton.constexpr_function
@@ -56,7 +54,7 @@ def odd_bytes(plane_N, at_K, row, row_N, BITS: tl.constexpr, PITCH: tl.constexpr
     for parity in tl.static_range(4):
         for back in tl.static_range(7):
             if (taps_of(BITS, parity) >> back) & 1:
-                there_N = row_N & (row % RESTART >= back)  # a trellis starts in between
+                there_N = row_N & (row >= back)
                 above_NK = tl.load(plane_N[:, None] - back * PITCH + at_K[None, :], mask=there_N[:, None], other=0)
                 words_NK ^= above_NK.to(tl.int32) << (8 * parity)
     return words_NK
@@ -117,7 +115,7 @@ def trellis_weights(data, facts, block, row, row_N, K: tl.constexpr, BITS: tl.co
     index_NK = plane_codes(high_N, block, stored_K, row_N, HIGH, K, FULL)
     index_NK = (index_NK if low_of(BITS) > 0 else index_NK >> 1) << PARITIES
     for back in tl.static_range(7):
-        there_N = row_N & (row % RESTART >= back)
+        there_N = row_N & (row >= back)
         above_NK = plane_codes(low_N - back * PITCH, block, stored_K, there_N, LAST, K, FULL) & 1
         for parity in tl.static_range(PARITIES):
             if (taps_of(BITS, parity) >> back) & 1:

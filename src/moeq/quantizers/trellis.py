@@ -6,7 +6,7 @@ the two fit together without approximation. What codes stand for is in `moeq.tre
 
 Scales come first, from the original weights: the search without feedback, then least squares.
 
-Legend: N output rows, K input columns, G groups per row, S columns of a block, R rows of a run between restarts.
+Legend: N output rows, K input columns, G groups per row, S columns of a block, C histories.
 """
 
 from typing import ClassVar
@@ -22,7 +22,7 @@ from moeq.quantizers.gptq import BLOCK, Gptq
 from moeq.quantizers.hessian import Factor, FactorCache, check_inputs
 from moeq.quantizers.levels import SCALE_MAX, check_finite, check_matrix, inverse, store_scale
 from moeq.quantizers.rtn import Rtn
-from moeq.spec import RESTART, TRELLISES, WHOLE_ROW, QuantSpec, num_groups
+from moeq.spec import TRELLISES, WHOLE_ROW, QuantSpec, num_groups
 from moeq.trellis import codes as trellis
 from moeq.trellis.tables import TABLES, TAPS, UNITS
 
@@ -156,8 +156,8 @@ def search_columns(bits: int, w_SN: Tensor, scale_SN: Tensor, upper_SS: Tensor) 
 
 
 def best_path(w_N: Tensor, scale_N: Tensor, bits: int) -> Tensor:
-    """Codes (N,) of least squared error, by Viterbi's search in all runs between restarts at once."""
-    rows, states = len(w_N), 1 << TRELLISES[bits]
+    """Codes (N,) of least squared error, by Viterbi's search."""
+    states = 1 << TRELLISES[bits]
     branch = torch.arange(states << bits)
     parity = trellis.parities(bits)[(branch >> bits) << 1 | (branch & 1)]
     level = torch.tensor(TABLES[bits], dtype=torch.float32)[
@@ -165,20 +165,17 @@ def best_path(w_N: Tensor, scale_N: Tensor, bits: int) -> Tensor:
     ]
     # Branches, a history and a code each, by the history that they lead to.
     order = torch.argsort(((branch >> bits) << 1 | (branch & 1)) & (states - 1), stable=True).view(states, -1)
-    padding = (0, -rows % RESTART)
-    w_RC = functional.pad(w_N, padding).view(-1, RESTART).t()
-    scale_RC = functional.pad(scale_N, padding).view(-1, RESTART).t()
-    cost = torch.full((w_RC.shape[1], states), 1e30)
-    cost[:, 0] = 0
+    comes_from, level = order >> bits, level[order]
+    cost_C = torch.full((states,), 1e30)
+    cost_C[0] = 0
     back = []
-    for w_C, scale_C in zip(w_RC, scale_RC, strict=True):
-        off = w_C[:, None, None] - scale_C[:, None, None] * level[order]
-        cost, chosen = (cost[:, order >> bits] + off.square()).min(2)
-        back.append(chosen)
-    state_C = cost.argmin(1)
+    for w, scale in zip(w_N.tolist(), scale_N.tolist(), strict=True):
+        cost_C, chosen_C = (cost_C[comes_from] + (w - scale * level).square()).min(1)
+        back.append(chosen_C)
+    state = int(cost_C.argmin())
     found = []
-    for chosen in reversed(back):
-        branch_C = order[state_C, chosen.gather(1, state_C[:, None])[:, 0]]
-        found.append(branch_C & ((1 << bits) - 1))
-        state_C = branch_C >> bits
-    return torch.stack(found[::-1]).t().reshape(-1)[:rows].to(torch.uint8)
+    for chosen_C in reversed(back):
+        chosen = int(order[state, chosen_C[state]])
+        found.append(chosen & ((1 << bits) - 1))
+        state = chosen >> bits
+    return torch.tensor(found[::-1], dtype=torch.uint8)

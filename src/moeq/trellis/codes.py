@@ -1,7 +1,7 @@
 """What codes of the level set "trellis" stand for (docs/format.md, "Trellis").
 
 A weight is scale * entry. The upper bits of a code and some parities of the lowest bits of it and of the codes above it
-in its column are the number of the entry; what is above the first row of a run of `RESTART` rows counts as zero.
+in its column are the number of the entry; what is above the first row counts as zero.
 
 Legend: N output rows, K input columns, G groups per row.
 """
@@ -9,7 +9,7 @@ Legend: N output rows, K input columns, G groups per row.
 import torch
 from torch import Tensor
 
-from moeq.spec import RESTART, TRELLISES
+from moeq.spec import TRELLISES
 from moeq.trellis.tables import TABLES, TAPS
 
 
@@ -18,11 +18,7 @@ def windows(codes_NK: Tensor, bits: int) -> Tensor:
     low_NK = codes_NK & 1
     found_NK = low_NK.clone()
     for back in range(1, TRELLISES[bits] + 1):
-        above_NK = torch.zeros_like(low_NK)
-        above_NK[back:] = low_NK[:-back] if back < len(low_NK) else low_NK[:0]
-        # Rows that are no further than that from a restart have nothing there.
-        inside_N = torch.arange(len(low_NK), device=codes_NK.device) % RESTART >= back
-        found_NK |= (above_NK << back) * inside_N.unsqueeze(1)
+        found_NK[back:] |= low_NK[: max(0, len(low_NK) - back)] << back
     return found_NK
 
 
@@ -38,7 +34,7 @@ def parities(bits: int) -> Tensor:
 
 
 def entries(codes_NK: Tensor, bits: int) -> Tensor:
-    """What codes stand for in units of their scales, float32, (N, K); the first row is one where a run starts."""
+    """What codes stand for in units of their scales, float32, (N, K); the first row is that of the matrix."""
     device = codes_NK.device
     table = torch.tensor(TABLES[bits], dtype=torch.float32, device=device)
     parity_NK = parities(bits).to(device)[windows(codes_NK, bits).long()]

@@ -67,7 +67,7 @@ def codebook_matrices() -> dict[str, PackedMatrix]:
 
 
 def trellis_matrices() -> dict[str, PackedMatrix]:
-    """Trellises of every width and group size, over more than one restart, and of many lengths of rows."""
+    """Trellises of every width and group size, and of many lengths of rows."""
     generator = seeded(6)
     found = {}
     for bits in TRELLISES:
