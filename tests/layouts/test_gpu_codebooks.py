@@ -37,6 +37,23 @@ def layer_of(kinds: tuple[QuantSpec, ...], hidden: int, inner: int, device: torc
     return PackedLayer(data=torch.cat(records).to(device), entries=tuple(entries), shapes=shapes, facts=facts)
 
 
+def check_experts(
+    kinds: tuple[QuantSpec, ...], dtype: torch.dtype, many: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six tokens by three experts whose matrices take the kinds in turn, as the reference has them."""
+    torch.manual_seed(1)
+    layer, module = layer_of(kinds, 136, 264, device), mixtral(136, 264, 3)
+    x_TH = torch.randn(6, 136, device=device).to(dtype)
+    index_Tk = torch.randint(0, 4, (6, 2), device=device)
+    weights_Tk = torch.rand(6, 2, device=device)
+    wanted = reference.experts(module, layer, x_TH.float(), index_Tk, weights_Tk)
+    if many:
+        monkeypatch.setattr("moeq.kernels.triton_launch.DECODE_FROM", 1)
+    answer = gpu.run_experts(module, layer, x_TH, index_Tk, weights_Tk)
+    assert answer.dtype == dtype
+    assert relative_error(answer, wanted) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("shape", [(1, 4), (40, 136), (300, 264), (17, 500), (257, 1024)])
 @pytest.mark.parametrize("bits", BOOKS)
 def test_linear(bits: int, shape: tuple[int, int], triton_device: torch.device) -> None:
@@ -58,14 +75,4 @@ def test_experts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Codebooks of both widths beside scalar levels; multiplied as they are, and decoded first."""
-    torch.manual_seed(1)
-    layer, module = layer_of(kinds, 136, 264, triton_device), mixtral(136, 264, 3)
-    x_TH = torch.randn(6, 136, device=triton_device).to(dtype)
-    index_Tk = torch.randint(0, 4, (6, 2), device=triton_device)
-    weights_Tk = torch.rand(6, 2, device=triton_device)
-    wanted = reference.experts(module, layer, x_TH.float(), index_Tk, weights_Tk)
-    if many:
-        monkeypatch.setattr("moeq.kernels.triton_launch.DECODE_FROM", 1)
-    answer = gpu.run_experts(module, layer, x_TH, index_Tk, weights_Tk)
-    assert answer.dtype == dtype
-    assert relative_error(answer, wanted) < TOLERANCE[dtype]
+    check_experts(kinds, dtype, many, triton_device, monkeypatch)

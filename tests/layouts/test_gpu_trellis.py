@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from packing_help import mixtral, relative_error
-from test_gpu_codebooks import layer_of, matrix_of
+from packing_help import relative_error
+from test_gpu_codebooks import check_experts, matrix_of
 from test_grouped_gpu import TOLERANCE
 
 from moeq.kernels import facts
@@ -39,17 +39,7 @@ def test_experts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All widths, and trellises beside scalar levels and codebooks; multiplied as they are, and decoded first."""
-    torch.manual_seed(1)
-    layer, module = layer_of(kinds, 136, 264, triton_device), mixtral(136, 264, 3)
-    x_TH = torch.randn(6, 136, device=triton_device).to(dtype)
-    index_Tk = torch.randint(0, 4, (6, 2), device=triton_device)
-    weights_Tk = torch.rand(6, 2, device=triton_device)
-    wanted = reference.experts(module, layer, x_TH.float(), index_Tk, weights_Tk)
-    if many:
-        monkeypatch.setattr("moeq.kernels.triton_launch.DECODE_FROM", 1)
-    answer = gpu.run_experts(module, layer, x_TH, index_Tk, weights_Tk)
-    assert answer.dtype == dtype
-    assert relative_error(answer, wanted) < TOLERANCE[dtype]
+    check_experts(kinds, dtype, many, triton_device, monkeypatch)
 
 
 def test_constants_of_the_kernels_are_those_of_the_format() -> None:
