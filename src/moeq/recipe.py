@@ -121,8 +121,8 @@ class Recipe:
         choose("mtp", self.mtp, MTP)
         choose("group-size", self.group_size, GROUP_SIZES)
         choose("levels", self.levels, ("auto", *SCALAR_LEVELS))
-        atoms = ("nsamples", self.nsamples, 1), ("seqlen", self.seqlen, 2), ("router-epochs", self.router_epochs, 1)
-        for name, value, least in (*atoms, ("seed", self.seed, 0)):
+        counts = ("nsamples", self.nsamples, 1), ("seqlen", self.seqlen, 2), ("router-epochs", self.router_epochs, 1)
+        for name, value, least in (*counts, ("seed", self.seed, 0)):
             if value < least:
                 raise OptionError(f"{value} is too small", option=name, fix=f"give at least {least}")
         if not self.damp > 0:

@@ -159,6 +159,7 @@ def _pooled(
     cost, labels = _make(recipe)
     joined = other_linears.linears(inventory, recipe)
     linears = other_linears.linear_cost(recipe, _options(recipe)) if joined else None
+    candidates = tuple(map(stand_in, what.candidates)) if _stands_in(recipe) else what.candidates
     with Reader(what.source, what.headers) as reader:
 
         def view(layer: int) -> LayerView:
@@ -171,7 +172,7 @@ def _pooled(
                 index=layer,
                 layer=shape,
                 read=read,
-                candidates=tuple(map(stand_in, what.candidates)) if _stands_in(recipe) else what.candidates,
+                candidates=candidates,
                 unit=str(recipe.unit),
                 device=device,
             )

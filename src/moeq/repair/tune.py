@@ -32,10 +32,8 @@ Progress = Callable[[int, int], None]
 """Called with (sequences done, sequences), the measuring of the loss before and after included."""
 
 LOSSES = ("task", "kl")
-SUBJECTS = ("routers", "model")
-"""What may be trained: routers alone, or with all parameters that are vectors: norms, biases."""
-MODEL_LR = 3e-4
-"""The usual rate for "model"; that of routers is 1e-4."""
+RATES = {"routers": 1e-4, "model": 3e-4}
+"""What may be trained, routers alone or with all parameters that are vectors (norms, biases) -> its usual rate."""
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 CHUNK_ELEMENTS = 1 << 24
@@ -50,7 +48,7 @@ class TuneOptions:
     """How routers are trained; the defaults are the paper's (GEMQ, implementation details).
 
     Attributes:
-        what: one of `SUBJECTS`.
+        what: one of `RATES`.
         loss: "task", the mean cross-entropy of the next token; "kl", the mean KL(original || packed).
         lr: AdamW's rate, constant.
         epochs: passes over the sequences, in their order, one sequence a step.
@@ -64,7 +62,7 @@ class TuneOptions:
     weight_decay: float = 1e-4
 
     def __post_init__(self) -> None:
-        if self.what not in SUBJECTS:
+        if self.what not in RATES:
             raise OptionError(f"{self.what!r} is not supported", option="tune", fix="choose routers or model")
         if self.loss not in LOSSES:
             raise OptionError(f"{self.loss!r} is no loss", option="loss", fix=f"choose one of {', '.join(LOSSES)}")

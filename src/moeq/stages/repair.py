@@ -20,7 +20,7 @@ from moeq.layouts.validate import validate_packed, verify_files
 from moeq.progress import Progress
 from moeq.recipe import Recipe
 from moeq.repair import store
-from moeq.repair.tune import MODEL_LR, TuneOptions
+from moeq.repair.tune import RATES, TuneOptions
 from moeq.report.card import ROUTERS_KEPT, ROUTERS_TUNED
 from moeq.report.tables import human_number, markdown_table
 from moeq.runtime import load
@@ -116,7 +116,7 @@ def run(
         StorageError: the disk is full or refuses.
     """
     started = time.perf_counter()
-    usual = MODEL_LR if tune == "model" else 1e-4
+    usual = RATES.get(tune, RATES["routers"])
     options = TuneOptions(
         what=tune, loss=loss or ("kl" if tune == "model" else "task"), lr=usual if lr is None else lr, epochs=epochs,
         weight_decay=weight_decay,

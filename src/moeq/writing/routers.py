@@ -27,7 +27,7 @@ from moeq.layouts.validate import validate_packed
 from moeq.progress import Progress
 from moeq.repair import store
 from moeq.repair.router import decoder_blocks, find_routers, find_vectors
-from moeq.repair.tune import MODEL_LR, Teacher, Tuned, TuneOptions, held_out_of, tune
+from moeq.repair.tune import RATES, Teacher, Tuned, TuneOptions, held_out_of, tune
 from moeq.report.card import RouterFacts
 from moeq.runtime import load
 from moeq.writing.decision import Decision
@@ -112,7 +112,7 @@ def tune_packed(
     assert tokens is not None
     options = TuneOptions(loss=str(recipe.router), lr=recipe.router_lr, epochs=recipe.router_epochs)
     if recipe.tune == "model":
-        options = replace(options, what="model", lr=MODEL_LR)
+        options = replace(options, what="model", lr=RATES["model"])
     note = journal.notes.get(ROUTERS)
     if note is not None:
         write_manifest(partial, updated(read_manifest(partial), {}, tokens, options))
