@@ -55,6 +55,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[errors.MoeqError], tuple[str, ...]]]
         errors.OptionError,
         ("option calibration", "gptq", "hqq"),
     ),
+    "a fit without text": (
+        {"method": "uniform", "quantizer": "rtn", "compensate": True},
+        errors.OptionError,
+        ("option compensate", "rtn", "gptq"),
+    ),
     "plan is not there": ({"bits": None, "plan": "no-plan.json"}, errors.ArtifactError, ("no-plan.json",)),
 }
 

@@ -31,6 +31,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add("--act-order", action=argparse.BooleanOptionalAction, help="gptq: important columns first (default on)")
     add("--damp", type=float, help="gptq: damping in mean diagonals (default 0.1)")
     add("--gain", action=argparse.BooleanOptionalAction, help="match the gain of what was rounded (default on)")
+    add("--compensate", action=argparse.BooleanOptionalAction, help="fit down to rounded gate and up (default: auto)")
     add("--device", help="auto (default), cpu or cuda[:n]")
     add("--plan", metavar="FILE", help="follow this plan instead of allocating")
     add("--costs", metavar="FILE", help="allocate by these costs (moeq measure) instead of measuring")

@@ -73,6 +73,7 @@ def _needs_text(given: Mapping[str, Any], chosen: str) -> bool:
         or (_sees_text(cost) and "costs" not in given)
         or given.get("router", own.router) != "none"
         or given.get("tune", "none") != "none"
+        or bool(given.get("compensate"))
     )
 
 

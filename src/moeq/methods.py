@@ -27,6 +27,7 @@ class Method:
         layout: storage layout.
         quantizer: the quantizer used when calibration text is given.
         dataless: the quantizer used when it is not.
+        compensate: whether down is fitted to what rounded gate and up answer, where there is text.
         router: loss that routers are tuned with after packing, or "none".
         paper: options that make of it what its paper has, where that is something else.
     """
@@ -41,6 +42,7 @@ class Method:
     layout: str = "grouped"
     quantizer: str = "gptq"
     dataless: str = "hqq"
+    compensate: bool = False
     router: str = "none"
     paper: Mapping[str, Any] = field(default_factory=dict)
 

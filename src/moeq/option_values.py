@@ -40,3 +40,15 @@ def choose(option: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         legal = ", ".join(str(choice) for choice in choices)
         raise OptionError(f"{value!r} is not supported", option=option, fix=f"choose one of {legal}")
+
+
+def numbers(text: str | None, option: str, what: str, example: str) -> tuple[float, ...]:
+    """The numbers of "3,2.5"; none without a text."""
+    if text is None:
+        return ()
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise OptionError(
+            f"{text!r} is not a list of {what}", option=option, fix=f"write for example {example}"
+        ) from None

@@ -11,7 +11,7 @@ from moeq.budget import Budget, parse_size
 from moeq.errors import OptionError
 from moeq.layouts.tiled.shape import MAX_RANK, RESIDUALS, TileOptions, tile_options
 from moeq.methods import METHODS, Method, method
-from moeq.option_values import choose, named_values, typed
+from moeq.option_values import choose, named_values, numbers, typed
 from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, TRELLISES, VECTORS, WHOLE_ROW, QuantSpec
 
 DENSE_KINDS = ("attention", "shared", "dense", "lm_head")
@@ -48,6 +48,7 @@ class Recipe:
         act_order: gptq: columns by falling importance.
         damp: gptq's damping, in mean diagonals of the Hessian.
         gain: rescale what was rounded to the original's length (docs/decisions/0013).
+        compensate: fit down to what rounded gate and up answer (docs/decisions/0030); None takes the method's own.
         device: "auto", "cpu" or "cuda[:n]".
         plan: path of a Plan to follow instead of allocating; a plan of components needs its `costs` too.
         cost: name of the cost that ranks units; None takes the method's own, as all that follow.
@@ -88,6 +89,7 @@ class Recipe:
     act_order: bool = True
     damp: float = 0.1
     gain: bool = True
+    compensate: bool | None = None
     device: str = "auto"
     plan: str | None = None
     cost: str | None = None
@@ -247,6 +249,7 @@ class Recipe:
             scope=(self.scope or row.scope) if known else None,
             shares=(self.shares or row.shares) if known else None,
             solver=(self.solver or row.solver) if known else None,
+            compensate=(own.compensate if self.compensate is None else self.compensate) and self.text is not None,
             router="kl" if self.tune == "model" else self.router or own.router,
         )
 
@@ -288,14 +291,7 @@ class Recipe:
 
     def progressive_bits(self) -> tuple[float, ...]:
         """The budgets before the last."""
-        if self.progressive is None:
-            return ()
-        try:
-            return tuple(float(part) for part in self.progressive.split(","))
-        except ValueError:
-            raise OptionError(
-                f"{self.progressive!r} is not a list of budgets", option="progressive", fix="write for example 3,2.5"
-            ) from None
+        return numbers(self.progressive, "progressive", "budgets", "3,2.5")
 
     def budget(self) -> Budget:
         """The budget that `bits`, `size` and `accounting` mean."""

@@ -3,6 +3,7 @@
 Legend: T tokens of the run, S tokens of one expert, H hidden, I expert width, N output rows, K input columns.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,8 @@ CHUNK_TOKENS = 2048
 STEP_TOKENS = 256
 MIN_TOKENS = 256
 """Statistics of an expert with fewer routed tokens are filled up with tokens of the whole layer."""
+RIDGE = 0.3
+"""What down may change by is held back as if every input had this many mean squares more."""
 STRIP = 256
 """Rows of a second moment that are computed together, from the diagonal on."""
 
@@ -44,8 +47,8 @@ class Rounded:
     decode: Callable[[torch.dtype], Tensor]
 
 
-Round = Callable[[int, list[str], Tensor], dict[str, Rounded]]
-"""(expert, projections that share their inputs, sum of x x^T over these inputs) -> projection -> rounded matrix."""
+Round = Callable[[int, dict[str, Tensor], Tensor], dict[str, Rounded]]
+"""(expert, weights (N, K) by projection, sum of x x^T over the inputs that they share) -> projection -> rounded."""
 Sink = Callable[[int, str, Any], None]
 """Takes (expert, projection, what is to be stored) in storage order."""
 
@@ -56,37 +59,33 @@ class ExpertsTask:
 
     Attributes:
         layer: its shapes.
+        read: (expert, projection) -> the source weights (N, K); threads call it.
         round: rounds matrices of an expert; threads call it.
         sink: takes what was rounded, in storage order.
         device: where the work is done.
+        compensate: down is fitted to what rounded gate and up answer, before it is rounded.
     """
 
     layer: MoeLayer
+    read: ReadMatrix
     round: Round
     sink: Sink
     device: torch.device
+    compensate: bool = False
 
 
-def grouped(
-    layer: MoeLayer,
-    specs: Sequence[Sequence[QuantSpec]],
-    read: ReadMatrix,
-    quantizer: Quantizer,
-    device: torch.device,
-) -> Round:
+def grouped(layer: MoeLayer, specs: Sequence[Sequence[QuantSpec]], quantizer: Quantizer) -> Round:
     """Rounds each matrix to its spec.
 
     Args:
         layer: its shapes.
         specs: expert -> projection (storage order) -> spec.
-        read: (expert, projection) -> the source weights (N, K); threads call it, as they do the quantizer.
-        quantizer: rounds a matrix given the second moments of its inputs.
-        device: where the work is done.
+        quantizer: rounds a matrix given the second moments of its inputs; threads call it.
     """
 
-    def work(expert: int, names: list[str], hessian_KK: Tensor) -> dict[str, Rounded]:
+    def work(expert: int, given: dict[str, Tensor], hessian_KK: Tensor) -> dict[str, Rounded]:
         mine = dict(zip(layer.projections, specs[expert], strict=True))
-        weights = [read(expert, name).to(device) for name in names]
+        names, weights = list(given), list(given.values())
         alike = len({mine[name] for name in names}) == 1
         if alike and _rows_are_apart(mine[names[0]]):
             parts = _in_one_go(weights, mine[names[0]], quantizer, hessian_KK)
@@ -256,22 +255,56 @@ def _quantize_expert(
 ) -> _Done:
     """Round one expert's matrices with the tokens `seen`, answer the `routed` ones."""
     projections = task.layer.projections
+    source = {name: task.read(expert, name).to(task.device) for name in projections}
+    down_HI = source.pop("down")
     hessian = _second_moment(
         ((x_TH.index_select(0, chunk), len(chunk)) for chunk in seen.split(CHUNK_TOKENS)), task.device
     )
-    rounded = task.round(expert, [name for name in projections if name != "down"], hessian)
+    rounded = task.round(expert, source, hessian)
     weights = {name: done.decode(x_TH.dtype).to(task.device) for name, done in rounded.items()}
     z_SI = _inner(experts, expert, x_TH, seen, weights, task.device)
     # Natural routing sees exactly the routed tokens: their activations serve both purposes.
     shared = torch.equal(seen, routed)
-    if shared:
+    if shared or task.compensate:
         z_SI = list(z_SI)
     hessian = _second_moment(z_SI, task.device)
-    rounded |= task.round(expert, ["down"], hessian)
+    if task.compensate:
+        wanted_SI = _inner(
+            experts, expert, x_TH, seen, {name: w.to(x_TH.dtype) for name, w in source.items()}, task.device
+        )
+        down_HI = _compensated(down_HI, zip(wanted_SI, z_SI, strict=True), hessian)
+    rounded |= task.round(expert, {"down": down_HI}, hessian)
     if not shared:
         z_SI = _inner(experts, expert, x_TH, routed, weights, task.device)
     answers = _answers(experts, expert, z_SI, rounded["down"].decode(x_TH.dtype).to(task.device))
     return _Done(rounded={name: rounded[name] for name in projections}, answers=answers)
+
+
+def _compensated(
+    down_HI: Tensor, chunks: Iterable[tuple[tuple[Tensor, int], tuple[Tensor, int]]], hessian_II: Tensor
+) -> Tensor:
+    """The down that answers to rounded gate and up what the original answers to the original ones.
+
+    Least squares: the minimum over D of sum ||W z - (W + D) z'||^2 + r ||D||^2, where z is what down would see and z'
+    what it will see; D = W (sum (z - z') z'^T) (sum z' z'^T + r)^-1. r is `RIDGE` mean diagonals (decision 0030).
+
+    Args:
+        down_HI: W.
+        chunks: rows of z and z', chunk by chunk, each with how many of the rows count.
+        hessian_II: sum z' z'^T.
+    """
+    ridge = RIDGE * float(hessian_II.diagonal().mean())
+    if not (ridge > 0 and math.isfinite(ridge)):
+        return down_HI
+    lost_II = torch.zeros_like(hessian_II)
+    for (z_SI, count), (rounded_SI, _) in chunks:
+        rounded = rounded_SI[:count].float()
+        lost_II.addmm_((z_SI[:count].float() - rounded).T, rounded)
+    damped_II = hessian_II + ridge * torch.eye(len(hessian_II), device=hessian_II.device)
+    factor_II, failed = torch.linalg.cholesky_ex(damped_II)
+    if int(failed) or not bool(torch.isfinite(lost_II).all()):
+        return down_HI
+    return down_HI.float() + down_HI.float() @ torch.cholesky_solve(lost_II.T, factor_II).T
 
 
 def _inner(

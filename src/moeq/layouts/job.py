@@ -1,6 +1,7 @@
 """What the writers of layouts are told."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -46,6 +47,7 @@ class Job:
         table: the costs that a plan of components came from, for their bases.
         gain: match the gain of components' scales.
         damp: damping of Hessians, in mean diagonals.
+        compensate: down is fitted to what rounded gate and up answer (docs/decisions/0030).
         tiles: choices of the tiled layout.
         seed: of everything random.
         noted: unit -> digest of its rounded weights, filled for a few units of each layer; what
@@ -62,6 +64,7 @@ class Job:
     table: ComponentTable | None = None
     gain: bool = True
     damp: float = 0.1
+    compensate: bool = False
     tiles: TileOptions = field(default_factory=TileOptions)
     seed: int = 0
     noted: dict[Unit, str] = field(default_factory=dict)
@@ -99,6 +102,10 @@ class Job:
         """The source weights (N, K) of a unit."""
         layer = self.inventory.layers[unit.layer]
         return self.reader.matrix(layer.sources[unit.projection], unit.expert, layer.shapes[unit.projection])
+
+    def matrices(self, layer: int) -> Callable[[int, str], Tensor]:
+        """(expert, projection) -> the source weights (N, K) of a layer."""
+        return lambda expert, name: self.matrix(Unit(layer=layer, expert=expert, projection=name))
 
     def dense_record(self, linear: DenseLinear) -> tuple[Tensor, QuantSpec]:
         """The matrix record of a linear outside the experts."""

@@ -68,6 +68,7 @@ def pack(
             table=decision.table,
             gain=recipe.gain,
             damp=recipe.damp,
+            compensate=bool(recipe.compensate),
             tiles=recipe.tiles(),
             seed=recipe.seed,
         )

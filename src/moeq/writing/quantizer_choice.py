@@ -2,6 +2,7 @@
 
 from typing import Any, Final
 
+from moeq.errors import OptionError
 from moeq.methods import method
 from moeq.quantizers.base import Quantizer
 from moeq.quantizers.registry import QUANTIZERS, make_quantizer
@@ -24,6 +25,18 @@ def chosen_quantizer(recipe: Recipe) -> Quantizer:
         OptionError: nobody knows its name.
     """
     return make_quantizer(str(recipe.quantizer), **quantizer_options(recipe, str(recipe.quantizer)))
+
+
+def check_compensation(asked: Recipe) -> None:
+    """Raise OptionError if a recipe asks by name for a fit of down that its quantizer or want of text rules out."""
+    settled = asked.settled()
+    found = QUANTIZERS.get(str(settled.quantizer))
+    if asked.compensate and not (settled.text and found is not None and found.needs_hessian):
+        raise OptionError(
+            f"{settled.quantizer} sees no text that down could be fitted to",
+            option="compensate",
+            fix="use --quantizer gptq or trellis, with text",
+        )
 
 
 def dataless_quantizer(recipe: Recipe) -> Quantizer:

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from moeq.calibration.experts import ExpertsTask, ReadMatrix, Round, grouped, quantize_experts
+from moeq.calibration.experts import ExpertsTask, Round, grouped, quantize_experts
 from moeq.calibration.spill import SpillPool
 from moeq.calibration.stream import Capture
 from moeq.layouts.grouped.stored import build_table
@@ -111,14 +111,11 @@ def round_records(
 
     task = ExpertsTask(
         layer=shape,
-        round=rounding or grouped(shape, specs, matrix_reader(job, layer), job.quantizer, job.device),
+        read=job.matrices(layer),
+        round=rounding or grouped(shape, specs, job.quantizer),
         sink=sink,
         device=job.device,
+        compensate=job.compensate,
     )
     y_TH, counts = quantize_experts(task, experts, capture)
     return y_TH, blob, counts
-
-
-def matrix_reader(job: Job, layer: int) -> ReadMatrix:
-    """(expert, projection) -> source weights (N, K)."""
-    return lambda expert, name: job.matrix(Unit(layer=layer, expert=expert, projection=name))

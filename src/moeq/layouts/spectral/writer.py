@@ -176,13 +176,12 @@ class ComponentRounding:
         self._slabs = {name: Slabs(job, layer, name, self._widths) for name in shape.projections}
         self._scales = make_quantizer("rtn", gain=job.gain)
 
-    def round(self, expert: int, names: list[str], hessian_KK: Tensor) -> dict[str, calibration.Rounded]:
+    def round(self, expert: int, weights: dict[str, Tensor], hessian_KK: Tensor) -> dict[str, calibration.Rounded]:
         """See `moeq.calibration.experts.Round`."""
         done = {}
-        for name in names:
+        for name, weight in weights.items():
             basis = self._bases[name]
-            unit = Unit(layer=self._layer, expert=expert, projection=name)
-            p_HI = shared_basis.components(self._job.matrix(unit), basis.inverse_HH, name)
+            p_HI = shared_basis.components(weight, basis.inverse_HH, name)
             widths_H = self._widths[name][expert]
             if name == "down":
                 rounded = round_plainly(self._job, p_HI, widths_H, self._form, hessian_KK)
@@ -241,7 +240,14 @@ class SpectralWriter(LayerWriter):
         """Components with error feedback."""
         job, shape = self._job, self._job.inventory.layers[self._layer]
         rounding = ComponentRounding(job, self._layer)
-        task = calibration.ExpertsTask(layer=shape, round=rounding.round, sink=rounding.sink, device=job.device)
+        task = calibration.ExpertsTask(
+            layer=shape,
+            read=job.matrices(self._layer),
+            round=rounding.round,
+            sink=rounding.sink,
+            device=job.device,
+            compensate=job.compensate,
+        )
         y_TH, counts = calibration.quantize_experts(task, experts, capture)
         size = blob_bytes(job.plan.form, job.plan.widths(self._layer, shape), *shape.shapes["down"])
         blob = pool.empty((size,), torch.uint8)

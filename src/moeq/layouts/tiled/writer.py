@@ -20,7 +20,7 @@ from moeq.calibration.experts import Survey
 from moeq.calibration.spill import SpillPool
 from moeq.calibration.stream import Capture
 from moeq.format.records import dequantize
-from moeq.layouts.grouped.writer import matrix_reader, record_table, round_records
+from moeq.layouts.grouped.writer import record_table, round_records
 from moeq.layouts.job import Job
 from moeq.layouts.layer_writer import Blob, Calibrated, LayerWriter
 from moeq.layouts.tiled.shape import FACTOR, TileForm
@@ -55,16 +55,18 @@ class TileRounding:
         """The sides of all projections, as they are stored."""
         return torch.cat([sides.data for sides in self._sides.values()])
 
-    def round(self, expert: int, names: list[str], hessian_II: Tensor | None) -> dict[str, calibration.Rounded]:
+    def round(
+        self, expert: int, weights: dict[str, Tensor], hessian_II: Tensor | None
+    ) -> dict[str, calibration.Rounded]:
         """See `moeq.calibration.experts.Round`."""
         done = {}
-        for name in names:
+        for name, weight in weights.items():
             unit = Unit(layer=self._layer, expert=expert, projection=name)
             spec = self._job.plan.spec(unit, self._shape.projections)
             sides = self._sides[name]
-            w_OI = self._job.matrix(unit).float()
+            w_OI = weight.float().to(self._job.device)
             low_OI = sides.low_rank(expert) if sides.form.rank else None
-            rest_OI = (w_OI if low_OI is None else w_OI - low_OI).to(self._job.device)
+            rest_OI = w_OI if low_OI is None else w_OI - low_OI.to(w_OI.device)
             order_I, moment_II = sides.order(expert), hessian_II
             if order_I is not None:
                 turn = (order_I.to(rest_OI.device), sides.form.block, sides.form.plain)
@@ -79,8 +81,9 @@ class TileRounding:
         """The residuals' records in storage order, rounded without data."""
         for expert in range(self._shape.num_experts):
             for name in self._shape.projections:
-                stored = self.round(expert, [name], None)[name].stored
-                record = self._job.settle(Unit(layer=self._layer, expert=expert, projection=name), stored)
+                unit = Unit(layer=self._layer, expert=expert, projection=name)
+                stored = self.round(expert, {name: self._job.matrix(unit)}, None)[name].stored
+                record = self._job.settle(unit, stored)
                 yield memoryview(record.numpy())  # type: ignore[arg-type]
 
 
@@ -245,7 +248,7 @@ class TiledWriter(LayerWriter):
         """Sides from what the experts were asked, then residuals as records."""
         job, layer = self._job, self._layer
         shape = job.inventory.layers[layer]
-        seen = calibration.survey(shape, matrix_reader(job, layer), experts, capture, job.device)
+        seen = calibration.survey(shape, job.matrices(layer), experts, capture, job.device)
         rounding = TileRounding(job, layer, seen)
         y_TH, blob, counts = round_records(job, layer, experts, capture, pool, rounding.round)
         return Calibrated(y_TH=y_TH, counts=counts, blobs=(blob, rounding.sides()))
