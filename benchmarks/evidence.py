@@ -35,12 +35,12 @@ def key_of(row: Row) -> Any:
 def text_of(calibration: str, bench: Bench) -> str | None:
     """What `--calibration` gets."""
     c4, mixture = str(bench.calibration), str(bench.data / MIXTURE)
-    return {"c4": c4, "mixture": mixture, "both": f"{c4}:0.5,{mixture}:0.5", "bundled": None}[calibration]
+    return {"c4": c4, "mixture": mixture, "both": f"{c4}:0.5,{mixture}:0.5", "bundled": "bundled"}[calibration]
 
 
 def costs_for(job: Row, options: dict[str, Any], bench: Bench) -> str | None:
     """The table of costs that a row needs, measured once for all rows that may share it."""
-    fixed = ("bits", "router", "scope", "shares", "progressive", "solver")
+    fixed = ("bits", "router", "scope", "shares", "progressive", "solver", "effort", "tune", "compensate")
     if "method" not in options:
         return None
     recipe = Recipe(**{name: value for name, value in options.items() if name not in fixed})
@@ -52,7 +52,8 @@ def costs_for(job: Row, options: dict[str, Any], bench: Bench) -> str | None:
     elif recipe.quantizer == "gptq":
         recipe = recipe.replace(quantizer=None, candidates=None)
     asked = (job["calibration"], job["seed"]) if settled.cost in TEXT_COSTS else None
-    return str(bench.costs(recipe, (settled.cost, settled.unit, recipe.options_of_cost(), asked)))
+    own = ("trellis",) if settled.quantizer == "trellis" else ()  # costs of plain levels serve all other quantizers
+    return str(bench.costs(recipe, (settled.cost, settled.unit, recipe.options_of_cost(), asked, *own)))
 
 
 def measure_one(job: Row, bench: Bench) -> Row:

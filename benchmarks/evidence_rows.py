@@ -68,7 +68,7 @@ GEMQ: dict[str, Row] = {
     "gemq, matrix units, full form": gemq("form=full"),
     "gemq, matrix units, gptq perturbation": gemq("perturb=gptq"),
     "gemq, expert units, no shares": gemq(unit="expert", shares="none"),
-    "as it comes, costs measured with trellises": {"cost_options": "perturb=trellis"},
+    "gemq as it comes, costs measured with trellises": {"method": "gemq", "cost_options": "perturb=trellis"},
     "gemq as in the paper": gemq("perturb=paper,floor=0", unit="expert", router="task"),
     "uniform, router tuning": {"method": "uniform", "router": "task"},
     "uniform, router tuning by kl": {"method": "uniform", "router": "kl"},
@@ -125,25 +125,51 @@ TILEQ: dict[str, Row] = {
 }
 
 DEFAULT: dict[str, Row] = {
-    "as it comes": {},
-    "as it comes, gptq": {"quantizer": "gptq"},
-    "as it comes, gptq, the worst text counts": {"quantizer": "gptq", "cost_options": "texts=worst"},
-    "as it comes, gptq, all tokens in one sum": {"quantizer": "gptq", "cost_options": "texts=pooled"},
+    "gemq as it comes": {"method": "gemq"},
+    "gemq as it comes, gptq": {"method": "gemq", "quantizer": "gptq"},
+    "gemq as it comes, gptq, the worst text counts": {
+        "method": "gemq",
+        "quantizer": "gptq",
+        "cost_options": "texts=worst",
+    },
+    "gemq as it comes, gptq, all tokens in one sum": {
+        "method": "gemq",
+        "quantizer": "gptq",
+        "cost_options": "texts=pooled",
+    },
 }
-"""No method named. Costs of each text apart, of chosen tokens of 48 sequences."""
+"""gemq as the methods' table has it. Costs of each text apart, of chosen tokens of 48 sequences."""
 
 TRELLIS: dict[str, Row] = {
     "uniform": MAIN["uniform"],
     "uniform, trellis": {"method": "uniform", "quantizer": "trellis"},
-    "as it comes, gptq": DEFAULT["as it comes, gptq"],
-    "as it comes": {},
+    "gemq as it comes, gptq": DEFAULT["gemq as it comes, gptq"],
+    "gemq as it comes": {"method": "gemq"},
 }
 """Trellis codes against scalar levels, all else equal."""
 
-TUNED: dict[str, Row] = {"as it comes, tuned": {"tune": "model"}}
+TUNED: dict[str, Row] = {"gemq as it comes, tuned": {"method": "gemq", "tune": "model"}}
 """Routers, norms and biases trained after packing."""
 
-MOST = MAIN | {"as it comes": DEFAULT["as it comes"]}
+AUTO: dict[str, Row] = {"auto": {"method": "auto", "effort": "fast"}}
+"""No method named, but for the check against uniform, which changes nothing where it is passed."""
+
+SHARES: dict[str, Row] = {
+    "auto, tuned": {"method": "auto", "effort": "fast", "tune": "model"},
+    "auto without trellises": {"method": "auto", "effort": "fast", "quantizer": "gptq"},
+    "auto without costs": {"method": "uniform", "quantizer": "trellis", "compensate": True},
+    "auto by expert": {"method": "auto", "effort": "fast", "unit": "expert"},
+    "auto, all tokens in one sum": {"method": "auto", "effort": "fast", "cost_options": "texts=pooled"},
+    "gemq as it comes": DEFAULT["gemq as it comes"],
+    "uniform": MAIN["uniform"],
+    "uniform, compensation": {"method": "uniform", "compensate": True},
+    "uniform, trellis": {"method": "uniform", "quantizer": "trellis"},
+    "gemq, matrix units": MAIN["gemq, matrix units"],
+    "gemq as it comes, gptq": DEFAULT["gemq as it comes, gptq"],
+}
+"""What each ingredient is worth: left out of auto, and put into uniform alone."""
+
+MOST = MAIN | {"gemq as it comes": DEFAULT["gemq as it comes"]}
 CONTRAST = MOST | {
     name: row
     for name, row in {**ALPHAQ, **GEMQ, **BITSMOE, **TILEQ}.items()
@@ -164,12 +190,26 @@ CONTRAST = MOST | {
 }
 """What decides the claims, for a second model."""
 
-METHODS: dict[str, Row] = {**MAIN, **DEFAULT, **TUNED, **TRELLIS, **QUANTIZERS, **ALPHAQ, **GEMQ, **BITSMOE, **TILEQ}
+METHODS: dict[str, Row] = {
+    **AUTO,
+    **SHARES,
+    **MAIN,
+    **DEFAULT,
+    **TUNED,
+    **TRELLIS,
+    **QUANTIZERS,
+    **ALPHAQ,
+    **GEMQ,
+    **BITSMOE,
+    **TILEQ,
+}
 """Row -> options beside budget, seed and calibration."""
 
 GROUPS: dict[str, tuple[str, dict[str, Row]]] = {
-    "default": ("The default", DEFAULT),
-    "bundled": ("The default", {"uniform": MAIN["uniform"]}),
+    "auto": ("auto", AUTO),
+    "shares": ("Shares of the ingredients", SHARES),
+    "default": ("gemq as it comes", DEFAULT),
+    "bundled": ("gemq as it comes", {"uniform": MAIN["uniform"]}),
     "main": ("Methods", MAIN),
     "quantizers": ("Quantizers of uniform bits", QUANTIZERS),
     "gemq": ("Parts of gemq", GEMQ),
@@ -177,7 +217,7 @@ GROUPS: dict[str, tuple[str, dict[str, Row]]] = {
     "bitsmoe": ("Parts of bitsmoe", BITSMOE),
     "tileq": ("Parts of tileq", TILEQ),
     "trellis": ("Trellis codes", TRELLIS),
-    "tuned": ("The default", TUNED),
+    "tuned": ("gemq as it comes", TUNED),
     "budgets": ("Methods", MOST),
     "seeds": ("Methods", MOST),
     "contrast": ("Methods", CONTRAST),
@@ -195,6 +235,8 @@ def wanted(groups: list[str], model: str) -> list[Row]:
             texts = ("both", "c4", "mixture", *(("bundled",) if group == "default" else ()))
         elif group == "bundled":
             texts = ("bundled",)
+        elif group == "auto":
+            budgets, seeds, texts = (BITS, 1.6, 3.125, 2.5), SEEDS, ("both", "c4", "mixture", "bundled")
         elif group == "tuned":
             texts = ("both", "c4", "mixture", "bundled")
         elif group == "trellis":
@@ -211,5 +253,8 @@ def wanted(groups: list[str], model: str) -> list[Row]:
             for text in texts
             for name in methods
             if not (group == "trellis" and text == "c4" and (seed or bits != BITS))
+            if not (group == "auto" and (bits in (1.6, 2.5) and (text != "both" or seed > 1)))
+            if not (group == "auto" and text == "bundled" and (seed or bits != BITS))
+            if not (group == "auto" and text in ("both", "mixture") and bits == 3.125 and seed)
         ]
     return found

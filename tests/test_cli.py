@@ -19,11 +19,12 @@ from moeq.recipe import Recipe
 DOCUMENTATION = Path(__file__).parent.parent / "docs" / "json.md"
 
 RECIPE_OPTIONS = (
-    "--recipe --method --bits --size --accounting --quantizer --group-size --levels --dense-bits --calibration "
-    "--preset --mtp --trust-remote-code --nsamples --seqlen --seed --routing --act-order --no-act-order --damp "
-    "--gain --no-gain --compensate --no-compensate --device --plan --costs --cost --cost-options --unit "
-    "--candidates --context --round-context --no-round-context --scope --shares --solver --router "
-    "--router-epochs --router-lr --tune --quality --no-quality --rank --allocation --tile-options --progressive"
+    "--recipe --method --effort --bits --size --accounting --quantizer --group-size --levels --dense-bits "
+    "--calibration --preset --mtp --trust-remote-code --nsamples --seqlen --seed --routing --act-order "
+    "--no-act-order --damp --gain --no-gain --compensate --no-compensate --device --plan --costs --cost "
+    "--cost-options --unit --candidates --context --round-context --no-round-context --scope --shares --solver "
+    "--router --router-epochs --router-lr --tune --quality --no-quality --rank --allocation --tile-options "
+    "--progressive"
 )
 OPTIONS = {
     "plan": f"model --json --save-plan {RECIPE_OPTIONS}",

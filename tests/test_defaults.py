@@ -26,9 +26,9 @@ def chosen(model: Path, **options: Any) -> tuple[str | None, str | None, str | N
 
 def test_what_is_chosen(demo_dir: Path, calibration_text: Path) -> None:
     text = str(calibration_text)
-    assert chosen(demo_dir) == ("gemq", "bundled", "trellis")
-    assert chosen(demo_dir, calibration=text) == ("gemq", text, "trellis")
-    assert chosen(demo_dir, calibration=text, levels="asym16") == ("gemq", text, "gptq")
+    assert chosen(demo_dir) == ("auto", "bundled", "trellis")
+    assert chosen(demo_dir, calibration=text) == ("auto", text, "trellis")
+    assert chosen(demo_dir, calibration=text, levels="asym16") == ("auto", text, "gptq")
     assert chosen(demo_dir, calibration="none") == ("uniform", "none", "hqq")
     assert chosen(demo_dir, quantizer="rtn") == ("uniform", "none", "rtn")
     assert chosen(demo_dir, method="uniform") == ("uniform", "bundled", "gptq")
@@ -44,7 +44,7 @@ def test_what_is_chosen(demo_dir: Path, calibration_text: Path) -> None:
     assert filled(demo_dir, {"plan": "x.json"}) == {"plan": "x.json", "calibration": "bundled"}
     assert filled(demo_dir, {"plan": "x.json", "quantizer": "rtn"}) == {"plan": "x.json", "quantizer": "rtn"}
     assert filled(demo_dir, {"plan": "x.json", "calibration": "none"}) == {"plan": "x.json", "calibration": "none"}
-    assert filled(demo_dir, {"method": None, "calibration": None})["method"] == "gemq"
+    assert filled(demo_dir, {"method": None, "calibration": None})["method"] == "auto"
 
 
 def test_a_model_that_takes_no_text(tmp_path: Path, demo_dir: Path) -> None:
@@ -95,7 +95,7 @@ def test_the_call_without_any_option(demo_dir: Path, tmp_path: Path, capsys: pyt
     words = ["quantize", str(demo_dir), str(out), "--bits", "2.5", "--json"]
     assert cli.main([*words, "--nsamples", "8", "--seqlen", "64", "--device", "cpu"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["method"] == "gemq"
+    assert said["method"] == "auto"
     assert [text["name"] for text in said["calibration"]] == ["bundled web", "bundled mixture"]
     assert set(said["quality_by_text"]) == {"bundled web", "bundled mixture"}
     recipe = json.loads((out / "moeq.json").read_text())["recipe"]

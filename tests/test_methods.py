@@ -33,5 +33,5 @@ def test_rows_name_things_that_exist(name: str) -> None:
 
 
 def test_unknown_methods_are_refused_with_the_choices() -> None:
-    with pytest.raises(OptionError, match="choose one of uniform"):
+    with pytest.raises(OptionError, match="choose one of auto, uniform"):
         method("magic")

@@ -10,7 +10,8 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a Recipe; defaults stay None so that a recipe file can fill them."""
     add = parser.add_argument
     add("--recipe", metavar="FILE", help="YAML file with any of the options below; the command line wins")
-    add("--method", help="how bits are allocated (default gemq; uniform without calibration text)")
+    add("--method", help="how bits are allocated (default auto; uniform without calibration text)")
+    add("--effort", help="auto: fast, normal (default: checked against uniform), best, or a time to keep to, as 2h")
     add("--preset", help="paper: the method as its paper has it, instead of what was measured to be best")
     add("--bits", type=float, help="mean stored bits per expert weight, scales and padding included")
     add("--size", help="bytes of the whole checkpoint instead: 8GB, 7.5GiB")
@@ -18,7 +19,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--quantizer",
         help="minmax, rtn, hqq, gptq, gptq-mc, trellis, vector "
-        "(default: trellis for gemq, gptq for others, hqq without calibration text)",
+        "(default: trellis for auto and gemq, gptq for others, hqq without calibration text)",
     )
     add("--group-size", type=int, help="inputs per scale: 32, 64, 128 (default) or -1 for whole rows")
     add("--levels", help="auto (default), asym, asym16, sym or half")

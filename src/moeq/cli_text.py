@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from moeq.artifacts import EvalResult
 from moeq.layouts.selftest import Check
+from moeq.report import trials
 from moeq.report.tables import human_bytes, plain_table
 from moeq.stages.allocate import AllocateReport
 from moeq.stages.bench import BenchReport
@@ -68,6 +69,7 @@ def plan(report: PlanReport) -> str:
         f"on disk    {human_bytes(report.disk_bytes)} with all other files",
         f"memory     about {human_bytes(report.ram_bytes)} while quantizing",
         f"time       very roughly {report.seconds / 60:.1f} min on two CPU cores",
+        *(f"  --effort {name}: {seconds / 60:.1f} min" for name, seconds in report.efforts.items()),
         f"quantized  {', '.join(report.quantized)}",
         f"untouched  {', '.join(report.untouched)}",
         f"plan       {report.plan_hash[:16]}",
@@ -151,6 +153,11 @@ def quantize(report: QuantizeReport) -> str:
             lines.append(f"  {text}: kl {found['kl']:.4f}, perplexity {found['perplexity']:.2f}")
     elif report.quality_note:
         lines.append(f"quality {report.quality_note}")
+    if any(trial.kl for trial in report.trials):
+        header, *rows = trials.rows_of(report.trials)
+        lines += ["", plain_table(header, rows)]
+    elif report.trials_note:
+        lines.append(report.trials_note)
     return "\n".join(lines)
 
 

@@ -15,8 +15,10 @@ from moeq.option_values import choose
 from moeq.quantizers.registry import QUANTIZERS
 from moeq.runtime.load import load_tokenizer, predicts_tokens
 
-METHOD: Final = "gemq"
+METHOD: Final = "auto"
 """The method where none was named and there is text."""
+PAPER: Final = "gemq"
+"""The method where a preset was named and no method."""
 PRESETS: Final = ("paper",)
 """paper: `moeq.methods.Method.paper`."""
 ALIKE: Final = ("vector",)
@@ -40,7 +42,8 @@ def filled(model: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
     preset = given.pop("preset", None)
     if preset is not None:
         choose("preset", preset, PRESETS)
-        given = dict(method(given.get("method", METHOD)).paper) | given
+        given = {"method": PAPER, **given}
+        given = dict(method(given["method"]).paper) | given
     named = QUANTIZERS.get(str(given.get("quantizer")))
     if "plan" in given:
         heard = "calibration" in given or (named is not None and not named.needs_hessian)

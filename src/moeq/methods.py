@@ -29,6 +29,7 @@ class Method:
         dataless: the quantizer used when it is not.
         compensate: whether down is fitted to what rounded gate and up answer, where there is text.
         router: loss that routers are tuned with after packing, or "none".
+        chooses: whether several recipes are tried and the best one is taken (`moeq.stages.auto`).
         paper: options that make of it what its paper has, where that is something else.
     """
 
@@ -44,6 +45,7 @@ class Method:
     dataless: str = "hqq"
     compensate: bool = False
     router: str = "none"
+    chooses: bool = False
     paper: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -65,6 +67,16 @@ class Method:
 
 
 METHODS = {
+    "auto": Method(
+        unit="matrix",
+        cost="fisher",
+        solver="auto",
+        candidates=(1, 2, 3),
+        shares="c2c3",
+        quantizer="trellis",
+        compensate=True,
+        chooses=True,
+    ),
     "uniform": Method(unit="none"),
     "pmq": Method(
         unit="expert", cost="output-error", solver="auto", scope="layer", candidates=(1, 2, 3), shares="c2c3"

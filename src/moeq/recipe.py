@@ -24,6 +24,7 @@ MTP = ("keep", "pack", "drop")
 UNITS, SCOPES = ("expert", "matrix", "component"), ("global", "layer")
 ROUTER_LOSSES = ("none", "task", "kl")
 TUNES = ("none", "model")
+EFFORTS = ("fast", "normal", "best")
 DEFAULT_CANDIDATES = (1, 2, 3, 4)
 
 
@@ -33,6 +34,7 @@ class Recipe:
 
     Attributes:
         method: a row of `moeq.methods.METHODS`.
+        effort: of auto: "fast", "normal" (None) or "best" (`moeq.stages.auto`), or a time to keep to, as "2h".
         bits: mean bits per expert weight, counted as `accounting` says.
         size: bytes of the whole checkpoint, as "8GB"; instead of `bits`.
         accounting: "bytes": `bits` covers scales, zeros and padding; "codes": code bits only.
@@ -74,6 +76,7 @@ class Recipe:
     """
 
     method: str = "uniform"
+    effort: str | None = None
     bits: float | None = None
     size: str | None = None
     accounting: str = "bytes"
@@ -159,6 +162,8 @@ class Recipe:
                 choose(name, value, choices)
         if self.tune == "model" and self.router not in (None, "kl"):
             raise OptionError(f"routers are tuned by kl, not {self.router}", option="tune", fix="drop --router")
+        if self.effort is not None and not method(self.method).chooses:
+            raise OptionError(f"method {self.method} tries nothing", option="effort", fix="use --method auto")
         if not 0 < self.router_lr <= 1:
             raise OptionError(f"{self.router_lr} is no learning rate", option="router-lr", fix="the usual is 0.0001")
         if self.round_context and self.context is None and self.progressive is None:
@@ -217,11 +222,8 @@ class Recipe:
         for other, row in METHODS.items():
             for name in row.own_options:
                 if name not in own and getattr(self, name) is not None:
-                    raise OptionError(
-                        f"it has no effect with method {self.method}",
-                        option=name.replace("_", "-"),
-                        fix=f"add --method {other}",
-                    )
+                    message, option = f"it has no effect with method {self.method}", name.replace("_", "-")
+                    raise OptionError(message, option=option, fix=f"add --method {other}")
 
     @property
     def choosing(self) -> Method:
@@ -249,6 +251,7 @@ class Recipe:
             scope=(self.scope or row.scope) if known else None,
             shares=(self.shares or row.shares) if known else None,
             solver=(self.solver or row.solver) if known else None,
+            effort=(self.effort or "normal") if own.chooses else None,
             compensate=(own.compensate if self.compensate is None else self.compensate) and self.text is not None,
             router="kl" if self.tune == "model" else self.router or own.router,
         )

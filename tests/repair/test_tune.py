@@ -76,7 +76,7 @@ def test_vectors_help_and_only_they_move(pack: Pack, ids: Tensor) -> None:
     everything = routers | find_vectors(model)
     assert len(everything) > len(routers)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    options = TuneOptions(what="model", loss="kl", lr=2e-3, epochs=4)
+    options = TuneOptions(what="model", loss="kl", lr=4e-3, epochs=4)
     held_out = held_out_of([0] * (len(ids) - 2) + [1, 1])
     assert held_out == [[1], [len(ids) - 1]]
     result = tune(model, everything, ids, options, teacher=original(packed), held_out=held_out)

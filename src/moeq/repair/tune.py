@@ -33,7 +33,10 @@ Progress = Callable[[int, int], None]
 
 LOSSES = ("task", "kl")
 RATES = {"routers": 1e-4, "model": 3e-4}
-"""What may be trained, routers alone or with all parameters that are vectors (norms, biases) -> its usual rate."""
+"""What may be trained, routers alone or with all parameters that are vectors (norms, biases) -> its usual rate.
+
+That of "model" falls to nothing in the end: steps of one sequence each would else leave their noise behind.
+"""
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 CHUNK_ELEMENTS = 1 << 24
@@ -50,7 +53,7 @@ class TuneOptions:
     Attributes:
         what: one of `RATES`.
         loss: "task", the mean cross-entropy of the next token; "kl", the mean KL(original || packed).
-        lr: AdamW's rate, constant.
+        lr: AdamW's rate; constant for routers, as the paper has it, and falling linearly for "model".
         epochs: passes over the sequences, in their order, one sequence a step.
         weight_decay: AdamW's decoupled decay.
     """
@@ -164,6 +167,17 @@ def tune(
     )
 
 
+@torch.no_grad()
+def divergences(model: nn.Module, ids_NT: Tensor, groups: Sequence[Sequence[int]], teacher: Teacher) -> list[float]:
+    """Mean KL(original || packed) over each group of sequences, in nats per position.
+
+    Raises:
+        CalibrationError: it is not finite.
+    """
+    objective = _Objective(model=model, loss="kl", teacher=teacher)
+    return [_measure(objective, ids_NT, group, lambda: None) for group in groups]
+
+
 def held_out_of(domain_N: Sequence[int]) -> list[list[int]]:
     """Every `HELD_OUT`-th sequence of each text, for texts of two sequences or more."""
     texts: dict[int, list[int]] = {}
@@ -185,8 +199,11 @@ def _train(
     optimizer = torch.optim.AdamW(
         masters.values(), lr=options.lr, betas=BETAS, eps=EPS, weight_decay=options.weight_decay
     )
+    total = options.epochs * len(seen)
     for epoch in range(options.epochs):
         for step, index in enumerate(seen):
+            if options.what == "model":
+                optimizer.param_groups[0]["lr"] = options.lr * (1 - (epoch * len(seen) + step) / total)
             loss = objective(index, ids_NT[index : index + 1])
             _check_finite(float(loss.detach()), epoch * len(seen) + step)
             loss.backward()

@@ -13,6 +13,7 @@ from moeq.checkpoint.rounded.registry import FORMATS
 from moeq.quantizers.registry import QUANTIZERS
 from moeq.recipe import Recipe
 from moeq.spec import WHOLE_ROW
+from moeq.stages import auto
 from moeq.writing import card_facts, weight_families
 from moeq.writing.calibration_text import tokens_for
 from moeq.writing.decision import Decision
@@ -39,6 +40,7 @@ class PlanReport:
         ram_bytes: estimate of peak memory, without quality measurement.
         disk_bytes: what the output directory will take.
         seconds: rough estimate on two CPU cores.
+        efforts: of method auto: effort -> rough seconds; empty for others.
         warnings: what the user should know before starting.
     """
 
@@ -65,6 +67,7 @@ class PlanReport:
     ram_bytes: int
     disk_bytes: int
     seconds: float
+    efforts: dict[str, float]
     warnings: tuple[str, ...]
 
 
@@ -75,6 +78,8 @@ def run(model: str | Path, recipe: Recipe) -> PlanReport:
         CheckpointError, BudgetError, OptionError: as `moeq quantize` would.
     """
     decision = decide.draft(model, recipe)
+    recipe = auto.within(recipe, decision) if auto.tries(recipe) else recipe
+    expected = auto.efforts(decision)
     inventory, plan = decision.inventory, decision.plan
     tokens, _ = tokens_for(decision.source, decision.recipe, chosen_quantizer(decision.recipe))
     if not decision.decided:
@@ -106,7 +111,8 @@ def run(model: str | Path, recipe: Recipe) -> PlanReport:
         untouched=tuple(sorted((set(rows) | {"other"}) - packed - {"experts"})),
         ram_bytes=_ram(decision),
         disk_bytes=decision.disk_bytes,
-        seconds=_seconds(decision),
+        seconds=_moving_seconds(decision) + (expected[recipe.effort or auto.USUAL] if expected else _seconds(decision)),
+        efforts=expected,
         warnings=_warnings(decision),
     )
 
@@ -127,10 +133,12 @@ def _ram(decision: Decision) -> int:
     return BASE_RAM + tokens * hidden * 14 + 5 * 4 * widest**2 + 24 * largest + block + scratch
 
 
+def _moving_seconds(decision: Decision) -> float:
+    return (decision.inventory.source_bytes + decision.sizes.total) / READ_WRITE_BYTES_PER_SECOND
+
+
 def _seconds(decision: Decision) -> float:
-    inventory = decision.inventory
-    moved = (inventory.source_bytes + decision.sizes.total) / READ_WRITE_BYTES_PER_SECOND
-    return moved + inventory.expert_parameters / QUANTIZERS[str(decision.recipe.quantizer)].weights_per_second
+    return decision.inventory.expert_parameters / QUANTIZERS[str(decision.recipe.quantizer)].weights_per_second
 
 
 def _rounded(decision: Decision) -> list[str]:

@@ -22,9 +22,10 @@ from moeq.format.manifest import read_manifest, write_manifest
 from moeq.progress import Progress
 from moeq.recipe import Recipe
 from moeq.report.card import CalibrationFacts, RouterFacts, model_card
+from moeq.report.trials import Trial, card_section
 from moeq.runtime.load import pick_device, predicts_tokens
 from moeq.spec import Unit
-from moeq.stages import verify
+from moeq.stages import auto, verify
 from moeq.stages.evaluate import held_out
 from moeq.writing import card_facts, directory, other_files, weight_families
 from moeq.writing.calibration_text import tokens_for
@@ -62,6 +63,8 @@ class QuantizeReport:
     quality_note: str | None
     verified: verify.VerifyReport
     seconds: dict[str, float]
+    trials: tuple[Trial, ...] = ()
+    trials_note: str = ""
 
 
 def run(
@@ -92,9 +95,11 @@ def run(
     Raises:
         MoeqError: of the kind that says what is wrong.
     """
-    budgets = recipe.progressive_bits()
+    budgets, once = recipe.progressive_bits(), _Once(model=model, resume=resume, command=command, progress=progress)
+    if auto.tries(recipe):
+        return _best(once, out, recipe)
     if not budgets:
-        return _once(model, out, recipe, resume=resume, command=command, progress=progress)
+        return once(out, recipe)
     source, out = open_source(model), Path(os.path.abspath(out))
     directory.check_free(source, out, directory.partial_of(out), resume)
     work = out.with_name(out.name + STAGES_SUFFIX)
@@ -108,11 +113,60 @@ def run(
             context=context,
             round_context=recipe.round_context and context is not None,
         )
-        if not _is_done(path, source, stage):
-            shutil.rmtree(path, ignore_errors=True)
-            _once(model, path, stage, resume=resume, command=command, progress=progress)
+        once.kept(path, source, stage)
         context = str(path)
-    report = _once(model, out, recipe, resume=resume, command=command, progress=progress, context=context)
+    report = once(out, recipe, context)
+    shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Once:
+    """Makes one checkpoint after the other, of one model and for one call."""
+
+    model: str | Path
+    resume: bool
+    command: str
+    progress: Progress | None
+
+    def __call__(self, out: str | Path, recipe: Recipe, context: str | None = None) -> QuantizeReport:
+        """As `run`, for one budget; costs are measured on `context` instead of the recipe's own."""
+        return _once(
+            self.model, out, recipe, resume=self.resume, command=self.command, progress=self.progress, context=context
+        )
+
+    def kept(self, path: Path, source: Path, stage: Recipe) -> QuantizeReport:
+        """The report of a checkpoint that may be there from an interrupted run; made anew if it is not."""
+        note = path.with_name(path.name + ".json")
+        if note.is_file() and _is_done(path, source, stage):
+            return codec.decode(QuantizeReport, codec.read_json(note))
+        shutil.rmtree(path, ignore_errors=True)
+        report = self(path, stage)
+        write_file_atomic(note, codec.canonical(codec.encode(report)))
+        return report
+
+
+def _best(once: _Once, out: str | Path, recipe: Recipe) -> QuantizeReport:
+    """The best of the candidates of method auto, with what was tried in card and report."""
+    source, out = open_source(once.model), Path(os.path.abspath(out))
+    directory.check_free(source, out, directory.partial_of(out), once.resume)
+    recipe = auto.within(recipe, draft(once.model, recipe))
+    if not auto.tries(recipe):
+        return once(out, recipe)
+    work = out.with_name(out.name + STAGES_SUFFIX)
+    found = auto.run(once.kept, source, work, out.name, recipe, once.progress)
+    card = found.path / "README.md"
+    text = card.read_text(encoding="utf-8").rstrip()
+    write_file_atomic(card, f"{text}\n\n{card_section(found.trials, found.note)}".encode())
+    report: QuantizeReport = dataclasses.replace(
+        found.report,
+        output=str(out),
+        directory_bytes=directory_bytes(found.path),
+        trials=found.trials,
+        trials_note=found.note,
+    )
+    _check_budget(recipe, report)
+    directory.publish(found.path, out)
     shutil.rmtree(work, ignore_errors=True)
     return report
 
@@ -127,7 +181,7 @@ def _once(
     progress: Progress | None,
     context: str | None = None,
 ) -> QuantizeReport:
-    """As `run`, for one budget; costs are measured on `context` instead of the recipe's own."""
+    """One checkpoint."""
     clock = _Clock()
     device = pick_device(recipe.device)
     decision = draft(model, recipe)

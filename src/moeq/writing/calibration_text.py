@@ -16,7 +16,7 @@ from moeq.recipe import Recipe
 from moeq.runtime.load import load_tokenizer
 
 HELD_OUT = 8
-"""Windows of calibration text kept aside to measure quality on; more if there are more texts."""
+"""Windows of calibration text kept aside to measure quality on."""
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> Template | None:
@@ -35,7 +35,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> Template | None:
 
 
 def calibration_tokens(
-    source: Path, recipe: Recipe, needed_by: str | None, instead: str = ""
+    source: Path, recipe: Recipe, needed_by: str | None, instead: str = "", held_out: int = HELD_OUT
 ) -> tuple[TokenBatch | None, TokenBatch | None]:
     """Calibration tokens, and a few windows after them that calibration will not see.
 
@@ -44,6 +44,7 @@ def calibration_tokens(
         recipe: names the texts, and how much of them.
         needed_by: what cannot do without, or None.
         instead: what else the user can do, for the message.
+        held_out: how many windows are kept aside; more if there are more texts.
 
     Raises:
         OptionError: no text was given, and it is needed; or the texts are named in a way that makes no sense.
@@ -57,7 +58,7 @@ def calibration_tokens(
     texts = parse_texts(recipe.text)
     shares = tuple(text.share for text in texts)
     counts = samples_of(shares, recipe.nsamples)
-    kept = samples_of(shares, max(HELD_OUT, len(texts)))
+    kept = samples_of(shares, max(held_out, len(texts)))
     tokenizer = load_tokenizer(source)
     batches, rests = [], []
     for text, count, more in zip(texts, counts, kept, strict=True):

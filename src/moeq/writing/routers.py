@@ -163,7 +163,7 @@ def retune(
     Raises: as `moeq.stages.repair.run`.
     """
     manifest = validate_packed(directory)
-    model = _load(directory, device)
+    model = loaded(directory, device)
     suite.check_vocabulary(model, (*tokens.ids_NT, *rows))
     paths = [layer.path for layer in manifest.layers if layer.attached]
     routers = find_routers(model, paths)
@@ -194,7 +194,8 @@ def retune(
     )
 
 
-def _load(directory: Path, device: torch.device) -> PreTrainedModel:
+def loaded(directory: Path, device: torch.device) -> PreTrainedModel:
+    """A packed checkpoint whose activations stay floats, in the dtype that is fast on a device."""
     model = load.load(directory, device=device, exact_activations=True)
     dtype = compute_dtype(model.dtype, device)
     return model if dtype == model.dtype else model.to(dtype)
