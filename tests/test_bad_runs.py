@@ -233,7 +233,7 @@ def test_ctrl_c_on_the_command_line(demo_dir: Path, calibration_text: Path, tmp_
     out = tmp_path / "out"
     # Without data the run would be over before the signal arrives.
     words = ["quantize", str(demo_dir), str(out), "--bits", "3.7", "--quantizer", "gptq", "--device", "cpu"]
-    words += ["--calibration", str(calibration_text), "--nsamples", "32", "--seqlen", "128"]
+    words += ["--effort", "fast", "--calibration", str(calibration_text), "--nsamples", "32", "--seqlen", "128"]
     with subprocess.Popen(
         [sys.executable, "-m", "moeq.cli", *words],
         stderr=subprocess.PIPE,

@@ -170,7 +170,8 @@ def test_measured_costs_survive_a_kill(
 def test_router_tuning_survives_a_kill(
     when: str, demo_dir: Path, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"bits": 3.0, "calibration": str(calibration_text), "quantizer": "rtn", "router": "task", **SMALL}
+    options = {"bits": 3.0, "calibration": str(calibration_text), "quantizer": "rtn", "router": "task"}
+    options |= SMALL | {"effort": "fast"}
     moeq.quantize(demo_dir, tmp_path / "whole", **options)
 
     class KilledError(BaseException):
