@@ -22,7 +22,7 @@ from moeq.recipe import Recipe
 from moeq.spec import QuantSpec, TensorInfo
 from moeq.writing import arrangement, other_files
 from moeq.writing.decision import Decision
-from moeq.writing.quantizer_choice import check_compensation, chosen_quantizer
+from moeq.writing.quantizer_choice import chosen_quantizer, settled
 
 COSTS_NAME = ".moeq-costs"
 """Measured costs of an unfinished run, so that one that goes on need not measure again."""
@@ -41,8 +41,7 @@ def draft(model: str | Path, recipe: Recipe, table: Table | None = None) -> Deci
     """
     source = open_source(model)
     inventory, headers = read_inventory(source, trust_remote_code=recipe.trust_remote_code)
-    check_compensation(recipe)
-    asked, recipe = recipe.quantizer, recipe.settled()
+    asked, recipe = recipe.quantizer, settled(recipe)
     if inventory.apart:
         _check_apart(recipe)
     elif recipe.router != "none" and weighted_beforehand(build_meta_model(source)):

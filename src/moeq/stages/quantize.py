@@ -31,7 +31,7 @@ from moeq.writing import card_facts, directory, other_files, weight_families
 from moeq.writing.calibration_text import tokens_for
 from moeq.writing.decision import Decision
 from moeq.writing.packing import pack
-from moeq.writing.quantizer_choice import chosen_quantizer
+from moeq.writing.quantizer_choice import chosen_quantizer, settled
 from moeq.writing.routers import REPAIRS, tune_packed
 
 QUALITY_BYTES = 2**30
@@ -224,7 +224,7 @@ def _is_done(path: Path, source: Path, stage: Recipe) -> bool:
         return False
     inventory, _ = read_inventory(source, trust_remote_code=stage.trust_remote_code)
     done = {name: value for name, value in manifest.recipe.items() if name != REPAIRS}
-    return manifest.model_hash == inventory.model_hash and done == codec.encode(stage.settled())
+    return manifest.model_hash == inventory.model_hash and done == codec.encode(settled(stage))
 
 
 class _Clock:

@@ -1,5 +1,6 @@
 """The quantizers that a recipe means, and their options."""
 
+from dataclasses import replace
 from typing import Any, Final
 
 from moeq.errors import OptionError
@@ -27,16 +28,23 @@ def chosen_quantizer(recipe: Recipe) -> Quantizer:
     return make_quantizer(str(recipe.quantizer), **quantizer_options(recipe, str(recipe.quantizer)))
 
 
-def check_compensation(asked: Recipe) -> None:
-    """Raise OptionError if a recipe asks by name for a fit of down that its quantizer or want of text rules out."""
-    settled = asked.settled()
-    found = QUANTIZERS.get(str(settled.quantizer))
-    if asked.compensate and not (settled.text and found is not None and found.needs_hessian):
+def settled(recipe: Recipe) -> Recipe:
+    """`Recipe.settled`; down is fitted only where the quantizer sees text.
+
+    Raises:
+        OptionError: the recipe asks for that by name where it does not.
+    """
+    found = recipe.settled()
+    quantizer = QUANTIZERS.get(str(found.quantizer))
+    if quantizer is None or (quantizer.needs_hessian and found.text):
+        return found
+    if recipe.compensate:
         raise OptionError(
-            f"{settled.quantizer} sees no text that down could be fitted to",
+            f"{found.quantizer} sees no text that down could be fitted to",
             option="compensate",
             fix="use --quantizer gptq or trellis, with text",
         )
+    return replace(found, compensate=False)
 
 
 def dataless_quantizer(recipe: Recipe) -> Quantizer:
