@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/cpu_trellis.py [--rounds 40]
 
-Both are called in turn on matrices in the cache; the ratio is the median over rounds. Then on half a gigabyte of matrices,
-one after the other, as a model that is larger than the cache is read. Quantizing is timed on the same matrix, all else
-equal.
+Both are called in turn on matrices in the cache; the ratio is the median over rounds. Then on half a gigabyte of
+matrices, one after the other, as a model that is larger than the cache is read. Quantizing is timed on the same matrix,
+all else equal.
 """
 
 import argparse

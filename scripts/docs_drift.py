@@ -25,6 +25,7 @@ from typing import Any
 import grimp
 import transformers
 
+import moeq_cli
 from moeq import cli
 from moeq.artifacts import EvalResult
 from moeq.layouts.selftest import Check
@@ -114,7 +115,7 @@ def options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
 
 def cli_page() -> str:
     """docs/cli.md as the parser would have it."""
-    parser = cli.build_parser()
+    parser = moeq_cli.build_parser()
     lines = [
         "# Command line",
         "",
@@ -155,7 +156,7 @@ def _parse_error(words: list[str]) -> str:
     silent = io.StringIO()
     try:
         with contextlib.redirect_stderr(silent), contextlib.redirect_stdout(io.StringIO()):
-            cli.build_parser().parse_args(words)
+            moeq_cli.build_parser().parse_args(words)
     except SystemExit as stop:
         return silent.getvalue().strip().rpartition("\n")[2] if stop.code else ""
     return ""

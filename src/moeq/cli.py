@@ -1,25 +1,26 @@
 """The command line: plan, inspect, measure, allocate, pareto, quantize, repair, eval, generate, bench, verify, doctor.
 
 stdout carries results (one JSON document with --json), stderr progress and errors. Exit status: 0 done,
-1 failed with a message, 2 wrong arguments, 130 interrupted.
+1 failed with a message, 2 wrong arguments, 130 interrupted. Arguments are read in `moeq_cli`, before this is imported.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging
 
 from moeq import cli_text, codec
 from moeq.allocation import decide as decisions
 from moeq.checkpoint.locate import resolve_packed
 from moeq.checkpoint.write import write_file_atomic
-from moeq.cli_args import build_parser
+from moeq.cli_progress import shown
 from moeq.defaults import filled
 from moeq.errors import InternalError, MoeqError, OutputError
 from moeq.layouts import trust
@@ -40,6 +41,7 @@ from moeq.stages import repair as repair_stage
 from moeq.stages import verify as verify_stage
 from moeq.version import __version__
 from moeq.writing import card_facts
+from moeq_cli import main
 
 BUDGETS = ("bits", "size", "plan")
 """Options of which one decides how large the result may be."""
@@ -62,12 +64,6 @@ def _check_file(option: str, file: str | None) -> None:
         raise OutputError("no file can be written there", file=file, option=option, fix="give a file name")
 
 
-@contextlib.contextmanager
-def _progress() -> Iterator[Any]:
-    with contextlib.ExitStack() as stack:
-        yield cli_text.Bars(stack)
-
-
 def _plan(args: argparse.Namespace) -> Any:
     recipe = _recipe(args)
     _check_file("save-plan", args.save_plan)
@@ -80,7 +76,7 @@ def _plan(args: argparse.Namespace) -> Any:
 def _measure(args: argparse.Namespace) -> Any:
     recipe = _recipe(args)
     _check_file("output", args.output)
-    with _progress() as progress:
+    with shown(quiet=args.quiet) as progress:
         table = measure_stage.run(args.model, recipe, progress, output=Path(args.output))
     return measure_stage.report(table, args.output)
 
@@ -108,7 +104,7 @@ def _pareto(args: argparse.Namespace) -> Any:
 
 
 def _repair(args: argparse.Namespace) -> Any:
-    with _progress() as progress:
+    with shown(quiet=args.quiet) as progress:
         return repair_stage.run(
             args.directory,
             args.output,
@@ -133,9 +129,9 @@ def _inspect(args: argparse.Namespace) -> Any:
 def _quantize(args: argparse.Namespace) -> Any:
     recipe = _recipe(args)
     _check_file("save-recipe", args.save_recipe)
-    words = [word for word in args.words if word not in ("--json", "--resume")]
+    words = [word for word in args.words if word not in ("--json", "--quiet", "--resume")]
     command = shlex.join(["moeq", *words])
-    with _progress() as progress:
+    with shown(quiet=args.quiet) as progress:
         report = quantize_stage.run(
             args.model, args.output, recipe, resume=args.resume, command=command, progress=progress
         )
@@ -146,7 +142,7 @@ def _quantize(args: argparse.Namespace) -> Any:
 
 
 def _eval(args: argparse.Namespace) -> Any:
-    with _progress() as progress:
+    with shown(quiet=args.quiet) as progress:
         return evaluate_stage.run(
             args.model,
             args.text,
@@ -163,7 +159,7 @@ def _eval(args: argparse.Namespace) -> Any:
 
 
 def _generate(args: argparse.Namespace) -> Any:
-    with _progress() as progress:
+    with shown(quiet=args.quiet) as progress:
         return generate_stage.run(
             args.model,
             args.prompt,
@@ -177,7 +173,7 @@ def _generate(args: argparse.Namespace) -> Any:
 
 
 def _bench(args: argparse.Namespace) -> Any:
-    with _progress() as progress:
+    with shown(quiet=args.quiet) as progress:
         return bench_stage.run(
             args.directory,
             prompt_tokens=args.prompt_tokens,
@@ -221,25 +217,20 @@ def document(verb: str, result: Any) -> dict[str, Any]:
     return {"verb": verb, "json_version": JSON_VERSION, "moeq_version": __version__, **body}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args(words)
-    args.words = words
-    run, text = VERBS[args.verb]
+def run(args: argparse.Namespace) -> int:
+    """Do what parsed arguments ask for; returns the exit status."""
+    verb, text = VERBS[args.verb]
     caches = os.environ.get("XDG_CACHE_HOME")
     if caches and Path(caches).is_absolute():  # others are to be ignored, says the XDG specification
         trust.keep_verdicts_in(Path(caches) / "moeq")
+    logging.disable_progress_bar()  # there is one display, and it is ours
     try:
-        result = run(args)
+        result = verb(args)
     except MoeqError as error:
         return _fail(args, type(error).__name__, str(error))
     except Exception as error:  # nothing but a typed error leaves the command line; the trace is for the report
         traceback.print_exc()
         return _fail(args, InternalError.__name__, str(InternalError.of(error)))
-    except KeyboardInterrupt:
-        print("interrupted" + ("; go on with --resume" if args.verb == "quantize" else ""), file=sys.stderr)
-        return 130
     if args.json:
         print(json.dumps(document(args.verb, result), indent=1))
     else:

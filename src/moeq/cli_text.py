@@ -1,10 +1,6 @@
 """What the command line shows people: progress bars and plain-text results."""
 
-import contextlib
 import textwrap
-from typing import Any
-
-from tqdm import tqdm
 
 from moeq.artifacts import EvalResult
 from moeq.layouts.selftest import Check
@@ -25,22 +21,6 @@ from moeq.writing.weight_families import Family
 
 WIDTH = 100
 """Columns of wrapped lines."""
-
-
-class Bars:
-    """Progress bars on stderr, one for each thing that is counted."""
-
-    def __init__(self, stack: contextlib.ExitStack) -> None:
-        self._stack = stack
-        self._bars: dict[str, Any] = {}
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Show that `done` of `total` are done."""
-        if what not in self._bars:
-            self._bars[what] = self._stack.enter_context(tqdm(total=total, desc=what, leave=True))
-        bar = self._bars[what]
-        bar.total = total  # kernels are asked for while others are compiled
-        bar.update(done - bar.n)
 
 
 def _families(rows: dict[str, Family]) -> str:

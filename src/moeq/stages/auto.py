@@ -99,7 +99,9 @@ def run(kept: Kept, source: Path, work: Path, name: str, recipe: Recipe, progres
         wanted = {recipe.method: wanted[recipe.method]}
     reports: dict[str, Any] = {}
     trials: dict[str, Trial] = {}
-    for each, stage in wanted.items():
+    for number, (each, stage) in enumerate(wanted.items(), start=1):
+        if progress is not None and len(wanted) > 1:
+            progress("candidates", number, len(wanted))
         options = _options(stage)
         try:
             made = reports[each] = kept(work / each / name, source, stage)

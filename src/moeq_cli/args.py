@@ -3,19 +3,59 @@
 import argparse
 from collections.abc import Callable
 
-from moeq.version import __version__
+import shtab
+
+from moeq_cli.parser import Parser, Version, usage
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a Recipe; defaults stay None so that a recipe file can fill them."""
-    add = parser.add_argument
-    add("--recipe", metavar="FILE", help="YAML file with any of the options below; the command line wins")
-    add("--method", help="how bits are allocated (default auto; uniform without calibration text)")
-    add("--effort", help="auto: fast, normal (default: checked against uniform), best, or a time to keep to, as 2h")
-    add("--preset", help="paper: the method as its paper has it, instead of what was measured to be best")
+    """The options of a Recipe, by what they are about; defaults stay None so that a recipe file can fill them."""
+    _budget_and_method(parser)
+    _calibration_arguments(parser)
+    _rounding_arguments(parser)
+    _allocation_arguments(parser)
+    add = parser.add_argument_group("advanced").add_argument
+    add("--dense-bits", help="other linears: 16 (default), 8, 6, 4, attention=4,shared=8,dense=8,lm_head=16, or auto")
+    add("--mtp", help="layers that predict further tokens: keep (default), pack or drop")
+    add("--rank", help="tileq: components of the shared factors; auto: what the budget leaves (default: few or none)")
+    add("--allocation", help="tileq: the method that chooses the residuals' widths, as gemq (default: all alike)")
+    add("--tile-options", metavar="NAME=VALUE,...", help="tileq: choices of its tiles, as grid=8x16,rotation=expert")
+    add("--progressive", metavar="BITS", help="falling budgets to go through before the last, as 3,2.5")
+    add("--context", metavar="DIR", help="measure costs on this packed checkpoint's activations and gradients")
+    add("--round-context", action=argparse.BooleanOptionalAction, help="costs of rounding the context once more")
+    add("--trust-remote-code", action="store_true", default=None, help=TRUST)
+
+
+def _budget_and_method(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("budget").add_argument
     add("--bits", type=float, help="mean stored bits per expert weight, scales and padding included")
     add("--size", help="bytes of the whole checkpoint instead: 8GB, 7.5GiB")
     add("--accounting", help="bytes (default) or codes: --bits counts code bits only, as papers do")
+    add = parser.add_argument_group("method").add_argument
+    add("--method", help="how bits are allocated (default auto; uniform without calibration text)")
+    add("--effort", help="auto: fast, normal (default: checked against uniform), best, or a time to keep to, as 2h")
+    add("--preset", help="paper: the method as its paper has it, instead of what was measured to be best")
+    add("--recipe", metavar="FILE", help="YAML file with any of these options; the command line wins")
+    add("--plan", metavar="FILE", help="follow this plan instead of allocating")
+    add("--costs", metavar="FILE", help="allocate by these costs (moeq measure) instead of measuring")
+    add("--device", help="auto (default), cpu or cuda[:n]")
+    add("--seed", type=int, help="seed of everything random (default 0)")
+
+
+def _calibration_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("calibration").add_argument
+    add("--calibration", metavar="TEXTS", help=TEXTS)
+    add("--nsamples", type=int, help="calibration sequences (default 128)")
+    add("--seqlen", type=int, help="tokens of a sequence (default 512)")
+    add("--routing", help="whose statistics see a token: natural (default), all, or r for top-k x r")
+    add("--quality", action=argparse.BooleanOptionalAction, help="measure small models on held-out text (default on)")
+    add("--tune", help="train after packing: none (default), or model: norms, biases and routers, by kl")
+    add("--router", help="tune routers after packing: none, task (next-token loss) or kl (to the original)")
+    _tuning_arguments(add)
+
+
+def _rounding_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("rounding").add_argument
     add(
         "--quantizer",
         help="minmax, rtn, hqq, gptq, gptq-mc, trellis, vector "
@@ -23,50 +63,47 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--group-size", type=int, help="inputs per scale: 32, 64, 128 (default) or -1 for whole rows")
     add("--levels", help="auto (default), asym, asym16, sym or half")
-    add("--dense-bits", help="other linears: 16 (default), 8, 6, 4, attention=4,shared=8,dense=8,lm_head=16, or auto")
-    add("--calibration", metavar="TEXTS", help=TEXTS)
-    add("--nsamples", type=int, help="calibration sequences (default 128)")
-    add("--seqlen", type=int, help="tokens of a sequence (default 512)")
-    add("--seed", type=int, help="seed of everything random (default 0)")
-    add("--routing", help="whose statistics see a token: natural (default), all, or r for top-k x r")
+    add("--compensate", action=argparse.BooleanOptionalAction, help="fit down to rounded gate and up (default: auto)")
     add("--act-order", action=argparse.BooleanOptionalAction, help="gptq: important columns first (default on)")
     add("--damp", type=float, help="gptq: damping in mean diagonals (default 0.1)")
     add("--gain", action=argparse.BooleanOptionalAction, help="match the gain of what was rounded (default on)")
-    add("--compensate", action=argparse.BooleanOptionalAction, help="fit down to rounded gate and up (default: auto)")
-    add("--device", help="auto (default), cpu or cuda[:n]")
-    add("--plan", metavar="FILE", help="follow this plan instead of allocating")
-    add("--costs", metavar="FILE", help="allocate by these costs (moeq measure) instead of measuring")
-    _cost_arguments(parser)
-    add("--scope", help="global: one program over the model; layer: each layer gets its share of the budget")
-    add("--shares", help="minimum shares in every layer: none, c2c3, 3:1,2:1 or 3+:10%%")
-    add("--solver", help="auto (default), milp, dp or lagrangian")
-    add("--router", help="tune routers after packing: none, task (next-token loss) or kl (to the original)")
-    _tuning_arguments(parser)
-    add("--tune", help="train after packing: none (default), or model: norms, biases and routers, by kl")
-    add("--quality", action=argparse.BooleanOptionalAction, help="measure small models on held-out text (default on)")
-    add("--rank", help="tileq: components of the shared factors; auto: what the budget leaves (default: few or none)")
-    add("--allocation", help="tileq: the method that chooses the residuals' widths, as gemq (default: all alike)")
-    add("--tile-options", metavar="NAME=VALUE,...", help="tileq: choices of its tiles, as grid=8x16,rotation=expert")
-    add("--mtp", help="layers that predict further tokens: keep (default), pack or drop")
-    add("--trust-remote-code", action="store_true", default=None, help=TRUST)
-    add("--progressive", metavar="BITS", help="falling budgets to go through before the last, as 3,2.5")
 
 
-def _cost_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+def _allocation_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("allocation").add_argument
     add("--cost", help="what ranks units: fisher, output-error, spectral-tail, weight-error (default: the method's)")
     add("--cost-options", metavar="NAME=VALUE,...", help="options of the cost, as gamma=12,noise=measured")
     add("--unit", help="expert or matrix: what gets its own width (default: the method's)")
     add("--candidates", help="code widths that a unit may get, as 1,2,3 (default: the method's)")
-    add("--context", metavar="DIR", help="measure costs on this packed checkpoint's activations and gradients")
-    add("--round-context", action=argparse.BooleanOptionalAction, help="costs of rounding the context once more")
+    add("--scope", help="global: one program over the model; layer: each layer gets its share of the budget")
+    add("--shares", help="minimum shares in every layer: none, c2c3, 3:1,2:1 or 3+:10%%")
+    add("--solver", help="auto (default), milp, dp or lagrangian")
 
 
-def _tuning_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--router-epochs", type=int, help="passes over the calibration text (default 1)")
-    parser.add_argument("--router-lr", type=float, help="learning rate of routers (default 0.0001)")
+def _tuning_arguments(add: Callable[..., argparse.Action]) -> None:
+    add("--router-epochs", type=int, help="passes over the calibration text (default 1)")
+    add("--router-lr", type=float, help="learning rate of routers (default 0.0001)")
 
 
+START = """start with:
+  moeq plan MODEL --bits 2.5             what would happen
+  moeq quantize MODEL OUT --bits 2.5     make it
+  moeq generate OUT "Once upon a time"   let it speak"""
+EXAMPLES = {
+    "plan": "moeq plan allenai/OLMoE-1B-7B-0924 --size 2.5GB",
+    "inspect": "moeq inspect OLMoE-3bit",
+    "quantize": "moeq quantize allenai/OLMoE-1B-7B-0924 OLMoE-2.5bit --bits 2.5 --calibration web.txt,code.jsonl",
+    "measure": "moeq measure OLMoE costs.json --calibration web.txt",
+    "allocate": "moeq allocate OLMoE plan.json --costs costs.json --bits 2.5 --svg widths.svg",
+    "pareto": "moeq pareto OLMoE --costs costs.json --points 40",
+    "repair": "moeq repair OLMoE-2.5bit OLMoE-tuned --tune model --reference OLMoE --calibration web.txt",
+    "eval": "moeq eval OLMoE-2.5bit --text wiki.txt --reference OLMoE",
+    "generate": 'moeq generate OLMoE-2.5bit "The old man looked at the sea and"',
+    "bench": "moeq bench OLMoE-2.5bit",
+    "verify": "moeq verify OLMoE-2.5bit",
+    "doctor": "moeq doctor --json",
+}
+"""Verb -> a call of it."""
 TEXTS = (
     "txt (a document per line), jsonl, parquet, directory, hub id; several: A:0.5,B:0.5; bundled[-web|-mixture], none"
 )
@@ -77,22 +114,26 @@ Verb = Callable[[str, str], argparse.ArgumentParser]
 """(name, what it does) -> its parser."""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """All verbs and options; frozen by a test."""
-    parser = argparse.ArgumentParser(
-        prog="moeq", allow_abbrev=False, description="Make Mixture-of-Experts language models small."
-    )
-    parser.add_argument("--version", action="version", version=f"moeq {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    parser = Parser(prog="moeq", description="Make Mixture-of-Experts language models small.", epilog=START)
+    parser.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
+    shtab.add_argument_to(parser, "--print-completion", help="print a script: bash, zsh, tcsh or fish")
+    parser._actions[-1].metavar = "SHELL"
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", prog="moeq")
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
         description = text[0].upper() + text[1:] + "."
-        sub = verbs.add_parser(name, help=text, allow_abbrev=False, description=description)
+        sub = verbs.add_parser(name, help=text, description=description, epilog=f"example:\n  {EXAMPLES[name]}")
         sub.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        sub.add_argument("--quiet", action="store_true", help="no progress")
+        parser.verbs[name] = sub
         return sub
 
     _making_verbs(verb)
     _using_verbs(verb)
+    for each in (parser, *parser.verbs.values()):
+        each.usage = usage(each)
     return parser
 
 
@@ -141,7 +182,7 @@ def _making_verbs(verb: Verb) -> None:
     repair.add_argument("--loss", choices=("task", "kl"), help="task (default for routers), or kl to --reference")
     repair.add_argument("--reference", metavar="MODEL", help="the original: for kl, and to report overlap")
     repair.add_argument("--device", default="auto", help="auto (default), cpu or cuda[:n]")
-    _tuning_arguments(repair)
+    _tuning_arguments(repair.add_argument)
 
 
 def _using_verbs(verb: Verb) -> None:
