@@ -51,4 +51,3 @@ def _leaving_at_once() -> Iterator[None]:
     finally:
         if ours:
             signal.signal(signal.SIGINT, before)
-
