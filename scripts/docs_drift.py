@@ -31,6 +31,7 @@ from moeq.artifacts import EvalResult
 from moeq.layouts.selftest import Check
 from moeq.stages.allocate import AllocateReport
 from moeq.stages.bench import BenchReport
+from moeq.stages.chat import ChatReport
 from moeq.stages.doctor import Device, DoctorReport, Route
 from moeq.stages.generate import GenerateReport
 from moeq.stages.inspect import InspectReport
@@ -62,6 +63,7 @@ REPORTS = {
     "repair": RepairReport,
     "eval": EvalResult,
     "generate": GenerateReport,
+    "run": ChatReport,
     "bench": BenchReport,
     "verify": VerifyReport,
     "doctor": DoctorReport,

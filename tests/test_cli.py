@@ -39,6 +39,7 @@ OPTIONS = {
     "eval": "model --json --quiet --text --reference --pairs --seqlen --max-tokens --batch-size --device "
     "--trust-remote-code",
     "generate": "model prompt --json --quiet --max-new-tokens --temperature --seed --device --trust-remote-code",
+    "run": "model --json --quiet --system --max-new-tokens --temperature --seed --device --trust-remote-code",
     "bench": "directory --json --quiet --prompt-tokens --new-tokens --threads --exact-activations",
     "verify": "directory --json --quiet --trust-remote-code",
     "doctor": "--json --quiet",

@@ -1,4 +1,4 @@
-"""The command line: plan, inspect, measure, allocate, pareto, quantize, repair, eval, generate, bench, verify, doctor.
+"""The command line: what each verb does with its arguments.
 
 stdout carries results (one JSON document with --json), stderr progress and errors. Exit status: 0 done,
 1 failed with a message, 2 wrong arguments, 130 interrupted. Arguments are read in `moeq_cli`, before this is imported.
@@ -20,6 +20,7 @@ from moeq import cli_text, codec
 from moeq.allocation import decide as decisions
 from moeq.checkpoint.locate import resolve_packed
 from moeq.checkpoint.write import write_file_atomic
+from moeq.cli_chat import converse
 from moeq.cli_progress import shown
 from moeq.defaults import filled
 from moeq.errors import InternalError, MoeqError, OutputError
@@ -29,6 +30,7 @@ from moeq.recipe_file import load_recipe
 from moeq.report.curves import curve_svg
 from moeq.stages import allocate as allocate_stage
 from moeq.stages import bench as bench_stage
+from moeq.stages import chat as chat_stage
 from moeq.stages import doctor as doctor_stage
 from moeq.stages import evaluate as evaluate_stage
 from moeq.stages import generate as generate_stage
@@ -159,10 +161,18 @@ def _eval(args: argparse.Namespace) -> Any:
 
 
 def _generate(args: argparse.Namespace) -> Any:
+    begun = False
+
+    def show(text: str) -> None:
+        nonlocal begun
+        print(text if begun else args.prompt + text, end="", flush=True)
+        begun = True
+
     with shown(quiet=args.quiet) as progress:
         return generate_stage.run(
             args.model,
             args.prompt,
+            show=None if args.json else show,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             seed=args.seed,
@@ -170,6 +180,22 @@ def _generate(args: argparse.Namespace) -> Any:
             trust_remote_code=args.trust_remote_code,
             compiled=lambda done, total: progress("kernels", done, total),
         )
+
+
+def _run(args: argparse.Namespace) -> Any:
+    with shown(quiet=args.quiet) as progress:
+        directory, chat = chat_stage.open_chat(
+            args.model,
+            sampling=chat_stage.Sampling(
+                max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed
+            ),
+            system=args.system,
+            device=args.device,
+            trust_remote_code=args.trust_remote_code,
+            compiled=lambda done, total: progress("kernels", done, total),
+        )
+    turns = converse(chat, silent=args.json)
+    return chat_stage.ChatReport(model=directory, template=chat.template, turns=turns)
 
 
 def _bench(args: argparse.Namespace) -> Any:
@@ -203,6 +229,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Any], str]
     "repair": (_repair, cli_text.repair),
     "eval": (_eval, cli_text.evaluate),
     "generate": (_generate, cli_text.generate),
+    "run": (_run, cli_text.chat),
     "bench": (_bench, cli_text.bench),
     "verify": (_verify, cli_text.verify),
     "doctor": (_doctor, cli_text.doctor),
@@ -234,7 +261,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(document(args.verb, result), indent=1))
     else:
-        print(text(result))
+        print(text(result), end="" if args.verb == "run" else "\n")
     if isinstance(result, doctor_stage.DoctorReport) and not result.ok:
         for failure in result.failures:
             print(f"moeq doctor: {failure}", file=sys.stderr)

@@ -8,6 +8,7 @@ from moeq.report import trials
 from moeq.report.tables import human_bytes, plain_table
 from moeq.stages.allocate import AllocateReport
 from moeq.stages.bench import BenchReport
+from moeq.stages.chat import ChatReport
 from moeq.stages.doctor import Device, DoctorReport
 from moeq.stages.generate import GenerateReport
 from moeq.stages.inspect import InspectReport
@@ -164,8 +165,13 @@ def evaluate(result: EvalResult) -> str:
 
 
 def generate(report: GenerateReport) -> str:
-    """Text of `moeq generate`."""
-    return report.prompt + report.continuation
+    """Text of `moeq generate`: it was shown while it came."""
+    return "" if report.continuation else report.prompt
+
+
+def chat(_: ChatReport) -> str:
+    """Text of `moeq run`: it was shown while it came."""
+    return ""
 
 
 def bench(report: BenchReport) -> str:

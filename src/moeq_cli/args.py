@@ -88,7 +88,7 @@ def _tuning_arguments(add: Callable[..., argparse.Action]) -> None:
 START = """start with:
   moeq plan MODEL --bits 2.5             what would happen
   moeq quantize MODEL OUT --bits 2.5     make it
-  moeq generate OUT "Once upon a time"   let it speak"""
+  moeq run OUT                           talk with it"""
 EXAMPLES = {
     "plan": "moeq plan allenai/OLMoE-1B-7B-0924 --size 2.5GB",
     "inspect": "moeq inspect OLMoE-3bit",
@@ -99,6 +99,7 @@ EXAMPLES = {
     "repair": "moeq repair OLMoE-2.5bit OLMoE-tuned --tune model --reference OLMoE --calibration web.txt",
     "eval": "moeq eval OLMoE-2.5bit --text wiki.txt --reference OLMoE",
     "generate": 'moeq generate OLMoE-2.5bit "The old man looked at the sea and"',
+    "run": "moeq run OLMoE-2.5bit",
     "bench": "moeq bench OLMoE-2.5bit",
     "verify": "moeq verify OLMoE-2.5bit",
     "doctor": "moeq doctor --json",
@@ -206,6 +207,15 @@ def _using_verbs(verb: Verb) -> None:
     generate.add_argument("--seed", type=int, default=0, help="seed of sampling (default 0)")
     generate.add_argument("--device", default="auto", help="auto (default), cpu or cuda[:n]")
     generate.add_argument("--trust-remote-code", action="store_true", help=TRUST)
+
+    run = verb("run", "talk with a model in the terminal")
+    run.add_argument("model", help="packed checkpoint or any model transformers loads")
+    run.add_argument("--system", metavar="TEXT", help="what the model is told before everything else")
+    run.add_argument("--max-new-tokens", type=int, default=512, help="tokens of an answer at most (default 512)")
+    run.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
+    run.add_argument("--seed", type=int, default=0, help="seed of sampling (default 0)")
+    run.add_argument("--device", default="auto", help="auto (default), cpu or cuda[:n]")
+    run.add_argument("--trust-remote-code", action="store_true", help=TRUST)
 
     bench = verb("bench", "measure tokens per second on the CPU, against what its memory allows")
     bench.add_argument("directory", help="what quantize wrote")

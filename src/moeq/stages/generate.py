@@ -9,6 +9,7 @@ from moeq.arch.gguf_source import open_source
 from moeq.errors import OptionError
 from moeq.runtime.ahead import Told
 from moeq.runtime.load import load_any, load_tokenizer
+from moeq.stages.chat import Pieces, Show
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +32,11 @@ def run(
     device: str = "auto",
     trust_remote_code: bool = False,
     compiled: Told | None = None,
+    show: Show | None = None,
 ) -> GenerateReport:
     """Continue `prompt`, greedily at temperature 0; `compiled` is told of kernels that are compiled for a GPU.
+
+    `show` gets the continuation piece by piece, as it comes.
 
     Code in its directory is run only with `trust_remote_code`, and only if transformers does not have the model.
 
@@ -57,6 +61,7 @@ def run(
             ids.to(loaded.device),
             attention_mask=torch.ones_like(ids).to(loaded.device),
             max_new_tokens=max_new_tokens,
+            streamer=None if show is None else Pieces(tokenizer, show),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **sampling,
         )
