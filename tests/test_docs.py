@@ -68,7 +68,7 @@ def test_what_a_page_says_works(page: str, tmp_path: Path) -> None:
             if words[0] == "moeq":
                 done = fresh.run(VERB, str(tmp_path), *words[1:])
                 assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
-                assert done.stdout, words
+                assert done.stdout or words[1] == "run", words  # nobody says anything there
             else:
                 assert shlex.join(words) in ELSEWHERE, f"{page}: nobody runs {shlex.join(words)}"
 

@@ -43,7 +43,7 @@ def test_every_error_is_documented_and_raised_somewhere(kind: type[MoeqError]) -
 def test_the_library_neither_prints_nor_exits_nor_reads_the_environment() -> None:
     forbidden = {"print", "exit", "quit", "input", "breakpoint", "sys.exit", "os._exit", "os.environ", "os.getenv"}
     for path in SOURCE.rglob("*.py"):
-        if path.name == "cli.py":
+        if path.name in ("cli.py", "cli_chat.py", "cli_progress.py"):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             named = node.func if isinstance(node, ast.Call) else node
