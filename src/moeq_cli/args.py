@@ -202,20 +202,12 @@ def _using_verbs(verb: Verb) -> None:
     generate = verb("generate", "continue a text")
     generate.add_argument("model", help="packed checkpoint or any model transformers loads")
     generate.add_argument("prompt", help="the text to continue")
-    generate.add_argument("--max-new-tokens", type=int, default=64, help="tokens to add (default 64)")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    generate.add_argument("--seed", type=int, default=0, help="seed of sampling (default 0)")
-    generate.add_argument("--device", default="auto", help="auto (default), cpu or cuda[:n]")
-    generate.add_argument("--trust-remote-code", action="store_true", help=TRUST)
+    _speaking_arguments(generate, 64, 0.0)
 
     run = verb("run", "talk with a model in the terminal")
     run.add_argument("model", help="packed checkpoint or any model transformers loads")
     run.add_argument("--system", metavar="TEXT", help="what the model is told before everything else")
-    run.add_argument("--max-new-tokens", type=int, default=512, help="tokens of an answer at most (default 512)")
-    run.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
-    run.add_argument("--seed", type=int, default=0, help="seed of sampling (default 0)")
-    run.add_argument("--device", default="auto", help="auto (default), cpu or cuda[:n]")
-    run.add_argument("--trust-remote-code", action="store_true", help=TRUST)
+    _speaking_arguments(run, 512, 0.7)
 
     bench = verb("bench", "measure tokens per second on the CPU, against what its memory allows")
     bench.add_argument("directory", help="what quantize wrote")
@@ -231,3 +223,13 @@ def _using_verbs(verb: Verb) -> None:
     verify.add_argument("--trust-remote-code", action="store_true", help=TRUST)
 
     verb("doctor", "test the compiled kernels of this machine and say what runs on them, for reports of bugs")
+
+
+def _speaking_arguments(parser: argparse.ArgumentParser, tokens: int, temperature: float) -> None:
+    """How a model speaks, with the usual values of a verb."""
+    add = parser.add_argument
+    add("--max-new-tokens", type=int, default=tokens, help=f"tokens to add at most (default {tokens})")
+    add("--temperature", type=float, default=temperature, help=f"0 is greedy (default {temperature:g})")
+    add("--seed", type=int, default=0, help="seed of sampling (default 0)")
+    add("--device", default="auto", help="auto (default), cpu or cuda[:n]")
+    add("--trust-remote-code", action="store_true", help=TRUST)
