@@ -187,3 +187,16 @@ def test_a_time_becomes_an_effort(demo_dir: Path) -> None:
     assert report.efforts["fast"] < report.efforts["normal"] < report.efforts["best"]
     assert moeq.plan(demo_dir, bits=2.5, effort="2h").seconds == moeq.plan(demo_dir, bits=2.5, effort="best").seconds
     assert moeq.plan(demo_dir, bits=2.5, method="gemq").efforts == {}
+
+
+def test_a_plan_is_carried_out_as_its_method_has_it(demo_dir: Path, tmp_path: Path) -> None:
+    """What is allocated and quantized in two steps is what one step gives."""
+    costs, plan = tmp_path / "costs.json", tmp_path / "plan.json"
+    small = {name: SMALL[name] for name in ("nsamples", "seqlen", "device")}
+    moeq.measure(demo_dir, **small).save(costs)
+    moeq.allocate(demo_dir, costs=str(costs), bits=2.5).save(plan)
+    moeq.quantize(demo_dir, tmp_path / "planned", plan=str(plan), quality=False, **small)
+    moeq.quantize(demo_dir, tmp_path / "whole", effort="fast", **SMALL)
+    assert shards(tmp_path / "planned") == shards(tmp_path / "whole")
+    moeq.quantize(demo_dir, tmp_path / "plain", plan=str(plan), quality=False, compensate=False, **small)
+    assert shards(tmp_path / "plain") != shards(tmp_path / "whole")

@@ -41,7 +41,7 @@ def draft(model: str | Path, recipe: Recipe, table: Table | None = None) -> Deci
     """
     source = open_source(model)
     inventory, headers = read_inventory(source, trust_remote_code=recipe.trust_remote_code)
-    asked, recipe = recipe.quantizer, settled(recipe)
+    asked, fit, recipe = recipe.quantizer, recipe.compensate, settled(recipe)
     if inventory.apart:
         _check_apart(recipe)
     elif recipe.router != "none" and weighted_beforehand(build_meta_model(source)):
@@ -62,6 +62,7 @@ def draft(model: str | Path, recipe: Recipe, table: Table | None = None) -> Deci
         plan = Plan.load(Path(recipe.plan))
         plan.check_model(inventory)
         recipe = _with_quantizer(recipe.replace(method=plan.method), asked, plan.specs)
+        recipe = settled(replace(recipe, compensate=fit))  # as the method of the plan has it
         table = _table_of(plan, recipe)
     else:
         if table is None and recipe.costs is not None:
