@@ -170,7 +170,7 @@ SHARES: dict[str, Row] = {
 """What each ingredient is worth: left out of auto, and put into uniform alone."""
 
 MOST = MAIN | {"gemq as it comes": DEFAULT["gemq as it comes"]}
-CONTRAST = MOST | {
+CONTRAST = MOST | AUTO | {
     name: row
     for name, row in {**ALPHAQ, **GEMQ, **BITSMOE, **TILEQ}.items()
     if name
