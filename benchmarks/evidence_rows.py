@@ -170,24 +170,28 @@ SHARES: dict[str, Row] = {
 """What each ingredient is worth: left out of auto, and put into uniform alone."""
 
 MOST = MAIN | {"gemq as it comes": DEFAULT["gemq as it comes"]}
-CONTRAST = MOST | AUTO | {
-    name: row
-    for name, row in {**ALPHAQ, **GEMQ, **BITSMOE, **TILEQ}.items()
-    if name
-    in (
-        "alphaq, gamma 0",
-        "alphaq, alpha shuffled",
-        "alphaq, alpha reversed",
-        "gemq, matrix units, progressive",
-        "bitsmoe, identity basis",
-        "bitsmoe, uniform bits",
-        "bitsmoe, budget per layer",
-        "tileq, rank 4",
-        "tileq, rank 4, random placement",
-        "tileq, private factors of the same bytes",
-        "tileq, rotation",
-    )
-}
+CONTRAST = (
+    MOST
+    | AUTO
+    | {
+        name: row
+        for name, row in {**ALPHAQ, **GEMQ, **BITSMOE, **TILEQ}.items()
+        if name
+        in (
+            "alphaq, gamma 0",
+            "alphaq, alpha shuffled",
+            "alphaq, alpha reversed",
+            "gemq, matrix units, progressive",
+            "bitsmoe, identity basis",
+            "bitsmoe, uniform bits",
+            "bitsmoe, budget per layer",
+            "tileq, rank 4",
+            "tileq, rank 4, random placement",
+            "tileq, private factors of the same bytes",
+            "tileq, rotation",
+        )
+    }
+)
 """What decides the claims, for a second model."""
 
 METHODS: dict[str, Row] = {
