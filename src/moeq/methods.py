@@ -5,7 +5,7 @@ which quantizer rounds them when the user names none. A new method is a row here
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moeq.errors import OptionError
@@ -66,17 +66,22 @@ class Method:
         return found
 
 
+GEMQ = Method(
+    unit="matrix",
+    cost="fisher",
+    solver="auto",
+    candidates=(1, 2, 3),
+    shares="c2c3",
+    quantizer="trellis",
+    paper={
+        "unit": "expert",
+        "quantizer": "gptq",
+        "router": "task",
+        "cost_options": "perturb=paper,floor=0,samples=0,tokens=0,texts=pooled",
+    },
+)
 METHODS = {
-    "auto": Method(
-        unit="matrix",
-        cost="fisher",
-        solver="auto",
-        candidates=(1, 2, 3),
-        shares="c2c3",
-        quantizer="trellis",
-        compensate=True,
-        chooses=True,
-    ),
+    "auto": replace(GEMQ, paper={}, compensate=True, chooses=True),
     "uniform": Method(unit="none"),
     "pmq": Method(
         unit="expert", cost="output-error", solver="auto", scope="layer", candidates=(1, 2, 3), shares="c2c3"
@@ -101,20 +106,7 @@ METHODS = {
             "frequency=false,rotation=expert",
         },
     ),
-    "gemq": Method(
-        unit="matrix",
-        cost="fisher",
-        solver="auto",
-        candidates=(1, 2, 3),
-        shares="c2c3",
-        quantizer="trellis",
-        paper={
-            "unit": "expert",
-            "quantizer": "gptq",
-            "router": "task",
-            "cost_options": "perturb=paper,floor=0,samples=0,tokens=0,texts=pooled",
-        },
-    ),
+    "gemq": GEMQ,
 }
 
 

@@ -22,19 +22,18 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**usual | options)
         self.verbs: dict[str, argparse.ArgumentParser] = {}
         """Verb -> its parser, for the parser of all verbs."""
+        self._words: list[str] = []
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and what was meant, in two lines."""
-        words = sys.argv[1:] if self._words is None else self._words
+        words = self._words
         verb = self.verbs.get(words[0]) if words and message.startswith(UNKNOWN) else None
         parser = verb or self
         self.exit(2, f"{parser.prog}: {_kinder(message, parser)}\nusage: {usage(parser)}  ({parser.prog} --help)\n")
 
-    _words: list[str] | None = None
-
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse's; remembers the words for messages."""
-        self._words = None if args is None else list(args)
+        self._words = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args(args, namespace)
 
 

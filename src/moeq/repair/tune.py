@@ -180,10 +180,15 @@ def divergences(model: nn.Module, ids_NT: Tensor, groups: Sequence[Sequence[int]
 
 def held_out_of(domain_N: Sequence[int]) -> list[list[int]]:
     """Every `HELD_OUT`-th sequence of each text, for texts of two sequences or more."""
+    return [indices[1::HELD_OUT] for indices in by_domain(domain_N).values() if len(indices) > 1]
+
+
+def by_domain(domain_N: Sequence[int]) -> dict[int, list[int]]:
+    """Text -> its sequences."""
     texts: dict[int, list[int]] = {}
     for index, domain in enumerate(domain_N):
         texts.setdefault(domain, []).append(index)
-    return [indices[1::HELD_OUT] for indices in texts.values() if len(indices) > 1]
+    return texts
 
 
 def _train(

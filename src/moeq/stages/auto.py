@@ -21,7 +21,7 @@ from moeq.methods import method
 from moeq.progress import Progress
 from moeq.quantizers.registry import QUANTIZERS
 from moeq.recipe import EFFORTS, Recipe
-from moeq.repair.tune import TuneOptions, divergences
+from moeq.repair.tune import TuneOptions, by_domain, divergences
 from moeq.report.trials import Trial, mean_kl
 from moeq.runtime.load import pick_device, predicts_tokens
 from moeq.stages import repair
@@ -261,14 +261,13 @@ def judged(
     """
     device = pick_device(recipe.device)
     inventory, _ = read_inventory(source, trust_remote_code=recipe.trust_remote_code)
-    names = [domain.name for domain in rest.domains]
-    groups = [[at for at, domain in enumerate(rest.domain_N) if domain == number] for number in range(len(names))]
+    groups = {rest.domains[number].name: indices for number, indices in by_domain(rest.domain_N).items()}
     found = {}
     with teaching(source, inventory, rest, TuneOptions(loss="kl"), device, scratch, None) as teacher:
         assert teacher is not None
         for number, (name, directory) in enumerate(made.items(), start=1):
-            losses = divergences(loaded(directory, device), rest.ids_NT, groups, teacher)
-            found[name] = dict(zip(names, losses, strict=True))
+            losses = divergences(loaded(directory, device), rest.ids_NT, [*groups.values()], teacher)
+            found[name] = dict(zip(groups, losses, strict=True))
             if progress is not None:
                 progress("compared", number, len(made))
     return found

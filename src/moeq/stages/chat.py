@@ -80,6 +80,12 @@ class Sampling:
         if not self.temperature >= 0:
             raise OptionError(f"{self.temperature} is negative", option="temperature", fix="give 0 for greedy, or more")
 
+    def arguments(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """What transformers' `generate` is told of it."""
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        how = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        return {"max_new_tokens": self.max_new_tokens, "pad_token_id": pad, **how}
+
 
 class Pieces(TextStreamer):
     """Hands on text as it is decoded; knows when the first piece came."""
@@ -170,21 +176,16 @@ class Chat:
         )
 
     def _generate(self, ids: list[int], pieces: Pieces) -> None:
-        sampling, model = self._sampling, self._model
-        how = {"do_sample": True, "temperature": sampling.temperature} if sampling.temperature else {"do_sample": False}
-        tokenizer = self._tokenizer
-        ids_1T = torch.tensor([ids], device=model.device)
-        with torch.random.fork_rng(enabled=sampling.temperature > 0), torch.inference_mode():
+        ids_1T = torch.tensor([ids], device=self._model.device)
+        with torch.random.fork_rng(enabled=self._sampling.temperature > 0), torch.inference_mode():
             torch.manual_seed(int(torch.randint(NO_LIMIT, (), generator=self._random)))
-            done = model.generate(
+            done = self._model.generate(
                 ids_1T,
                 attention_mask=torch.ones_like(ids_1T),
-                max_new_tokens=sampling.max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 past_key_values=self._cache,
                 return_dict_in_generate=True,
                 streamer=pieces,
-                **how,
+                **self._sampling.arguments(self._tokenizer),
             )
         self._cache, self._read = done.past_key_values, done.sequences[0].tolist()
 

@@ -9,7 +9,7 @@ from moeq.arch.gguf_source import open_source
 from moeq.errors import OptionError
 from moeq.runtime.ahead import Told
 from moeq.runtime.load import load_any, load_tokenizer
-from moeq.stages.chat import Pieces, Show
+from moeq.stages.chat import Pieces, Sampling, Show
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,26 +44,20 @@ def run(
         OptionError: empty prompt, or a count or temperature that makes no sense.
         CheckpointError, PackedError: the model cannot be loaded.
     """
-    if max_new_tokens < 1:
-        raise OptionError(f"{max_new_tokens} is too small", option="max-new-tokens", fix="give at least 1")
-    if temperature < 0:
-        raise OptionError(f"{temperature} is negative", option="temperature", fix="give 0 for greedy, or more")
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     directory = open_source(model)
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.numel() == 0:
         raise OptionError("the prompt has no tokens", option="prompt", fix="give some text")
     loaded = load_any(directory, device, exact_activations=None, trust_remote_code=trust_remote_code, compiled=compiled)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with torch.random.fork_rng(enabled=temperature > 0), torch.inference_mode():
         torch.manual_seed(seed)
         output = loaded.generate(
             ids.to(loaded.device),
             attention_mask=torch.ones_like(ids).to(loaded.device),
-            max_new_tokens=max_new_tokens,
             streamer=None if show is None else Pieces(tokenizer, show),
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **sampling,
+            **sampling.arguments(tokenizer),
         )
     added = output[0, ids.shape[1] :]
     return GenerateReport(
