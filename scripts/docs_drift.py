@@ -40,6 +40,7 @@ from moeq.stages.pareto import ParetoReport
 from moeq.stages.plan import PlanReport
 from moeq.stages.quantize import QuantizeReport
 from moeq.stages.repair import RepairReport
+from moeq.stages.serve import ServeReport
 from moeq.stages.verify import VerifyReport
 from moeq.version import __version__
 from moeq.writing.weight_families import Family
@@ -64,6 +65,7 @@ REPORTS = {
     "eval": EvalResult,
     "generate": GenerateReport,
     "run": ChatReport,
+    "serve": ServeReport,
     "bench": BenchReport,
     "verify": VerifyReport,
     "doctor": DoctorReport,

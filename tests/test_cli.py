@@ -40,6 +40,8 @@ OPTIONS = {
     "--trust-remote-code",
     "generate": "model prompt --json --quiet --max-new-tokens --temperature --seed --device --trust-remote-code",
     "run": "model --json --quiet --system --max-new-tokens --temperature --seed --device --trust-remote-code",
+    "serve": "model --json --quiet --host --port --api-key --served-name --max-new-tokens --running --waiting "
+    "--log-requests --device --trust-remote-code",
     "bench": "directory --json --quiet --prompt-tokens --new-tokens --threads --exact-activations",
     "verify": "directory --json --quiet --trust-remote-code",
     "doctor": "--json --quiet",

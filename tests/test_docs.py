@@ -3,6 +3,7 @@
 Examples with `>>>` are run by scripts/docs_drift.py. What takes minutes or a network is left to `make nightly`.
 """
 
+import contextlib
 import re
 import shlex
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import fresh
+import serving
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
@@ -27,6 +29,7 @@ ELSEWHERE = {
     "make demo": "minutes; `make nightly`",
     "pip install torch": "minutes; `make nightly`",
     "pip install .": "minutes; `make nightly`",
+    "pip install '.[serve]'": "installed with the rest",
 }
 """Commands that are not run here, and why."""
 SLOW = ("docs/methods.md",)
@@ -58,6 +61,11 @@ def commands(block: str) -> Iterator[list[str]]:
 )
 def test_what_a_page_says_works(page: str, tmp_path: Path) -> None:
     (tmp_path / "assets").symlink_to(ROOT / "assets")
+    with contextlib.ExitStack() as servers:
+        _typed(page, tmp_path, servers)
+
+
+def _typed(page: str, tmp_path: Path, servers: contextlib.ExitStack) -> None:
     for language, block in blocks(page, "bash", "sh", "console", "python"):
         if language == "python":
             if ">>>" not in block:
@@ -65,7 +73,10 @@ def test_what_a_page_says_works(page: str, tmp_path: Path) -> None:
                 assert done.returncode == 0, f"{block}\n{done.stderr}"
             continue
         for words in commands(block):
-            if words[0] == "moeq":
+            if words[:2] == ["moeq", "serve"]:  # it goes on for the rest of the page
+                place = (tmp_path / words[2], *words[3:])
+                servers.enter_context(serving.started(*place)).stop_later(servers)
+            elif words[0] == "moeq":
                 done = fresh.run(VERB, str(tmp_path), *words[1:])
                 assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
                 assert done.stdout or words[1] == "run", words  # nobody says anything there

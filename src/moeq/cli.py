@@ -40,6 +40,7 @@ from moeq.stages import pareto as pareto_stage
 from moeq.stages import plan as plan_stage
 from moeq.stages import quantize as quantize_stage
 from moeq.stages import repair as repair_stage
+from moeq.stages import serve as serve_stage
 from moeq.stages import verify as verify_stage
 from moeq.version import __version__
 from moeq.writing import card_facts
@@ -198,6 +199,30 @@ def _run(args: argparse.Namespace) -> Any:
     return chat_stage.ChatReport(model=directory, template=chat.template, turns=turns)
 
 
+def _serve(args: argparse.Namespace) -> Any:
+    def listening(address: str, name: str) -> None:
+        if not args.quiet:
+            print(f"{name} answers at {address}/v1, Ctrl-C stops it", file=sys.stderr, flush=True)
+
+    with shown(quiet=args.quiet) as progress:
+        compiled: Callable[[int, int], None] = lambda done, total: progress("kernels", done, total)  # noqa: E731
+    return serve_stage.run(
+        args.model,
+        host=args.host,
+        port=args.port,
+        name=args.served_name,
+        key=args.api_key if args.api_key is not None else os.environ.get("MOEQ_API_KEY"),
+        max_new_tokens=args.max_new_tokens,
+        running=args.running,
+        waiting=args.waiting,
+        device=args.device,
+        trust_remote_code=args.trust_remote_code,
+        compiled=compiled,
+        listening=listening,
+        requests=args.log_requests,
+    )
+
+
 def _bench(args: argparse.Namespace) -> Any:
     with shown(quiet=args.quiet) as progress:
         return bench_stage.run(
@@ -230,6 +255,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Any], str]
     "eval": (_eval, cli_text.evaluate),
     "generate": (_generate, cli_text.generate),
     "run": (_run, cli_text.chat),
+    "serve": (_serve, cli_text.serve),
     "bench": (_bench, cli_text.bench),
     "verify": (_verify, cli_text.verify),
     "doctor": (_doctor, cli_text.doctor),

@@ -17,6 +17,7 @@ from moeq.stages.pareto import ParetoReport
 from moeq.stages.plan import PlanReport
 from moeq.stages.quantize import QuantizeReport
 from moeq.stages.repair import RepairReport
+from moeq.stages.serve import ServeReport
 from moeq.stages.verify import VerifyReport
 from moeq.writing.weight_families import Family
 
@@ -172,6 +173,11 @@ def generate(report: GenerateReport) -> str:
 def chat(_: ChatReport) -> str:
     """Text of `moeq run`: it was shown while it came."""
     return ""
+
+
+def serve(report: ServeReport) -> str:
+    """Text of `moeq serve`, when it has ended."""
+    return f"served {report.answers:,} answers of {report.tokens:,} tokens in {report.seconds:,.0f} s"
 
 
 def bench(report: BenchReport) -> str:

@@ -100,6 +100,7 @@ EXAMPLES = {
     "eval": "moeq eval OLMoE-2.5bit --text wiki.txt --reference OLMoE",
     "generate": 'moeq generate OLMoE-2.5bit "The old man looked at the sea and"',
     "run": "moeq run OLMoE-2.5bit",
+    "serve": "moeq serve OLMoE-2.5bit --port 8000",
     "bench": "moeq bench OLMoE-2.5bit",
     "verify": "moeq verify OLMoE-2.5bit",
     "doctor": "moeq doctor --json",
@@ -208,6 +209,19 @@ def _using_verbs(verb: Verb) -> None:
     run.add_argument("model", help="packed checkpoint or any model transformers loads")
     run.add_argument("--system", metavar="TEXT", help="what the model is told before everything else")
     _speaking_arguments(run, 512, 0.7)
+
+    serve = verb("serve", "serve a model through OpenAI's interface (/v1/chat/completions, /v1/completions)")
+    serve.add_argument("model", help="packed checkpoint or any model transformers loads")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default 8000)")
+    serve.add_argument("--api-key", metavar="KEY", help="what clients must send (default: MOEQ_API_KEY, or none)")
+    serve.add_argument("--served-name", metavar="NAME", help="what clients call the model (default: the directory)")
+    serve.add_argument("--max-new-tokens", type=int, default=4096, help="tokens of an answer at most (default 4096)")
+    serve.add_argument("--running", type=int, default=8, help="answers made at the same time (default 8)")
+    serve.add_argument("--waiting", type=int, default=64, help="answers made or waiting at most (default 64)")
+    serve.add_argument("--log-requests", action="store_true", help="a line on stderr for each request")
+    serve.add_argument("--device", default="auto", help="auto (default), cpu or cuda[:n]")
+    serve.add_argument("--trust-remote-code", action="store_true", help=TRUST)
 
     bench = verb("bench", "measure tokens per second on the CPU, against what its memory allows")
     bench.add_argument("directory", help="what quantize wrote")

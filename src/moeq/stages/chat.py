@@ -8,12 +8,13 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from moeq.arch.gguf_source import open_source
 from moeq.errors import OptionError
 from moeq.runtime.ahead import Told
 from moeq.runtime.load import load_any, load_tokenizer
+from moeq.runtime.prefix import kept
 
 Show = Callable[[str], None]
 """Takes the next piece of an answer."""
@@ -153,7 +154,9 @@ class Chat:
         except OptionError:
             self._said.pop()
             raise
-        cached = self._keep_cache(ids)
+        cached = kept(self._cache, self._read, ids)
+        if not cached:
+            self._cache, self._read = None, []
         pieces, started, stopped = Pieces(self._tokenizer, show), time.perf_counter(), False
         try:
             self._generate(ids, pieces)
@@ -211,21 +214,6 @@ class Chat:
                 f"{len(ids)} tokens are more than the model can hold ({limit})", option="prompt", fix="say less"
             )
         return ids
-
-    def _keep_cache(self, ids: list[int]) -> int:
-        """Keep of the cache what the new tokens begin with, if it can be cut; how many tokens that is."""
-        if self._cache is None:
-            return 0
-        held = int(self._cache.get_seq_length())
-        same = next((at for at, (a, b) in enumerate(zip(ids, self._read, strict=False)) if a != b), None)
-        same = min(held, len(self._read), len(ids) - 1) if same is None else min(held, same, len(ids) - 1)
-        whole = isinstance(self._cache, DynamicCache) and not any(self._cache.is_sliding)
-        if same < held and not whole:
-            self._cache, self._read = None, []
-            return 0
-        if same < held:
-            self._cache.crop(same - held)  # negative: so many from the end
-        return same
 
 
 def open_chat(
