@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+BROWSER := $(VENV)/.browser
+
 .PHONY: demo test nightly check bench bench-cpu sanitize format clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py --output demo-output
 
-test: $(STAMP)
+test: $(STAMP) $(BROWSER)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 nightly: $(STAMP)
@@ -44,6 +46,11 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt \
 		$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $(STAMP)
+
+# Pages are tested in Debian's Chromium; where it cannot be installed, that test is skipped.
+$(BROWSER): $(STAMP)
+	sh scripts/browser.sh
+	touch $(BROWSER)
 
 clean:
 	rm -rf $(VENV) demo-output .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

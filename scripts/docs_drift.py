@@ -32,6 +32,7 @@ from moeq.layouts.selftest import Check
 from moeq.stages.allocate import AllocateReport
 from moeq.stages.bench import BenchReport
 from moeq.stages.chat import ChatReport
+from moeq.stages.compare import CompareReport
 from moeq.stages.doctor import Device, DoctorReport, Route
 from moeq.stages.generate import GenerateReport
 from moeq.stages.inspect import InspectReport
@@ -40,6 +41,7 @@ from moeq.stages.pareto import ParetoReport
 from moeq.stages.plan import PlanReport
 from moeq.stages.quantize import QuantizeReport
 from moeq.stages.repair import RepairReport
+from moeq.stages.report import ReportReport
 from moeq.stages.serve import ServeReport
 from moeq.stages.verify import VerifyReport
 from moeq.version import __version__
@@ -66,6 +68,8 @@ REPORTS = {
     "generate": GenerateReport,
     "run": ChatReport,
     "serve": ServeReport,
+    "report": ReportReport,
+    "compare": CompareReport,
     "bench": BenchReport,
     "verify": VerifyReport,
     "doctor": DoctorReport,

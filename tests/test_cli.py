@@ -37,7 +37,10 @@ OPTIONS = {
     "--router-epochs --router-lr --tune",
     "quantize": f"model output --json --quiet --resume --save-recipe {RECIPE_OPTIONS}",
     "eval": "model --json --quiet --text --reference --pairs --seqlen --max-tokens --batch-size --device "
-    "--trust-remote-code",
+    "--trust-remote-code --preset --tasks --num-fewshot --limit --task-path --chat-template",
+    "compare": "models --json --quiet --text --reference --pairs --seqlen --max-tokens --batch-size --speed --no-speed "
+    "--device --trust-remote-code",
+    "report": "directories --json --quiet -o --output --compared",
     "generate": "model prompt --json --quiet --max-new-tokens --temperature --seed --device --trust-remote-code",
     "run": "model --json --quiet --system --max-new-tokens --temperature --seed --device --trust-remote-code",
     "serve": "model --json --quiet --host --port --api-key --served-name --max-new-tokens --running --waiting "
@@ -117,7 +120,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["plan", "model", "--bit", "3"],
         ["quantize", "model"],
         ["quantize", "model", "out", "--nsamples", "1.5"],
-        ["eval", "model"],
+        ["compare", "model"],
         ["verify", "a", "b"],
     ],
 )
@@ -141,11 +144,12 @@ def test_a_failure_exits_with_1_and_a_document(verb: str, tmp_path: Path, capsys
         "repair": [tmp_path / "out", "--calibration", missing],
         "quantize": [tmp_path / "out", "--bits", "3"],
         "eval": ["--text", missing],
+        "compare": ["--text", missing],
         "generate": ["Once"],
     }
     document = run(verb, missing, *rest.get(verb, []), capsys=capsys, status=1)
     assert set(document) == {"verb", "json_version", "error", "message"}
-    assert document["error"] == ("PackedError" if verb == "verify" else "CheckpointError")
+    assert document["error"] == ("PackedError" if verb in ("verify", "report") else "CheckpointError")
     assert str(missing) in document["message"]
     assert cli.main([verb, str(missing), *map(str, rest.get(verb, []))]) == 1
     printed = capsys.readouterr()

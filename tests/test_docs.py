@@ -30,6 +30,8 @@ ELSEWHERE = {
     "pip install torch": "minutes; `make nightly`",
     "pip install .": "minutes; `make nightly`",
     "pip install '.[serve]'": "installed with the rest",
+    "pip install '.[report]'": "installed with the rest",
+    "pip install '.[eval]'": "installed with the rest",
 }
 """Commands that are not run here, and why."""
 SLOW = ("docs/methods.md",)

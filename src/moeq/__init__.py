@@ -4,7 +4,20 @@ Importing it registers the quant_method "moeq" with transformers, through the pu
 what lets `from_pretrained` load packed checkpoints. It has no other effect.
 """
 
-from moeq.api import allocate, doctor, evaluate, inspect, measure, pareto, plan, quantize, repair, verify
+from moeq.api import (
+    allocate,
+    compare,
+    doctor,
+    evaluate,
+    inspect,
+    measure,
+    pareto,
+    plan,
+    quantize,
+    repair,
+    report,
+    verify,
+)
 from moeq.artifacts import CostTable, EvalResult, Inventory, Plan
 from moeq.errors import MoeqError
 from moeq.integrations import transformers as _transformers
@@ -26,6 +39,7 @@ __all__ = [
     "Unit",
     "__version__",
     "allocate",
+    "compare",
     "doctor",
     "evaluate",
     "inspect",
@@ -35,6 +49,7 @@ __all__ = [
     "plan",
     "quantize",
     "repair",
+    "report",
     "stored_bytes",
     "verify",
 ]

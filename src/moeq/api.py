@@ -1,5 +1,6 @@
 """The Python API: the CLI's verbs under the CLI's names."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from moeq.defaults import filled
 from moeq.progress import Progress
 from moeq.recipe import Recipe
 from moeq.stages import allocate as allocate_stage
+from moeq.stages import compare as compare_stage
 from moeq.stages import doctor as doctor_stage
 from moeq.stages import evaluate as evaluate_stage
 from moeq.stages import measure as measure_stage
@@ -19,12 +21,15 @@ from moeq.stages import pareto as pareto_stage
 from moeq.stages import plan as plan_stage
 from moeq.stages import quantize as quantize_stage
 from moeq.stages import repair as repair_stage
+from moeq.stages import report as report_stage
 from moeq.stages import verify as verify_stage
+from moeq.stages.compare import CompareReport
 from moeq.stages.doctor import DoctorReport
 from moeq.stages.pareto import ParetoReport
 from moeq.stages.plan import PlanReport
 from moeq.stages.quantize import QuantizeReport
 from moeq.stages.repair import RepairReport
+from moeq.stages.report import ReportReport
 from moeq.stages.verify import VerifyReport
 
 
@@ -74,28 +79,23 @@ def inspect(model: str | Path) -> Inventory:
 
 def evaluate(
     model: str | Path,
-    text: str | Path,
+    text: str | Path | None = None,
     *,
     reference: str | Path | None = None,
-    pairs: str | Path | None = None,
-    seqlen: int = 2048,
-    max_tokens: int | None = None,
-    batch_size: int = 1,
-    device: str = "auto",
-    trust_remote_code: bool = False,
+    **options: Any,
 ) -> EvalResult:
-    """Measure a packed or any other model; see `moeq eval`."""
-    return evaluate_stage.run(
-        model,
-        text,
-        reference=reference,
-        pairs=pairs,
-        seqlen=seqlen,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    """Measure a packed or any other model; options are those of `moeq eval`, see `moeq.stages.evaluate.run`."""
+    return evaluate_stage.run(model, text, reference=reference, **options)
+
+
+def compare(models: Sequence[str | Path], texts: Sequence[str | Path], **options: Any) -> CompareReport:
+    """Measure checkpoints on the same texts; options are those of `moeq compare`, see `moeq.stages.compare.run`."""
+    return compare_stage.run(models, texts, **options)
+
+
+def report(directories: Sequence[str | Path], output: str | Path = "report.html", **options: Any) -> ReportReport:
+    """Write one page about packed checkpoints; see `moeq report`."""
+    return report_stage.run(directories, output, **options)
 
 
 def verify(directory: str | Path, *, trust_remote_code: bool = False) -> VerifyReport:

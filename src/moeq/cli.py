@@ -31,6 +31,7 @@ from moeq.report.curves import curve_svg
 from moeq.stages import allocate as allocate_stage
 from moeq.stages import bench as bench_stage
 from moeq.stages import chat as chat_stage
+from moeq.stages import compare as compare_stage
 from moeq.stages import doctor as doctor_stage
 from moeq.stages import evaluate as evaluate_stage
 from moeq.stages import generate as generate_stage
@@ -40,6 +41,7 @@ from moeq.stages import pareto as pareto_stage
 from moeq.stages import plan as plan_stage
 from moeq.stages import quantize as quantize_stage
 from moeq.stages import repair as repair_stage
+from moeq.stages import report as report_stage
 from moeq.stages import serve as serve_stage
 from moeq.stages import verify as verify_stage
 from moeq.version import __version__
@@ -151,13 +153,37 @@ def _eval(args: argparse.Namespace) -> Any:
             args.text,
             reference=args.reference,
             pairs=args.pairs,
+            preset=args.preset,
+            tasks=args.tasks,
+            shots=args.num_fewshot,
+            limit=args.limit,
+            task_path=args.task_path,
+            chat=args.chat_template,
             seqlen=args.seqlen,
             max_tokens=args.max_tokens,
             batch_size=args.batch_size,
             device=args.device,
             trust_remote_code=args.trust_remote_code,
             progress=lambda done, total: progress("windows", done, total),
+            questions=lambda done, total: progress("sequences", done, total),
             compiled=lambda done, total: progress("kernels", done, total),
+        )
+
+
+def _compare(args: argparse.Namespace) -> Any:
+    with shown(quiet=args.quiet) as progress:
+        return compare_stage.run(
+            args.models,
+            args.text,
+            reference=args.reference,
+            pairs=args.pairs,
+            seqlen=args.seqlen or 2048,
+            max_tokens=args.max_tokens,
+            batch_size=args.batch_size,
+            speed=args.speed,
+            device=args.device,
+            trust_remote_code=args.trust_remote_code,
+            progress=progress,
         )
 
 
@@ -223,6 +249,11 @@ def _serve(args: argparse.Namespace) -> Any:
     )
 
 
+def _report(args: argparse.Namespace) -> Any:
+    _check_file("output", args.output)
+    return report_stage.run(args.directories, args.output, compared=args.compared)
+
+
 def _bench(args: argparse.Namespace) -> Any:
     with shown(quiet=args.quiet) as progress:
         return bench_stage.run(
@@ -253,9 +284,11 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Any], str]
     "quantize": (_quantize, cli_text.quantize),
     "repair": (_repair, cli_text.repair),
     "eval": (_eval, cli_text.evaluate),
+    "compare": (_compare, cli_text.compare),
     "generate": (_generate, cli_text.generate),
     "run": (_run, cli_text.chat),
     "serve": (_serve, cli_text.serve),
+    "report": (_report, cli_text.report),
     "bench": (_bench, cli_text.bench),
     "verify": (_verify, cli_text.verify),
     "doctor": (_doctor, cli_text.doctor),

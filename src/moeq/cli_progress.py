@@ -24,8 +24,10 @@ NAMES: Final = {
     "verify": "verifying",
     "kernels": "compiling kernels",
     "windows": "measuring windows",
+    "sequences": "asking",
     "candidates": "candidates",
     "compared": "comparing",
+    "checkpoints": "checkpoints",
 }
 """What is counted -> what is said of it."""
 

@@ -9,6 +9,7 @@ from moeq.report.tables import human_bytes, plain_table
 from moeq.stages.allocate import AllocateReport
 from moeq.stages.bench import BenchReport
 from moeq.stages.chat import ChatReport
+from moeq.stages.compare import CompareReport
 from moeq.stages.doctor import Device, DoctorReport
 from moeq.stages.generate import GenerateReport
 from moeq.stages.inspect import InspectReport
@@ -17,6 +18,7 @@ from moeq.stages.pareto import ParetoReport
 from moeq.stages.plan import PlanReport
 from moeq.stages.quantize import QuantizeReport
 from moeq.stages.repair import RepairReport
+from moeq.stages.report import ReportReport
 from moeq.stages.serve import ServeReport
 from moeq.stages.verify import VerifyReport
 from moeq.writing.weight_families import Family
@@ -165,6 +167,28 @@ def evaluate(result: EvalResult) -> str:
     return plain_table(("metric", "value"), [*rows, ("tokens", f"{result.tokens:,}")])
 
 
+def compare(report: CompareReport) -> str:
+    """Text of `moeq compare`."""
+    metric = "kl" if report.reference is not None else "perplexity"
+    texts = [*report.texts]
+    header = ["checkpoint", "made by", "weights", "bits/weight"]
+    header += [f"{'KL' if metric == 'kl' else metric} {text}" for text in texts]
+    if metric == "kl":
+        header += ["same top token"]
+    extra = [name for name in ("minimal pairs",) if any(name in each.quality for each in report.checkpoints)]
+    rows = []
+    for each in report.checkpoints:
+        bits = "" if each.expert_bits_per_weight is None else f"{each.expert_bits_per_weight:.3f}"
+        row = [each.name, each.kind, human_bytes(each.stored_bytes), bits]
+        row += [f"{each.quality[text][metric]:.4g}" for text in texts]
+        if metric == "kl":
+            row += [f"{sum(each.quality[text]['top1_agreement'] for text in texts) / len(texts):.1%}"]
+        row += [f"{each.quality[name]['blimp']:.1%}" for name in extra]
+        speed = each.decode_tokens_per_second
+        rows.append((*row, "" if speed is None else f"{speed:.1f}"))
+    return plain_table((*header, *extra, "tokens/s"), rows)
+
+
 def generate(report: GenerateReport) -> str:
     """Text of `moeq generate`: it was shown while it came."""
     return "" if report.continuation else report.prompt
@@ -178,6 +202,11 @@ def chat(_: ChatReport) -> str:
 def serve(report: ServeReport) -> str:
     """Text of `moeq serve`, when it has ended."""
     return f"served {report.answers:,} answers of {report.tokens:,} tokens in {report.seconds:,.0f} s"
+
+
+def report(done: ReportReport) -> str:
+    """Text of `moeq report`."""
+    return f"wrote {done.output}: {human_bytes(done.bytes)}, needs no network; open it in a browser"
 
 
 def bench(report: BenchReport) -> str:

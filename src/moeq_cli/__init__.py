@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
     args.words = words
+    for name in ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):  # there is one display, and it is ours
+        os.environ.setdefault(name, "1")
     try:
         with _leaving_at_once():
             from moeq.cli import run

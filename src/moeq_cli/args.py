@@ -98,9 +98,11 @@ EXAMPLES = {
     "pareto": "moeq pareto OLMoE --costs costs.json --points 40",
     "repair": "moeq repair OLMoE-2.5bit OLMoE-tuned --tune model --reference OLMoE --calibration web.txt",
     "eval": "moeq eval OLMoE-2.5bit --text wiki.txt --reference OLMoE",
+    "compare": "moeq compare OLMoE-2.5bit OLMoE-3bit --text wiki.txt web.txt --reference OLMoE",
     "generate": 'moeq generate OLMoE-2.5bit "The old man looked at the sea and"',
     "run": "moeq run OLMoE-2.5bit",
     "serve": "moeq serve OLMoE-2.5bit --port 8000",
+    "report": "moeq report OLMoE-2.5bit OLMoE-3bit -o report.html",
     "bench": "moeq bench OLMoE-2.5bit",
     "verify": "moeq verify OLMoE-2.5bit",
     "doctor": "moeq doctor --json",
@@ -133,6 +135,7 @@ def build_parser() -> Parser:
         return sub
 
     _making_verbs(verb)
+    _measuring_verbs(verb)
     _using_verbs(verb)
     for each in (parser, *parser.verbs.values()):
         each.usage = usage(each)
@@ -187,19 +190,29 @@ def _making_verbs(verb: Verb) -> None:
     _tuning_arguments(repair.add_argument)
 
 
-def _using_verbs(verb: Verb) -> None:
-    """What one does with a checkpoint."""
+def _measuring_verbs(verb: Verb) -> None:
+    """What one learns of a checkpoint."""
     evaluate = verb("eval", "measure perplexity, and divergence from a reference model")
     evaluate.add_argument("model", help="packed checkpoint or any model transformers loads")
-    evaluate.add_argument("--text", required=True, metavar="FILE", help="text or jsonl file")
-    evaluate.add_argument("--reference", metavar="MODEL", help="the original: adds KL, top-1, router overlap")
-    evaluate.add_argument("--pairs", metavar="FILE", help="minimal pairs (jsonl): adds blimp accuracy")
-    evaluate.add_argument("--seqlen", type=int, default=2048, help="tokens per window (default 2048)")
-    evaluate.add_argument("--max-tokens", type=int, help="use only the start of the text")
-    evaluate.add_argument("--batch-size", type=int, default=1, help="windows per forward pass (default 1)")
-    evaluate.add_argument("--device", default="auto", help="auto (default), cpu or cuda[:n]")
-    evaluate.add_argument("--trust-remote-code", action="store_true", help=TRUST)
+    evaluate.add_argument("--text", metavar="FILE", help="text or jsonl file")
+    evaluate.add_argument("--preset", help="measure as gptq-paper, alphaq, gemq, bitsmoe or tileq do")
+    _measuring_arguments(evaluate)
+    add = evaluate.add_argument_group("lm-evaluation-harness").add_argument
+    add("--tasks", metavar="TASK,...", help="tasks to ask, as arc_easy,hellaswag")
+    add("--num-fewshot", type=int, help="examples before each question (default: the task's)")
+    add("--limit", type=int, help="questions of each task at most, to try out")
+    add("--task-path", metavar="DIR", help="further task files, whose data may be here")
+    add("--chat-template", action="store_true", help="questions go through the chat template")
 
+    compare = verb("compare", "measure checkpoints side by side, also those of other tools")
+    compare.add_argument("models", metavar="MODEL", nargs="+", help="packed checkpoints or any that transformers loads")
+    compare.add_argument("--text", required=True, nargs="+", metavar="FILE", help="text or jsonl files")
+    _measuring_arguments(compare)
+    compare.add_argument("--speed", action=argparse.BooleanOptionalAction, default=True, help="tokens/s (default on)")
+
+
+def _using_verbs(verb: Verb) -> None:
+    """What one does with a checkpoint."""
     generate = verb("generate", "continue a text")
     generate.add_argument("model", help="packed checkpoint or any model transformers loads")
     generate.add_argument("prompt", help="the text to continue")
@@ -223,6 +236,11 @@ def _using_verbs(verb: Verb) -> None:
     serve.add_argument("--device", default="auto", help="auto (default), cpu or cuda[:n]")
     serve.add_argument("--trust-remote-code", action="store_true", help=TRUST)
 
+    report = verb("report", "write one page about packed checkpoints: what was spent where, quality, other budgets")
+    report.add_argument("directories", metavar="DIR", nargs="+", help="directories that quantize wrote")
+    report.add_argument("-o", "--output", metavar="FILE", default="report.html", help="file (default report.html)")
+    report.add_argument("--compared", metavar="FILE", help="what moeq compare --json printed: its quality is shown")
+
     bench = verb("bench", "measure tokens per second on the CPU, against what its memory allows")
     bench.add_argument("directory", help="what quantize wrote")
     bench.add_argument("--prompt-tokens", type=int, default=512, help="tokens of the prompt (default 512)")
@@ -237,6 +255,18 @@ def _using_verbs(verb: Verb) -> None:
     verify.add_argument("--trust-remote-code", action="store_true", help=TRUST)
 
     verb("doctor", "test the compiled kernels of this machine and say what runs on them, for reports of bugs")
+
+
+def _measuring_arguments(parser: argparse.ArgumentParser) -> None:
+    """What quality is measured against, and how."""
+    add = parser.add_argument
+    add("--reference", metavar="MODEL", help="the original: adds KL, top-1, router overlap")
+    add("--pairs", metavar="FILE", help="minimal pairs (jsonl): adds blimp accuracy")
+    add("--seqlen", type=int, help="tokens per window (default 2048)")
+    add("--max-tokens", type=int, help="use only the start of a text")
+    add("--batch-size", type=int, default=1, help="windows per forward pass (default 1)")
+    add("--device", default="auto", help="auto (default), cpu or cuda[:n]")
+    add("--trust-remote-code", action="store_true", help=TRUST)
 
 
 def _speaking_arguments(parser: argparse.ArgumentParser, tokens: int, temperature: float) -> None:

@@ -297,6 +297,15 @@ def _is_dataset(source: str | Path) -> bool:
     )
 
 
+def dataset_text(name: str, split: str = "test") -> str:
+    """The rows of a hub dataset "org/name:config", those that are not empty, joined by blank lines.
+
+    Raises:
+        CalibrationError: it cannot be read.
+    """
+    return "\n\n".join(text for text in _dataset_documents(name, split, None) if text.strip())
+
+
 def _dataset_documents(name: str, split: str, template: Template | None) -> Iterator[str]:
     try:
         datasets = importlib.import_module("datasets")

@@ -30,6 +30,11 @@ class Shown(ABC):
         """The same for a terminal."""
         ...
 
+    @abstractmethod
+    def widths(self, layers: Sequence[MoeLayer], plans: Sequence[LayerPlan]) -> list[dict[str, list[float]]]:
+        """Layer -> projection -> code bits of each expert's matrix, a mean where its parts differ."""
+        ...
+
     def words(self, plans: Sequence[LayerPlan]) -> dict[str, str]:
         """Projection -> what its experts share, in words; empty if they share nothing."""
         return {}

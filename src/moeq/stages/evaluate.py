@@ -1,6 +1,8 @@
 """Measures a packed checkpoint against its source."""
 
+import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,9 +10,11 @@ from torch import Tensor
 
 from moeq.arch.gguf_source import open_source
 from moeq.artifacts import EvalResult
-from moeq.calibration.tokens import read_text
+from moeq.calibration.tokens import dataset_text, read_text
+from moeq.errors import CalibrationError, OptionError
 from moeq.evals import suite
 from moeq.evals.forward import Progress
+from moeq.evals.protocols import protocol
 from moeq.evals.tasks import read_pairs
 from moeq.runtime.ahead import Told
 from moeq.runtime.load import load_any, load_tokenizer
@@ -31,42 +35,83 @@ def held_out(
 
 def run(
     model: str | Path,
-    text: str | Path,
+    text: str | Path | None = None,
     *,
     reference: str | Path | None = None,
     pairs: str | Path | None = None,
-    seqlen: int = 2048,
+    preset: str | None = None,
+    tasks: str | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    task_path: str | Path | None = None,
+    chat: bool = False,
+    seqlen: int | None = None,
     max_tokens: int | None = None,
     batch_size: int = 1,
     device: str = "auto",
     progress: Progress | None = None,
+    questions: Progress | None = None,
     trust_remote_code: bool = False,
     compiled: Told | None = None,
 ) -> EvalResult:
-    """Measure a model on a text; see `moeq.evals.suite.evaluate` for the metrics and errors.
+    """Measure a model on a text, on tasks of lm-evaluation-harness, or on both.
+
+    See `moeq.evals.suite.evaluate` for the metrics of texts; those of tasks are named "task/metric". Tasks need the
+    extra `eval`.
 
     Args:
         model: packed checkpoint, or any causal model that transformers loads.
         text: text or jsonl file.
-        reference: the model to compare to.
+        reference: the model to compare to, on the text.
         pairs: minimal pairs, jsonl.
-        seqlen: tokens per window.
+        preset: name of a way in which a paper measures (`moeq.evals.protocols`); what is given beside it wins.
+        tasks: names of tasks, with commas.
+        shots: examples shown before each question; None takes each task's own number.
+        limit: questions of each task at most.
+        task_path: directory with further task files.
+        chat: questions go through the chat template.
+        seqlen: tokens per window, 2048 by default.
         max_tokens: use only the start of the text.
         batch_size: windows per forward pass.
         device: where to compute.
         progress: called with (done, total).
+        questions: called with (sequences of tasks computed, those known so far).
         trust_remote_code: code in a model's directory may run, where transformers does not have the model.
         compiled: likewise, while kernels are compiled for a GPU.
+
+    Raises:
+        OptionError: nothing to measure, or options that do not belong together.
     """
+    way = None if preset is None else protocol(preset)
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip()) or (way.tasks if way else ())
+    if text is None and way is None and not names:
+        raise OptionError("there is nothing to measure", option="text", fix="give --text, --tasks or --preset")
+    if text is None and (reference is not None or pairs is not None) and way is None:
+        raise OptionError("what is compared is the text", option="text", fix="give --text")
+    asked = None
+    if names:
+        if limit is not None and limit < 1:
+            raise OptionError(f"{limit} is too small", option="limit", fix="give at least 1")
+        asked = importlib.import_module("moeq.evals.harness").Tasks(  # the harness takes seconds to import
+            names=names,
+            shots=way.shots if shots is None and way is not None else shots,
+            limit=limit,
+            path=None if task_path is None else Path(task_path),
+            chat=chat,
+            seed=0 if way is None else way.seed,
+            batch_size=batch_size,
+        )
     directory = open_source(model)
-    plan = suite.Suite(
-        text=read_text(text),
-        source=Path(text).name,
-        seqlen=seqlen,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        pairs=tuple(read_pairs(Path(pairs))) if pairs is not None else (),
-    )
+    plan = None
+    if text is not None or way is not None:
+        plan = suite.Suite(
+            text=read_text(text) if text is not None else _text_of(str(preset)),
+            source=Path(text).name if text is not None else protocol(str(preset)).dataset,
+            seqlen=seqlen or (2048 if way is None else way.seqlen),
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            pairs=tuple(read_pairs(Path(pairs))) if pairs is not None else (),
+        )
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     baseline = None
     if reference is not None:
@@ -75,4 +120,25 @@ def run(
             name=str(original), model=load_any(original, device, trust_remote_code=trust_remote_code)
         )
     subject = load_any(directory, device, trust_remote_code=trust_remote_code, compiled=compiled)
-    return suite.evaluate(subject, tokenizer, plan, subject=str(directory), reference=baseline, progress=progress)
+    result = EvalResult(subject=str(directory), reference=None, metrics={}, tokens=0)
+    if plan is not None:
+        result = suite.evaluate(subject, tokenizer, plan, subject=str(directory), reference=baseline, progress=progress)
+    if asked is not None:
+        metrics, facts = importlib.import_module("moeq.evals.harness").run(subject, tokenizer, asked, questions)
+        result = replace(
+            result, metrics={**result.metrics, **metrics}, provenance={**result.provenance, "harness": facts}
+        )
+    if preset is not None:
+        result = replace(result, provenance={**result.provenance, "preset": preset})
+    result.validate()
+    return result
+
+
+def _text_of(preset: str) -> str:
+    """The text that a preset measures on."""
+    name = protocol(preset).dataset
+    try:
+        return dataset_text(name)
+    except CalibrationError as error:
+        fix = f"give --text FILE with the test rows of {name}, joined by blank lines"
+        raise CalibrationError(f"its text cannot be had: {error.message}", option="preset", fix=fix) from error

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeq.allocation import measuring, other_linears, plans
+from moeq.allocation import curve, other_linears
 from moeq.arch.gguf_source import open_source
 from moeq.arch.inventory import read_inventory
 from moeq.artifacts import CostTable, Inventory, Plan, expert_bytes
 from moeq.costs.component_table import ComponentTable, load_table
-from moeq.errors import ArtifactError, InfeasibleError, OptionError
+from moeq.errors import OptionError
 from moeq.recipe import Recipe
 from moeq.writing import card_facts
 
@@ -58,38 +58,16 @@ def run(model: str | Path, recipe: Recipe, points: int = 20) -> ParetoReport:
     """
     if recipe.costs is None:
         raise OptionError("it needs measured costs", option="costs", fix="make them with moeq measure")
-    if points < 2:
-        raise OptionError(f"{points} points make no curve", option="points", fix="give at least 2")
     inventory, _ = read_inventory(open_source(model), trust_remote_code=recipe.trust_remote_code)
     table = load_table(Path(recipe.costs))
+    solved = curve.solved(inventory, table, recipe, points)
     recipe = recipe.replace(cost=table.cost, unit=table.unit).settled()
-    if recipe.joining():
-        measuring.check_joining(recipe)
-    narrowest, widest = _range(inventory, table, recipe)
-    limits = [narrowest + (widest - narrowest) * step // (points - 1) for step in range(points)]
-    solved = [plans.plan_within(inventory, table, recipe, limit) for limit in limits]
     return ParetoReport(
         model=str(model),
         cost=table.cost,
         unit=table.unit,
         points=tuple(_point(inventory, table, recipe, plan) for plan in solved),
     )
-
-
-def _range(inventory: Inventory, table: CostTable | ComponentTable, recipe: Recipe) -> tuple[int, int]:
-    """Smallest and largest limit worth solving."""
-    if isinstance(table, ComponentTable):
-        widest = plans.widest_bytes(inventory, recipe)
-    else:
-        widest = sum(max(row) for row in table.sizes)
-        widest += sum(max(row.sizes) for row in other_linears.rows(table, inventory, recipe))
-    try:
-        plans.plan_within(inventory, table, recipe, 0)
-    except InfeasibleError as error:
-        if error.smallest is None:
-            raise
-        return error.smallest, max(widest, error.smallest)
-    raise ArtifactError("the table's sizes are zero", option="costs", fix="measure again")
 
 
 def _point(inventory: Inventory, table: CostTable | ComponentTable, recipe: Recipe, plan: Plan) -> ParetoPoint:

@@ -26,6 +26,7 @@ from moeq.report.trials import Trial, card_section
 from moeq.runtime.load import pick_device, predicts_tokens
 from moeq.spec import Unit
 from moeq.stages import auto, verify
+from moeq.stages import facts as facts_stage
 from moeq.stages.evaluate import held_out
 from moeq.writing import card_facts, directory, other_files, weight_families
 from moeq.writing.calibration_text import tokens_for
@@ -158,6 +159,7 @@ def _best(once: _Once, out: str | Path, recipe: Recipe) -> QuantizeReport:
     card = found.path / "README.md"
     text = card.read_text(encoding="utf-8").rstrip()
     write_file_atomic(card, f"{text}\n\n{card_section(found.trials, found.note)}".encode())
+    facts_stage.add_trials(found.path, found.trials, found.note)
     report: QuantizeReport = dataclasses.replace(
         found.report,
         output=str(out),
@@ -207,6 +209,15 @@ def _once(
         uses = (("costs",) if decision.plan.cost else ()) + (("routers",) if router else ())
         facts = card_facts.calibration_facts(tokens, counts, uses=uses)
         _write_card(model, decision, partial, report, command, facts, router)
+        facts_stage.write(
+            decision,
+            partial,
+            stored_bytes=report.stored_bytes,
+            quality=measured,
+            by_text=texts,
+            note=note,
+            router=router,
+        )
         report = dataclasses.replace(report, directory_bytes=directory_bytes(partial))
         _check_budget(recipe, report)
         (partial / COSTS_NAME).unlink(missing_ok=True)

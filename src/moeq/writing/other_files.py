@@ -14,6 +14,7 @@ from moeq.checkpoint.write import FileDigest, copy_sidecars, index_text, list_si
 from moeq.format.manifest import MANIFEST_NAME, Manifest, PackedLayer, PackedLinear
 from moeq.recipe import Recipe
 from moeq.report.card import PICTURE_NAME
+from moeq.report.facts import BINS, FACTS_NAME
 from moeq.version import __version__
 from moeq.writing import card_facts
 from moeq.writing.arrangement import Shard
@@ -23,10 +24,14 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 HOOK_NAME = "moeq_hook.py"
 PLAN_NAME = "moeq_plan.json"
 RECIPE_NAME = "moeq_recipe.yaml"
-OWN_FILES = (MANIFEST_NAME, PLAN_NAME, HOOK_NAME, RECIPE_NAME, PICTURE_NAME)
+OWN_FILES = (MANIFEST_NAME, PLAN_NAME, HOOK_NAME, RECIPE_NAME, PICTURE_NAME, FACTS_NAME)
 CARD_RESERVE = 10 * 1024
 """Bytes kept free for the model card, a long command included, and for hashes in the manifest."""
 CARD_RESERVE_PER_LAYER = 100
+FACTS_RESERVE, POINT_BYTES, NUMBER_BYTES = 2 * 1024, 64, 14
+"""Bytes kept free for what reports show: in all, for each budget of the curve, for each number."""
+POINTS, STATISTICS = 24, 3
+"""Budgets of that curve, and numbers for each unit at most."""
 HOOK_TEXT = '''"""Lets transformers load this checkpoint with trust_remote_code=True and no other import.
 
 It needs the package moeq (pip install moeq); importing it registers the quantizer.
@@ -159,7 +164,20 @@ def sidecar_limit(source: Path, inventory: Inventory, plan: Plan, recipe: Recipe
     }
     listed = manifest(inventory, plan, recipe, files, calibration if recipe.text else None)
     readme = CARD_RESERVE + CARD_RESERVE_PER_LAYER * len(inventory.layers)
-    return sum(sizes.values()) + len(codec.canonical(listed)) + readme
+    return sum(sizes.values()) + len(codec.canonical(listed)) + readme + _facts_limit(inventory, recipe)
+
+
+def _facts_limit(inventory: Inventory, recipe: Recipe) -> int:
+    """Bytes that the facts for reports take at most."""
+    texts = len(recipe.text or "") + 400 * (1 + (recipe.text or "").count(","))
+    if recipe.cost is None:
+        return FACTS_RESERVE + texts
+    layers = len(inventory.layers)
+    if recipe.has_components:
+        return FACTS_RESERVE + texts + POINTS * POINT_BYTES + layers * 3 * (BINS + 2) * NUMBER_BYTES
+    matrices = sum(layer.num_experts * len(layer.projections) for layer in inventory.layers)
+    curve = POINTS * (POINT_BYTES + matrices + 3 * layers)
+    return FACTS_RESERVE + texts + curve + matrices * STATISTICS * NUMBER_BYTES
 
 
 def _texts(

@@ -43,6 +43,16 @@ class MatricesShown(Shown):
         """A line for each layer."""
         return allocation_text(self._map(layers, plans))
 
+    def widths(self, layers: Sequence[MoeLayer], plans: Sequence[LayerPlan]) -> list[dict[str, list[float]]]:
+        """Code bits of each matrix."""
+        return [
+            {
+                name: [float(specs[at].bits) for specs in self.records(plan).specs]
+                for at, name in enumerate(layer.projections)
+            }
+            for layer, plan in zip(layers, plans, strict=True)
+        ]
+
     def _map(self, layers: Sequence[MoeLayer], plans: Sequence[LayerPlan]) -> AllocationMap:
         return matrices_map(layers, [self.records(plan) for plan in plans], mean_bits(layers, plans))
 

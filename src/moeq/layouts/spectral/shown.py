@@ -147,6 +147,14 @@ class SpectrumShown(Shown):
         """As large as its cells make it."""
         return spectrum_limit(len(layers), max(len(layer.projections) for layer in layers), title)
 
+    def widths(self, layers: Sequence[MoeLayer], plans: Sequence[LayerPlan]) -> list[dict[str, list[float]]]:
+        """Mean bits of the components of each matrix."""
+        found = []
+        for plan in plans:
+            assert isinstance(plan, SpectralPlan)
+            found.append({name: [float(mean) for mean in each_EH.mean(1)] for name, each_EH in plan.widths.items()})
+        return found
+
     def text(self, layers: Sequence[MoeLayer], plans: Sequence[LayerPlan]) -> str:
         """A line for each projection."""
         return spectrum_text(spectrum_map(layers, plans))
