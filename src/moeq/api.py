@@ -27,7 +27,7 @@ from moeq.stages.compare import CompareReport
 from moeq.stages.doctor import DoctorReport
 from moeq.stages.pareto import ParetoReport
 from moeq.stages.plan import PlanReport
-from moeq.stages.quantize import QuantizeReport
+from moeq.stages.quantize_report import QuantizeReport
 from moeq.stages.repair import RepairReport
 from moeq.stages.report import ReportReport
 from moeq.stages.verify import VerifyReport

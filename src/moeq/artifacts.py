@@ -14,6 +14,7 @@ from moeq.layouts.base import LayerChoice, LayerPlan, part
 from moeq.layouts.spectral.shape import ComponentPlan, Form, Widths, parse_widths
 from moeq.layouts.tiled.shape import TileForm, fits
 from moeq.model_parts import DenseLinear, MoeLayer
+from moeq.notebook import Shows, Table
 from moeq.spec import EXPERT, QuantSpec, Unit, stored_bytes, table_bytes
 
 
@@ -306,7 +307,7 @@ def expert_bytes(plan: Plan, inventory: Inventory) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvalResult(Artifact):
+class EvalResult(Artifact, Shows):
     """Measured quality of a model.
 
     Attributes:
@@ -332,3 +333,8 @@ class EvalResult(Artifact):
                 raise ArtifactError(f"metric {name!r} is not finite", fix="check the model and the text")
         if self.tokens < 0:
             raise ArtifactError("tokens must not be negative")
+
+    def tables(self) -> Iterator[Table]:
+        """The metrics."""
+        against = f" against {self.reference}" if self.reference else ""
+        yield Table(title=f"{self.subject}{against}", header=("metric", "value"), rows=[*self.metrics.items()])

@@ -16,7 +16,7 @@ from moeq.stages.inspect import InspectReport
 from moeq.stages.measure import MeasureReport
 from moeq.stages.pareto import ParetoReport
 from moeq.stages.plan import PlanReport
-from moeq.stages.quantize import QuantizeReport
+from moeq.stages.quantize_report import QuantizeReport
 from moeq.stages.repair import RepairReport
 from moeq.stages.report import ReportReport
 from moeq.stages.serve import ServeReport

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,9 @@ from moeq.evals import suite
 from moeq.evals.tasks import minimal_pairs, read_pairs
 from moeq.layouts.grouped.serving import PackedLinear
 from moeq.layouts.serving import ExpertsModule
+from moeq.notebook import Shows, Table
 from moeq.progress import Progress
+from moeq.report.tables import human_bytes
 from moeq.runtime.load import load_any, load_tokenizer
 from moeq.stages import inspect
 
@@ -52,7 +54,7 @@ class Compared:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompareReport:
+class CompareReport(Shows):
     """What was measured; field names are those of the JSON document (docs/json.md)."""
 
     reference: str | None
@@ -60,6 +62,23 @@ class CompareReport:
     seqlen: int
     tokens: dict[str, int]
     checkpoints: tuple[Compared, ...]
+
+    def tables(self) -> Iterator[Table]:
+        """A row for each checkpoint."""
+        metric = "perplexity" if self.reference is None else "kl"
+        rows = [
+            (
+                each.name,
+                each.kind,
+                human_bytes(each.stored_bytes),
+                each.expert_bits_per_weight,
+                *(each.quality[text][metric] for text in self.texts),
+                each.decode_tokens_per_second,
+            )
+            for each in self.checkpoints
+        ]
+        header = ("checkpoint", "made by", "weights", "bits/weight", *(f"{metric} {t}" for t in self.texts), "tokens/s")
+        yield Table(title=f"against {self.reference}" if self.reference else "side by side", header=header, rows=rows)
 
 
 def run(

@@ -1,7 +1,7 @@
 """What a source checkpoint holds, from its config and headers; no weights are read but a few samples."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +11,14 @@ from moeq.checkpoint.read import read_headers
 from moeq.codec import read_json
 from moeq.format.manifest import MANIFEST_NAME
 from moeq.layouts.validate import SUFFIXES, validate_packed
+from moeq.notebook import Shows, Table
+from moeq.report.tables import human_bytes
 from moeq.spec import TensorInfo
 from moeq.writing import weight_families
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InspectReport:
+class InspectReport(Shows):
     """What a checkpoint holds; field names are those of the JSON document (docs/json.md).
 
     Attributes:
@@ -38,6 +40,10 @@ class InspectReport:
     families: dict[str, weight_families.Family]
     plan_hash: str | None
     method: str | None
+
+    def tables(self) -> Iterator[Table]:
+        """Sizes by family."""
+        yield weight_families.table(f"{self.architecture}: {human_bytes(self.stored_bytes)}", self.families)
 
 
 def run(model: str | Path) -> InspectReport:

@@ -1,5 +1,6 @@
 """Solves many budgets by one table of costs: predicted cost against bytes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,10 @@ from moeq.arch.inventory import read_inventory
 from moeq.artifacts import CostTable, Inventory, Plan, expert_bytes
 from moeq.costs.component_table import ComponentTable, load_table
 from moeq.errors import OptionError
+from moeq.notebook import Shows, Table
 from moeq.recipe import Recipe
+from moeq.report.curves import curve_svg
+from moeq.report.tables import human_bytes
 from moeq.writing import card_facts
 
 
@@ -35,13 +39,23 @@ class ParetoPoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ParetoReport:
+class ParetoReport(Shows):
     """The curve; field names are those of the JSON document (docs/json.md)."""
 
     model: str
     cost: str
     unit: str
     points: tuple[ParetoPoint, ...]
+
+    def tables(self) -> Iterator[Table]:
+        """The curve, and its points."""
+        rows = [
+            (f"{each.expert_bits_per_weight:.4f}", human_bytes(each.expert_bytes), each.objective)
+            for each in self.points
+        ]
+        curves = {self.cost: [(each.expert_bytes, each.objective) for each in self.points]}
+        picture = curve_svg(curves, f"{self.cost} cost of {self.model}")
+        yield Table(title="budgets", header=("bits/weight", "experts", "predicted cost"), rows=rows, picture=picture)
 
 
 def run(model: str | Path, recipe: Recipe, points: int = 20) -> ParetoReport:

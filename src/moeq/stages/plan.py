@@ -1,5 +1,6 @@
 """`moeq plan`: what a run would do and need, before any weight is read."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from moeq.calibration.opening import block_paths
 from moeq.calibration.tokens import Domain
 from moeq.checkpoint.read import read_headers
 from moeq.checkpoint.rounded.registry import FORMATS
+from moeq.notebook import Shows, Table
 from moeq.quantizers.registry import QUANTIZERS
 from moeq.recipe import Recipe
+from moeq.report.tables import human_bytes
 from moeq.spec import WHOLE_ROW
 from moeq.stages import auto
 from moeq.writing import card_facts, weight_families
@@ -26,7 +29,7 @@ BASE_RAM = 600 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanReport:
+class PlanReport(Shows):
     """What `moeq quantize` with the same options would do; field names are those of the JSON document.
 
     Attributes:
@@ -69,6 +72,12 @@ class PlanReport:
     seconds: float
     efforts: dict[str, float]
     warnings: tuple[str, ...]
+
+    def tables(self) -> Iterator[Table]:
+        """Sizes by family."""
+        yield weight_families.table(
+            f"{self.architecture}: {human_bytes(self.source_bytes)} -> {human_bytes(self.stored_bytes)}", self.families
+        )
 
 
 def run(model: str | Path, recipe: Recipe) -> PlanReport:

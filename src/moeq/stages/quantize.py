@@ -15,20 +15,21 @@ from moeq.allocation.decide import COSTS_NAME, decide, draft
 from moeq.allocation.domains import by_text
 from moeq.arch.gguf_source import open_source
 from moeq.arch.inventory import read_inventory
-from moeq.calibration.tokens import Domain, TokenBatch
+from moeq.calibration.tokens import TokenBatch
 from moeq.checkpoint.write import FileDigest, write_file_atomic
 from moeq.errors import MoeqError, OptionError
 from moeq.format.manifest import read_manifest, write_manifest
 from moeq.progress import Progress
 from moeq.recipe import Recipe
 from moeq.report.card import CalibrationFacts, RouterFacts, model_card
-from moeq.report.trials import Trial, card_section
+from moeq.report.trials import card_section
 from moeq.runtime.load import pick_device, predicts_tokens
 from moeq.spec import Unit
 from moeq.stages import auto, verify
 from moeq.stages import facts as facts_stage
 from moeq.stages.evaluate import held_out
-from moeq.writing import card_facts, directory, other_files, weight_families
+from moeq.stages.quantize_report import QuantizeReport, directory_bytes, report_of
+from moeq.writing import card_facts, directory, other_files
 from moeq.writing.calibration_text import tokens_for
 from moeq.writing.decision import Decision
 from moeq.writing.packing import pack
@@ -39,33 +40,6 @@ QUALITY_BYTES = 2**30
 """Originals up to this size are loaded to measure quality; above it the promise of bounded memory counts."""
 STAGES_SUFFIX = ".stages"
 """Of the directory beside the output that holds what falling budgets gave."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizeReport:
-    """What was done; field names are those of the JSON document (docs/json.md)."""
-
-    output: str
-    model_type: str
-    method: str
-    quantizer: str
-    plan_hash: str
-    stored_bytes: int
-    directory_bytes: int
-    source_bytes: int
-    expert_bytes: int
-    expert_parameters: int
-    expert_bits_per_weight: float
-    families: dict[str, weight_families.Family]
-    calibration: tuple[Domain, ...]
-    tokens_per_expert: dict[str, Any] | None
-    quality: dict[str, float] | None
-    quality_by_text: dict[str, dict[str, float]]
-    quality_note: str | None
-    verified: verify.VerifyReport
-    seconds: dict[str, float]
-    trials: tuple[Trial, ...] = ()
-    trials_note: str = ""
 
 
 def run(
@@ -203,7 +177,7 @@ def _once(
         clock.stop("verify")
         measured, texts, note = _quality(decision, partial, rest, device)
         clock.stop("quality")
-        report = _report(decision, out, partial, tokens, counts, checked)
+        report = report_of(decision, out, partial, tokens, counts, checked)
         report = dataclasses.replace(report, quality=measured, quality_note=note, seconds=clock.seconds)
         report = dataclasses.replace(report, quality_by_text=texts)
         uses = (("costs",) if decision.plan.cost else ()) + (("routers",) if router else ())
@@ -337,54 +311,6 @@ def _quality(
     whole, *parts = held_out(decision.source, partial, list(rest.ids_NT), device, [list(t.ids_NT) for t in texts])
     measured = [{**result.metrics, "tokens": float(result.tokens)} for result in (whole, *parts)]
     return measured[0], {text.source: found for text, found in zip(texts, measured[1:], strict=True)}, None
-
-
-def _report(
-    decision: Decision,
-    out: Path,
-    partial: Path,
-    tokens: TokenBatch | None,
-    counts: Mapping[int, list[int]],
-    checked: verify.VerifyReport,
-) -> QuantizeReport:
-    shares = None
-    if counts:
-        flat = sorted(count for layer in counts.values() for count in layer)
-        shares = {
-            "min": flat[0],
-            "median": flat[len(flat) // 2],
-            "max": flat[-1],
-            "without_tokens": sum(count == 0 for count in flat),
-            "layers": [counts[layer] for layer in sorted(counts)],
-        }
-    return QuantizeReport(
-        output=str(out),
-        model_type=decision.inventory.model_type,
-        method=decision.plan.method,
-        quantizer=str(decision.recipe.quantizer),
-        plan_hash=decision.plan.hash,
-        stored_bytes=sum((partial / shard.file).stat().st_size for shard in decision.shards),
-        directory_bytes=directory_bytes(partial),
-        source_bytes=decision.inventory.source_bytes,
-        expert_bytes=decision.plan.expert_bytes,
-        expert_parameters=decision.inventory.expert_parameters,
-        expert_bits_per_weight=8 * decision.plan.expert_bytes / decision.inventory.expert_parameters,
-        families=weight_families.families(decision.inventory, decision.headers, decision.plan),
-        calibration=() if tokens is None else tokens.domains,
-        tokens_per_expert=shares,
-        quality=None,
-        quality_by_text={},
-        quality_note=None,
-        verified=checked,
-        seconds={},
-    )
-
-
-def directory_bytes(directory: Path) -> int:
-    """Bytes of all files of a checkpoint directory but the journal."""
-    return sum(
-        path.stat().st_size for path in directory.rglob("*") if path.is_file() and not path.name.startswith(".moeq")
-    )
 
 
 def _check_budget(recipe: Recipe, report: QuantizeReport) -> None:

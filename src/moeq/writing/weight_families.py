@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moeq.artifacts import Inventory, Plan
+from moeq.notebook import Table
+from moeq.report.tables import human_bytes
 from moeq.spec import TensorInfo
 from moeq.writing import arrangement
 
@@ -21,6 +23,15 @@ class Family:
     parameters: int
     bytes: int
     bits_per_weight: float
+
+
+def table(title: str, rows: Mapping[str, Family]) -> Table:
+    """Families as notebooks show them."""
+    cells = [
+        (name, f"{row.parameters:,}", human_bytes(row.bytes), f"{row.bits_per_weight:.3f}")
+        for name, row in rows.items()
+    ]
+    return Table(title=title, header=("part", "weights", "bytes", "bits/weight"), rows=cells)
 
 
 def family(parameters: int, size: int) -> Family:
