@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 BROWSER := $(VENV)/.browser
 
-.PHONY: demo test nightly check bench bench-cpu sanitize format clean
+.PHONY: demo test nightly check bench bench-cpu sanitize format docs wheels clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py --output demo-output
@@ -46,6 +46,15 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt \
 		$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $(STAMP)
+
+# The documentation as a site, in build/site.
+docs: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
+# Wheels for this machine's kind of processor in dist/, each tried in an environment of its own.
+wheels:
+	sh scripts/wheels.sh
 
 # Pages are tested in Debian's Chromium; where it cannot be installed, that test is skipped.
 $(BROWSER): $(STAMP)

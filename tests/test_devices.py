@@ -53,8 +53,8 @@ CALIBRATED = {
     "bitsmoe by gptq": {"method": "bitsmoe", "bits": 6, "quantizer": "gptq"},
     "tileq": {"method": "tileq", "bits": 5, "rank": 2, "tile_options": "rotation=expert"},
 }
-NIGHTLY = ("gemq by KL",)
-"""Goes the way of `gemq` but for its loss, which runs on a CPU in tests of its own."""
+NIGHTLY = ("gemq by KL", "gptq-mc", "vector", "pmq", "bitsmoe")
+"""They go the way of others but for a part which has tests of its own on CPUs."""
 HEAVY = {
     "gptq": ("mm", "linalg_cholesky_ex", "addmm_"),
     "gptq-mc": ("mm", "linalg_cholesky_ex", "addmm_"),

@@ -18,7 +18,12 @@ import fresh
 import serving
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+    *sorted(f"docs/howto/{path.name}" for path in (ROOT / "docs" / "howto").glob("*.md")),
+)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 ELSEWHERE = {
     "make test": "this",
@@ -26,6 +31,8 @@ ELSEWHERE = {
     "make format": "changes files",
     "make nightly": "minutes",
     "make sanitize": "minutes; `make nightly`",
+    "make docs": "minutes",
+    "make wheels": "minutes",
     "make demo": "minutes; `make nightly`",
     "pip install torch": "minutes; `make nightly`",
     "pip install .": "minutes; `make nightly`",
@@ -34,7 +41,7 @@ ELSEWHERE = {
     "pip install '.[eval]'": "installed with the rest",
 }
 """Commands that are not run here, and why."""
-SLOW = ("docs/methods.md",)
+SLOW = ("docs/methods.md", "docs/howto/compare.md", "docs/howto/fit.md")
 """Pages that wait for `make nightly`."""
 VERB = "import os, sys; os.chdir(sys.argv.pop(1)); from moeq.cli import main; sys.exit(main(sys.argv[1:]))"
 SNIPPET = (

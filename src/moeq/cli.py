@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -320,7 +321,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(document(args.verb, result), indent=1))
     else:
-        print(text(result), end="" if args.verb == "run" else "\n")
+        shown_text = text(result)
+        if sys.stdout.isatty() and args.verb not in ("run", "generate"):
+            shown_text = cli_text.fitted(shown_text, shutil.get_terminal_size().columns)
+        print(shown_text, end="" if args.verb == "run" else "\n")
     if isinstance(result, doctor_stage.DoctorReport) and not result.ok:
         for failure in result.failures:
             print(f"moeq doctor: {failure}", file=sys.stderr)

@@ -16,6 +16,8 @@ from moeq.report.tables import human_bytes
 
 EVERY: Final = 30.0
 """Seconds between two lines about the same thing, where there is no terminal."""
+NARROW: Final = 60
+"""Columns below which bar and memory are left out, so that counts and times stay whole."""
 NAMES: Final = {
     "blocks": "running blocks",
     "layers": "measuring layers",
@@ -45,13 +47,9 @@ def shown(*, quiet: bool) -> Iterator[progress.Progress]:
         yield lambda what, done, total: None
     elif sys.stderr.isatty():
         console = Console(file=sys.stderr)
-        columns = (
-            TextColumn("{task.description}", justify="right"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            _Left(),
-            _Memory(),
-        )
+        bar = (BarColumn(bar_width=None),) if console.width >= NARROW else ()
+        memory = (_Memory(),) if console.width >= NARROW else ()
+        columns = (TextColumn("{task.description}", justify="right"), *bar, MofNCompleteColumn(), _Left(), *memory)
         with Progress(*columns, console=console, expand=True) as live:
             yield _Live(live)
     else:

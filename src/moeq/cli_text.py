@@ -288,5 +288,14 @@ def _self_test(check: Check) -> tuple[str, ...]:
     )
 
 
+def fitted(text: str, width: int) -> str:
+    """Sentences wrapped at words for a terminal; tables, which have gaps in their lines, stay as they are."""
+    lines = text.splitlines()
+    return "\n".join(
+        line if len(line) <= width or "  " in line.strip() else textwrap.fill(line, width, subsequent_indent="  ")
+        for line in lines
+    )
+
+
 def _wrapped(text: str) -> str:
     return textwrap.fill(text, WIDTH, subsequent_indent="  ")

@@ -120,9 +120,12 @@ def test_registering_twice_is_harmless() -> None:
 
 @pytest.fixture(scope="module", params=["grouped and linears", "tiled"])
 def packed_alike(request: pytest.FixtureRequest, demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    options = {"grouped and linears": {"bits": 3.2, "dense_bits": "8"}, "tiled": {"method": "tileq", "rank": "4"}}
+    options = {
+        "grouped and linears": {"method": "uniform", "dense_bits": "8"},
+        "tiled": {"method": "tileq", "rank": "4"},
+    }
     out = tmp_path_factory.mktemp("alike") / "out"
-    moeq.quantize(demo_dir, out, device="cpu", **({"bits": 3.3} | options[request.param]))
+    moeq.quantize(demo_dir, out, device="cpu", bits=3.3, nsamples=16, seqlen=128, **options[request.param])
     return out
 
 

@@ -53,3 +53,14 @@ def test_tables_without_rows() -> None:
 def test_ragged_rows(table) -> None:
     with pytest.raises(ValueError, match="2 cells"):
         table(("a", "b"), [("1",)])
+
+
+def test_sentences_are_fitted_to_a_terminal_and_tables_are_not() -> None:
+    from moeq.cli_text import fitted
+
+    table = plain_table(("name", "a number"), [("a long name of something", "1")])
+    sentence = "nothing appears under that name until everything is written"
+    found = fitted(f"{table}\n\n{sentence}", 24).splitlines()
+    assert found[:2] == table.splitlines()
+    assert all(len(line) <= 24 for line in found[3:])
+    assert " ".join(" ".join(found[3:]).split()) == sentence

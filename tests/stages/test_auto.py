@@ -82,7 +82,7 @@ def test_it_says_what_it_tried(demo_dir: Path, tmp_path: Path, capsys: pytest.Ca
     assert "How this was chosen" not in (alone / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_best(demo_dir: Path, tmp_path: Path) -> None:
     report = moeq.quantize(demo_dir, tmp_path / "out", effort="best", **SMALL)
     names = ["auto", "plain-levels", "worst-text", "tiled", "spectral", "uniform", "tuned"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moeq.cli_chat import Words
 from moeq.errors import OptionError
 from moeq.runtime.load import load_any, load_tokenizer
 from moeq.stages import generate
@@ -123,3 +124,18 @@ def test_the_command_reads_lines(packed_demo: Path) -> None:
     document = json.loads(found.stdout)
     assert [turn["user"] for turn in document["turns"]] == ["The old", " and"]
     assert document["turns"][1]["cached_tokens"] > 0
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_answers_are_broken_between_words(size: int) -> None:
+    text = "The old man\nlooked at  the sea and said incomprehensibilities to it."
+    shown: list[str] = []
+    words = Words(12, shown.append)
+    for at in range(0, len(text), size):
+        words.add(text[at : at + size])
+    words.end()
+    lines = "".join(shown).split("\n")
+    assert lines == ["The old man", "looked at  ", "the sea and ", "said ", "incomprehensibilities", "to it."]
+    plain: list[str] = []
+    Words(None, plain.append).add(text)
+    assert plain == [text]

@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from moeq.calibration.tokens import dataset_text, read_text
 from moeq.errors import CalibrationError, OptionError
 from moeq.evals import suite
 from moeq.evals.forward import Progress
-from moeq.evals.protocols import protocol
+from moeq.evals.protocols import Protocol, protocol
 from moeq.evals.tasks import read_pairs
 from moeq.runtime.ahead import Told
 from moeq.runtime.load import load_any, load_tokenizer
@@ -65,80 +66,83 @@ def run(
         reference: the model to compare to, on the text.
         pairs: minimal pairs, jsonl.
         preset: name of a way in which a paper measures (`moeq.evals.protocols`); what is given beside it wins.
-        tasks: names of tasks, with commas.
-        shots: examples shown before each question; None takes each task's own number.
-        limit: questions of each task at most.
-        task_path: directory with further task files.
-        chat: questions go through the chat template.
+        tasks, shots, limit, task_path, chat: names of tasks, with commas, and the rest as in `moeq.evals.harness.Tasks`.
         seqlen: tokens per window, 2048 by default.
         max_tokens: use only the start of the text.
         batch_size: windows per forward pass.
         device: where to compute.
-        progress: called with (done, total).
-        questions: called with (sequences of tasks computed, those known so far).
+        progress: called with (windows done, windows); `questions`: with (sequences of tasks done, those known so far);
+            `compiled`: with kernels that are compiled for a GPU.
         trust_remote_code: code in a model's directory may run, where transformers does not have the model.
-        compiled: likewise, while kernels are compiled for a GPU.
 
     Raises:
         OptionError: nothing to measure, or options that do not belong together.
     """
     way = None if preset is None else protocol(preset)
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip()) or (way.tasks if way else ())
-    if text is None and way is None and not names:
-        raise OptionError("there is nothing to measure", option="text", fix="give --text, --tasks or --preset")
-    if text is None and (reference is not None or pairs is not None) and way is None:
-        raise OptionError("what is compared is the text", option="text", fix="give --text")
+    _check_sense(text, way, names, compared=reference is not None or pairs is not None)
     asked = None
     if names:
-        if limit is not None and limit < 1:
-            raise OptionError(f"{limit} is too small", option="limit", fix="give at least 1")
-        asked = importlib.import_module("moeq.evals.harness").Tasks(  # the harness takes seconds to import
-            names=names,
-            shots=way.shots if shots is None and way is not None else shots,
-            limit=limit,
-            path=None if task_path is None else Path(task_path),
-            chat=chat,
-            seed=0 if way is None else way.seed,
-            batch_size=batch_size,
-        )
+        few, seed = (shots, 0) if way is None else (way.shots if shots is None else shots, way.seed)
+        path = None if task_path is None else Path(task_path)
+        asked = _asked(names=names, shots=few, limit=limit, path=path, chat=chat, seed=seed, batch_size=batch_size)
     directory = open_source(model)
     plan = None
     if text is not None or way is not None:
+        words, source = (read_text(text), Path(text).name) if text is not None else _text_of(str(preset))
         plan = suite.Suite(
-            text=read_text(text) if text is not None else _text_of(str(preset)),
-            source=Path(text).name if text is not None else protocol(str(preset)).dataset,
+            text=words,
+            source=source,
             seqlen=seqlen or (2048 if way is None else way.seqlen),
             max_tokens=max_tokens,
             batch_size=batch_size,
-            pairs=tuple(read_pairs(Path(pairs))) if pairs is not None else (),
+            pairs=() if pairs is None else tuple(read_pairs(Path(pairs))),
         )
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
-    baseline = None
-    if reference is not None:
-        original = open_source(reference)
-        baseline = suite.Baseline(
-            name=str(original), model=load_any(original, device, trust_remote_code=trust_remote_code)
-        )
+    baseline = None if reference is None else _baseline(reference, device, trust_remote_code)
     subject = load_any(directory, device, trust_remote_code=trust_remote_code, compiled=compiled)
     result = EvalResult(subject=str(directory), reference=None, metrics={}, tokens=0)
     if plan is not None:
         result = suite.evaluate(subject, tokenizer, plan, subject=str(directory), reference=baseline, progress=progress)
+    facts: dict[str, Any] = {} if preset is None else {"preset": preset}
+    metrics = result.metrics
     if asked is not None:
-        metrics, facts = importlib.import_module("moeq.evals.harness").run(subject, tokenizer, asked, questions)
-        result = replace(
-            result, metrics={**result.metrics, **metrics}, provenance={**result.provenance, "harness": facts}
-        )
-    if preset is not None:
-        result = replace(result, provenance={**result.provenance, "preset": preset})
+        answers, facts["harness"] = _harness().run(subject, tokenizer, asked, questions)
+        metrics = {**metrics, **answers}
+    result = replace(result, metrics=metrics, provenance={**result.provenance, **facts})
     result.validate()
     return result
 
 
-def _text_of(preset: str) -> str:
-    """The text that a preset measures on."""
+def _baseline(reference: str | Path, device: str, trust_remote_code: bool) -> suite.Baseline:
+    original = open_source(reference)
+    return suite.Baseline(name=str(original), model=load_any(original, device, trust_remote_code=trust_remote_code))
+
+
+def _check_sense(text: str | Path | None, way: Protocol | None, names: tuple[str, ...], *, compared: bool) -> None:
+    if text is None and way is None and not names:
+        raise OptionError("there is nothing to measure", option="text", fix="give --text, --tasks or --preset")
+    if text is None and way is None and compared:
+        raise OptionError("what is compared is the text", option="text", fix="give --text")
+
+
+def _harness() -> Any:
+    """lm-evaluation-harness, which takes seconds to import and is not everybody's."""
+    return importlib.import_module("moeq.evals.harness")
+
+
+def _asked(*, limit: int | None, **what: Any) -> Any:
+    """Tasks for the harness."""
+    if limit is not None and limit < 1:
+        raise OptionError(f"{limit} is too small", option="limit", fix="give at least 1")
+    return _harness().Tasks(limit=limit, **what)
+
+
+def _text_of(preset: str) -> tuple[str, str]:
+    """The text that a preset measures on, and its name."""
     name = protocol(preset).dataset
     try:
-        return dataset_text(name)
+        return dataset_text(name), name
     except CalibrationError as error:
         fix = f"give --text FILE with the test rows of {name}, joined by blank lines"
         raise CalibrationError(f"its text cannot be had: {error.message}", option="preset", fix=fix) from error

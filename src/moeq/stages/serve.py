@@ -1,17 +1,20 @@
 """Serves a model through OpenAI's interface: loads it, listens until it is told to stop."""
 
 import contextlib
+import importlib
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Final
 
 from moeq.arch.gguf_source import open_source
 from moeq.errors import OptionError
 from moeq.runtime.ahead import Told
 from moeq.runtime.load import load_any, load_tokenizer
+from moeq.serve.engine import Engine
 
 LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 LOCAL_NAMES: Final = ("localhost", "127.0.0.1", "::1")
@@ -71,13 +74,7 @@ def run(
             raise OptionError(f"{value} is too small", option=option, fix="give at least 1")
     if key == "" or (key is None and host not in LOOPBACK):
         raise OptionError(f"everybody who reaches {host} could use it", option="api-key", fix="give --api-key")
-    try:
-        from moeq.serve.app import Limits, build_app
-        from moeq.serve.engine import Engine
-        from moeq.serve.server import Server
-    except ImportError as error:
-        fix = "pip install 'moeq[serve]'"
-        raise OptionError(f"serving needs a package that is missing: {error.name}", fix=fix) from error
+    app, server = _web()
     directory = open_source(model)
     called = name or directory.resolve().name
     with contextlib.closing(_place(host, port)) as place:
@@ -87,7 +84,7 @@ def run(
         )
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{place.getsockname()[1]}"
-        limits = Limits(
+        limits = app.Limits(
             key=key,
             hosts=LOCAL_NAMES if host in LOOPBACK else None,
             max_new_tokens=max_new_tokens,
@@ -100,7 +97,7 @@ def run(
                 listening(address, called)
 
         with Engine(loaded, tokenizer, running=running) as engine:
-            Server(build_app(engine, called, limits), ready, engine.stop, requests=requests).run([place])
+            server.Server(app.build_app(engine, called, limits), ready, engine.stop, requests=requests).run([place])
         return ServeReport(
             model=str(directory),
             name=called,
@@ -109,6 +106,15 @@ def run(
             tokens=engine.tokens,
             seconds=time.monotonic() - started,
         )
+
+
+def _web() -> tuple[ModuleType, ModuleType]:
+    """What speaks HTTP, which needs packages that not everybody has."""
+    try:
+        return importlib.import_module("moeq.serve.app"), importlib.import_module("moeq.serve.server")
+    except ImportError as error:
+        fix = "pip install 'moeq[serve]'"
+        raise OptionError(f"serving needs a package that is missing: {error.name}", fix=fix) from error
 
 
 def _place(host: str, port: int) -> socket.socket:
