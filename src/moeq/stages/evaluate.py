@@ -66,7 +66,7 @@ def run(
         reference: the model to compare to, on the text.
         pairs: minimal pairs, jsonl.
         preset: name of a way in which a paper measures (`moeq.evals.protocols`); what is given beside it wins.
-        tasks, shots, limit, task_path, chat: names of tasks, with commas, and the rest as in `moeq.evals.harness.Tasks`.
+        tasks, shots, limit, task_path, chat: names of tasks; as in `moeq.evals.harness.Tasks`.
         seqlen: tokens per window, 2048 by default.
         max_tokens: use only the start of the text.
         batch_size: windows per forward pass.
