@@ -199,14 +199,13 @@ def _metrics(results: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, float]
     return metrics, errors
 
 
-def main() -> int:
+def main() -> None:
     """The harness's own command, which now knows the model type."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()
-    return 0
 
 
 if __name__ == "__main__":
     sys.modules["moeq.evals.harness"] = sys.modules["__main__"]
-    sys.exit(main())
+    main()
