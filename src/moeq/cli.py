@@ -5,6 +5,7 @@ stdout carries results (one JSON document with --json), stderr progress and erro
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -227,27 +228,29 @@ def _run(args: argparse.Namespace) -> Any:
 
 
 def _serve(args: argparse.Namespace) -> Any:
-    def listening(address: str, name: str) -> None:
-        if not args.quiet:
-            print(f"{name} answers at {address}/v1, Ctrl-C stops it", file=sys.stderr, flush=True)
+    with contextlib.ExitStack() as display:  # it ends when the server listens
+        progress = display.enter_context(shown(quiet=args.quiet))
 
-    with shown(quiet=args.quiet) as progress:
-        compiled: Callable[[int, int], None] = lambda done, total: progress("kernels", done, total)  # noqa: E731
-    return serve_stage.run(
-        args.model,
-        host=args.host,
-        port=args.port,
-        name=args.served_name,
-        key=args.api_key if args.api_key is not None else os.environ.get("MOEQ_API_KEY"),
-        max_new_tokens=args.max_new_tokens,
-        running=args.running,
-        waiting=args.waiting,
-        device=args.device,
-        trust_remote_code=args.trust_remote_code,
-        compiled=compiled,
-        listening=listening,
-        requests=args.log_requests,
-    )
+        def listening(address: str, name: str) -> None:
+            display.close()
+            if not args.quiet:
+                print(f"{name} answers at {address}/v1, Ctrl-C stops it", file=sys.stderr, flush=True)
+
+        return serve_stage.run(
+            args.model,
+            host=args.host,
+            port=args.port,
+            name=args.served_name,
+            key=args.api_key if args.api_key is not None else os.environ.get("MOEQ_API_KEY"),
+            max_new_tokens=args.max_new_tokens,
+            running=args.running,
+            waiting=args.waiting,
+            device=args.device,
+            trust_remote_code=args.trust_remote_code,
+            compiled=lambda done, total: progress("kernels", done, total),
+            listening=listening,
+            requests=args.log_requests,
+        )
 
 
 def _report(args: argparse.Namespace) -> Any:

@@ -36,7 +36,9 @@ def converse(chat: Chat, *, silent: bool) -> tuple[Turn, ...]:
             case "/help":
                 _say(HELP)
                 continue
-        words = Words(_columns() if person else None, lambda text: None if silent else print(text, end="", flush=True))
+        words = Wrapped(
+            _columns() if person else None, lambda text: None if silent else print(text, end="", flush=True)
+        )
         try:
             turn = chat.answer(line, words.add)
         except OptionError as error:
@@ -51,7 +53,7 @@ def converse(chat: Chat, *, silent: bool) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-class Words:
+class Wrapped:
     """Text that comes in pieces, broken between words where a terminal would break inside of them."""
 
     def __init__(self, columns: int | None, show: Callable[[str], None]) -> None:

@@ -4,6 +4,7 @@ import textwrap
 
 from moeq.artifacts import EvalResult
 from moeq.layouts.selftest import Check
+from moeq.notebook import Table
 from moeq.report import trials
 from moeq.report.tables import human_bytes, plain_table
 from moeq.stages.allocate import AllocateReport
@@ -21,20 +22,19 @@ from moeq.stages.repair import RepairReport
 from moeq.stages.report import ReportReport
 from moeq.stages.serve import ServeReport
 from moeq.stages.verify import VerifyReport
-from moeq.writing.weight_families import Family
+from moeq.writing import weight_families
 
 WIDTH = 100
 """Columns of wrapped lines."""
 
 
-def _families(rows: dict[str, Family]) -> str:
-    return plain_table(
-        ("part", "weights", "bytes", "bits/weight"),
-        [
-            (name, f"{row.parameters:,}", human_bytes(row.bytes), f"{row.bits_per_weight:.3f}")
-            for name, row in rows.items()
-        ],
-    )
+def _plain(table: Table) -> str:
+    """What notebooks show, for a terminal."""
+    return plain_table(table.header, table.rows)
+
+
+def _families(rows: dict[str, weight_families.Family]) -> str:
+    return _plain(weight_families.table("", rows))
 
 
 def plan(report: PlanReport) -> str:
@@ -169,24 +169,7 @@ def evaluate(result: EvalResult) -> str:
 
 def compare(report: CompareReport) -> str:
     """Text of `moeq compare`."""
-    metric = "kl" if report.reference is not None else "perplexity"
-    texts = [*report.texts]
-    header = ["checkpoint", "made by", "weights", "bits/weight"]
-    header += [f"{'KL' if metric == 'kl' else metric} {text}" for text in texts]
-    if metric == "kl":
-        header += ["same top token"]
-    extra = [name for name in ("minimal pairs",) if any(name in each.quality for each in report.checkpoints)]
-    rows = []
-    for each in report.checkpoints:
-        bits = "" if each.expert_bits_per_weight is None else f"{each.expert_bits_per_weight:.3f}"
-        row = [each.name, each.kind, human_bytes(each.stored_bytes), bits]
-        row += [f"{each.quality[text][metric]:.4g}" for text in texts]
-        if metric == "kl":
-            row += [f"{sum(each.quality[text]['top1_agreement'] for text in texts) / len(texts):.1%}"]
-        row += [f"{each.quality[name]['blimp']:.1%}" for name in extra]
-        speed = each.decode_tokens_per_second
-        rows.append((*row, "" if speed is None else f"{speed:.1f}"))
-    return plain_table((*header, *extra, "tokens/s"), rows)
+    return "\n".join(map(_plain, report.tables()))
 
 
 def generate(report: GenerateReport) -> str:

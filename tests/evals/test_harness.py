@@ -18,31 +18,32 @@ from moeq.stages import evaluate
 
 pytest.importorskip("lm_eval")
 
-CHOICE = """task: moeq_pairs
+HEAD = """task: {task}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
-output_type: multiple_choice
 doc_to_text: ""
+metadata: {{version: 1.0}}
+"""
+CHOICE = (
+    HEAD
+    + """output_type: multiple_choice
 doc_to_target: 0
 doc_to_choice: "{{{{[good, bad]}}}}"
 target_delimiter: ""
 num_fewshot: 0
 metric_list:
   - {{metric: acc, aggregation: mean, higher_is_better: true}}
-metadata: {{version: 1.0}}
 """
-ROLLING = """task: moeq_text
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
+)
+ROLLING = (
+    HEAD
+    + """output_type: loglikelihood_rolling
 doc_to_target: "{{{{good}}}}"
 metric_list:
   - {{metric: word_perplexity}}
-metadata: {{version: 1.0}}
 """
+)
 PAIRS = [
     ("The old man looked at the sea.", "The old man looked at at sea the."),
     ("She said that she had been there before.", "She said that had she there before been."),
@@ -56,8 +57,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tasks")
     data = root / "pairs.jsonl"
     data.write_text("".join(json.dumps({"good": good, "bad": bad}) + "\n" for good, bad in PAIRS))
-    (root / "pairs.yaml").write_text(CHOICE.format(file=data))
-    (root / "text.yaml").write_text(ROLLING.format(file=data))
+    (root / "pairs.yaml").write_text(CHOICE.format(task="moeq_pairs", file=data))
+    (root / "text.yaml").write_text(ROLLING.format(task="moeq_text", file=data))
     return root
 
 
@@ -107,7 +108,7 @@ def test_limit_and_errors(packed_demo: Path, tasks: Path) -> None:
         evaluate.run(packed_demo, tasks="moeq_pairs", limit=0)
     with pytest.raises(OptionError, match="nothing to measure"):
         evaluate.run(packed_demo)
-    (tasks / "broken.yaml").write_text(CHOICE.format(file=tasks / "absent.jsonl").replace("moeq_pairs", "moeq_broken"))
+    (tasks / "broken.yaml").write_text(CHOICE.format(task="moeq_broken", file=tasks / "absent.jsonl"))
     with pytest.raises(OptionError, match="the harness failed"):
         evaluate.run(packed_demo, tasks="moeq_broken", task_path=tasks, device="cpu")
     (tasks / "broken.yaml").unlink()

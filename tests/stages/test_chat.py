@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moeq.cli_chat import Words
+from moeq.cli_chat import Wrapped
 from moeq.errors import OptionError
 from moeq.runtime.load import load_any, load_tokenizer
 from moeq.stages import generate
@@ -130,12 +130,12 @@ def test_the_command_reads_lines(packed_demo: Path) -> None:
 def test_answers_are_broken_between_words(size: int) -> None:
     text = "The old man\nlooked at  the sea and said incomprehensibilities to it."
     shown: list[str] = []
-    words = Words(12, shown.append)
+    words = Wrapped(12, shown.append)
     for at in range(0, len(text), size):
         words.add(text[at : at + size])
     words.end()
     lines = "".join(shown).split("\n")
     assert lines == ["The old man", "looked at  ", "the sea and ", "said ", "incomprehensibilities", "to it."]
     plain: list[str] = []
-    Words(None, plain.append).add(text)
+    Wrapped(None, plain.append).add(text)
     assert plain == [text]

@@ -57,6 +57,11 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
         return unrounded(config, stored, reader.tensor, directory / CONFIG_NAME)
 
 
+def file_bytes(directory: Path, headers: Mapping[str, TensorInfo]) -> int:
+    """Bytes of the files that hold these tensors of a checkpoint."""
+    return sum((directory / file).stat().st_size for file in {info.file for info in headers.values()})
+
+
 @final
 class Reader:
     """Gives tensors of a checkpoint, one at a time; use it as a context manager.

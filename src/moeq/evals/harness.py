@@ -8,10 +8,10 @@ The harness has no entry points for model types, so its command knows ours when 
 import functools
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moeq.arch.gguf_source import open_source
 from moeq.errors import OptionError
 from moeq.evals.forward import Progress
-from moeq.runtime.load import load_any, load_tokenizer
+from moeq.runtime.load import NO_LIMIT, context_length, load_any, load_tokenizer
 
 try:
     import lm_eval
@@ -31,6 +31,10 @@ except ImportError as error:
     raise OptionError(
         f"tasks need a package that is missing: {error.name}", option="tasks", fix="pip install 'moeq[eval]'"
     ) from error
+
+
+USUAL_LENGTH: Final = 2048
+"""Tokens of a question at most, for models that do not say how many they hold."""
 
 
 @register_model("moeq")
@@ -62,7 +66,8 @@ class PackedLM(HFLM):
             if str(device).startswith("cuda") and not torch.cuda.is_available():  # what its command says if you do not
                 device = None
             pretrained = load_any(directory, device or "auto", trust_remote_code=trust_remote_code)
-        usual = {"backend": "causal", "max_length": _longest(pretrained)}
+        longest = context_length(pretrained)
+        usual = {"backend": "causal", "max_length": USUAL_LENGTH if longest == NO_LIMIT else longest}
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, **usual | options)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
@@ -85,10 +90,6 @@ class PackedLM(HFLM):
             self.done += len(inps)
             self.told(min(self.done, self.total), self.total)
         return super()._model_call(inps, *args, **options)
-
-
-def _longest(model: PreTrainedModel) -> int:
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +118,7 @@ class Tasks:
 def run(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, progress: Progress | None = None
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """ "task/metric" -> value, and what the figures depend on.
+    """Values by "task/metric", and what the figures depend on.
 
     Raises:
         OptionError: a task that the harness does not know, or data that cannot be had.
@@ -152,7 +153,7 @@ def run(
     facts = {
         "tasks": list(tasks.names),
         "shots": dict(found.get("n-shot", {})),
-        "versions": {name: found.get("versions", {}).get(name) for name in metrics_tasks(metrics)},
+        "versions": {name: found.get("versions", {}).get(name) for name in sorted(found["results"])},
         "questions": {name: counts["effective"] for name, counts in found.get("n-samples", {}).items()},
         "limit": tasks.limit,
         "chat": tasks.chat,
@@ -175,11 +176,6 @@ def _without_bars(call: Callable[..., Any], **arguments: Any) -> Any:
         return call(**arguments)
     finally:
         task.tqdm = before
-
-
-def metrics_tasks(metrics: Mapping[str, float]) -> Sequence[str]:
-    """The tasks that metrics are of."""
-    return sorted({name.rpartition("/")[0] for name in metrics})
 
 
 def _metrics(results: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:

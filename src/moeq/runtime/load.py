@@ -1,7 +1,7 @@
 """Loads a packed checkpoint as a transformers model that computes on the packed bytes."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 import transformers
@@ -21,6 +21,9 @@ from moeq.layouts.grouped.serving import PackedLinear
 from moeq.layouts.serving import ExpertsModule
 from moeq.layouts.validate import validate_packed
 from moeq.runtime import ahead
+
+NO_LIMIT: Final = 1 << 30
+"""Of tokens: more than any model holds."""
 
 
 def load(
@@ -63,13 +66,23 @@ def load(
             file=path / "config.json",
             fix="download the checkpoint again, or quantize the model again",
         ) from error
-    for module in model.modules():
-        if isinstance(module, ExpertsModule | PackedLinear):
-            module.exact = exact_activations
+    set_exact(model, exact_activations)
     model = model.to(place).eval()
     if gpu.usable(place):
         ahead.compile_kernels(model, progress=progress)
     return model
+
+
+def set_exact(model: nn.Module, exact_activations: bool | None) -> None:
+    """How packed layers treat activations from now on; see `load`."""
+    for module in model.modules():
+        if isinstance(module, ExpertsModule | PackedLinear):
+            module.exact = exact_activations
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Tokens that a model holds at most; `NO_LIMIT` where its config does not say."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT)
 
 
 def _check_config(directory: Path, manifest: Manifest) -> None:

@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from moeq.runtime.load import NO_LIMIT
 from moeq.serve import bodies
 from moeq.serve.choosing import Choosing
 from moeq.serve.engine import Ask, Engine, Job, Piece
@@ -88,7 +89,7 @@ class _Guard:
         refused = self._refusal(Request(scope)) if scope["type"] == "http" else None
         await (self._app if refused is None else _response(refused))(scope, receive, send)
 
-    def _refusal(self, request: Request) -> "Refused | None":
+    def _refusal(self, request: Request) -> Refused | None:
         limits = self._limits
         if limits.hosts is not None and request.url.hostname not in limits.hosts:
             return Refused(400, f"this server is not called {request.url.hostname!r}")
@@ -165,7 +166,7 @@ class _Service:
             "object": "model",
             "created": self._created,
             "owned_by": "moeq",
-            "max_model_len": limit if limit < 1 << 30 else None,
+            "max_model_len": limit if limit < NO_LIMIT else None,
         }
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
@@ -245,7 +246,7 @@ class _Service:
         )
 
     async def _answer(
-        self, body: Common, asks: list[Ask], prefix: list[str], head: "bodies.Head", request: Request
+        self, body: Common, asks: list[Ask], prefix: list[str], head: bodies.Head, request: Request
     ) -> Response:
         if len(asks) > self._limits.waiting:
             raise Refused(400, f"{len(asks)} answers at once are more than {self._limits.waiting}")
@@ -301,7 +302,7 @@ class _Answers:
             left -= piece.finish is not None
             yield number, piece
 
-    async def all(self, choices: "list[bodies.Choice]") -> Refused | None:
+    async def all(self, choices: list[bodies.Choice]) -> Refused | None:
         """Wait for everything; what went wrong, if anything did."""
         async for number, piece in self.pieces():
             choices[number].take(piece)
@@ -340,7 +341,7 @@ def failure(piece: Piece) -> Refused | None:
 
 
 async def _events(
-    answers: _Answers, choices: "list[bodies.Choice]", head: "bodies.Head", usage: bool
+    answers: _Answers, choices: list[bodies.Choice], head: bodies.Head, usage: bool
 ) -> AsyncIterator[str]:
     try:
         for choice in choices:

@@ -1,6 +1,7 @@
 """The bodies of answers, whole and in parts, as OpenAI's interface has them."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -53,7 +54,7 @@ class Choice:
         """All of it."""
         return "".join(self._text)
 
-    def chat_logprobs(self, facts: "list[Likely] | tuple[Likely, ...]") -> dict[str, Any] | None:
+    def chat_logprobs(self, facts: Sequence[Likely]) -> dict[str, Any] | None:
         """Of a conversation."""
         if not facts:
             return None
@@ -69,7 +70,7 @@ class Choice:
             ]
         }
 
-    def text_logprobs(self, facts: "list[Likely] | tuple[Likely, ...]") -> dict[str, Any] | None:
+    def text_logprobs(self, facts: Sequence[Likely]) -> dict[str, Any] | None:
         """Of a continued text; offsets count characters of the tokens, one after the other."""
         if not facts:
             return None

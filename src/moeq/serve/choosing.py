@@ -1,7 +1,7 @@
 """How the next token is chosen, and how likely it was. Legend: V vocabulary."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,11 +62,9 @@ class Likely:
 class Chooser:
     """Chooses the tokens of one answer."""
 
-    def __init__(self, how: Choosing, prompt: list[int], device: torch.device) -> None:
+    def __init__(self, how: Choosing, device: torch.device) -> None:
         self._how = how
         self._random = torch.Generator(device).manual_seed(how.seed)
-        self._said: Counter[int] = Counter()
-        self._all = prompt[:]
         steps: list[Any] = []
         if how.repetition != 1:
             steps.append(RepetitionPenaltyLogitsProcessor(how.repetition))
@@ -80,25 +78,28 @@ class Chooser:
                 steps.append(MinPLogitsWarper(how.min_p))
         self._steps = LogitsProcessorList(steps)
 
-    def next(self, logits_V: Tensor) -> int:
-        """The next token, by the logits of the last position, float32."""
+    def next(self, logits_V: Tensor, ids: Sequence[int], prompt: int) -> int:
+        """The next token.
+
+        Args:
+            logits_V: of the last position, float32.
+            ids: prompt and answer so far.
+            prompt: tokens of the prompt.
+        """
         how, scores_V = self._how, logits_V.clone()
-        if self._said and (how.presence or how.frequency):
-            ids = torch.tensor(list(self._said), device=scores_V.device)
-            counts = torch.tensor(list(self._said.values()), device=scores_V.device, dtype=scores_V.dtype)
-            scores_V[ids] -= how.presence + how.frequency * counts
+        if (how.presence or how.frequency) and len(ids) > prompt:
+            said = Counter(ids[prompt:])
+            tokens = torch.tensor(list(said), device=scores_V.device)
+            counts = torch.tensor(list(said.values()), device=scores_V.device, dtype=scores_V.dtype)
+            scores_V[tokens] -= how.presence + how.frequency * counts
         for token, bias in how.bias.items():
             scores_V[token] += bias
         if self._steps:
-            ids = torch.tensor([self._all], device=scores_V.device)
-            scores_V = self._steps(ids, scores_V[None])[0]
+            seen = ids if how.repetition != 1 else ids[-1:]  # nothing else looks at it
+            scores_V = self._steps(torch.tensor([seen], device=scores_V.device), scores_V[None])[0]
         if how.temperature:
-            token = int(torch.multinomial(scores_V.softmax(-1), 1, generator=self._random))
-        else:
-            token = int(scores_V.argmax())
-        self._said[token] += 1
-        self._all.append(token)
-        return token
+            return int(torch.multinomial(scores_V.softmax(-1), 1, generator=self._random))
+        return int(scores_V.argmax())
 
 
 def likely(logits_V: Tensor, token: int, top: int) -> Likely:

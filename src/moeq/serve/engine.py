@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from moeq.runtime.load import context_length
 from moeq.runtime.prefix import common, kept
 from moeq.serve.choosing import Chooser, Choosing, Likely, likely
 from moeq.serve.words import Words
@@ -69,8 +70,8 @@ class Job:
     def __init__(self, ask: Ask, tell: Callable[[Piece], None]) -> None:
         self.ask, self.tell = ask, tell
         self.cancelled = False
-        self.made: list[int] = []
-        """The answer's tokens."""
+        self.ids = list(ask.ids)
+        """Prompt and answer."""
         self.reused = 0
         """Tokens of the prompt that had been read before."""
         self.cache: Any = None
@@ -78,6 +79,11 @@ class Job:
         self.chooser: Chooser | None = None
         self.words: Words | None = None
         self.facts: list[Likely] = []
+
+    @property
+    def made(self) -> list[int]:
+        """The answer's tokens."""
+        return self.ids[len(self.ask.ids) :]
 
     def cancel(self) -> None:
         """It is not wanted any more; may be called from any thread."""
@@ -99,7 +105,7 @@ class Engine:
             conversations: how many finished ones stay in memory.
         """
         self.model, self.tokenizer = model, tokenizer
-        self.limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
+        self.limit = context_length(model)
         self.tokens = self.answers = 0
         eos = [model.generation_config.eos_token_id if model.generation_config else None, tokenizer.eos_token_id]
         self._ends = {int(i) for each in eos for i in (each if isinstance(each, list) else [each]) if i is not None}
@@ -173,7 +179,7 @@ class Engine:
         self._jobs.remove(job)
         self.answers += 1
         if job.cache is not None and self._conversations:
-            self._kept.append(([*job.ask.ids, *job.made], job.cache))
+            self._kept.append((job.ids, job.cache))
         job.cache = None
         job.tell(Piece(text=job.words.rest() if job.words else "", likely=tuple(job.facts), finish=finish))
 
@@ -181,26 +187,26 @@ class Engine:
         ask = job.ask
         if job.words is None:
             job.words = Words(self.tokenizer, ask.stop)
-            job.chooser = Chooser(ask.choosing, list(ask.ids), self.model.device)
+            job.chooser = Chooser(ask.choosing, self.model.device)
             job.cache = self._begun(job)
             if ask.echo and ask.logprobs is not None:
                 job.facts.append(Likely(token=ask.ids[0], logprob=None))
         assert job.chooser is not None
-        ids = [*ask.ids, *job.made][job.read :][:CHUNK]
-        logits_TV = self._read(job, ids)
+        logits_TV = self._read(job, job.ids[job.read : job.read + CHUNK])
         if job.read < len(ask.ids):
             return None
-        if len(job.made) >= ask.max_tokens:
+        whole = len(ask.ids) + ask.max_tokens
+        if len(job.ids) >= whole:
             return "length"
-        token = job.chooser.next(logits_TV[-1])
-        job.made.append(token)
+        token = job.chooser.next(logits_TV[-1], job.ids, len(ask.ids))
+        job.ids.append(token)
         self.tokens += 1
         if ask.logprobs is not None:
             job.facts.append(likely(logits_TV[-1], token, ask.logprobs))
         if token in self._ends:
             return "stop"
         text = job.words.add(token)
-        if job.words.stopped or len(job.made) >= ask.max_tokens:
+        if job.words.stopped or len(job.ids) >= whole:
             job.tell(Piece(text=text))
             return "stop" if job.words.stopped else "length"
         if text:

@@ -39,9 +39,8 @@ class Message(BaseModel):
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
-        parts = [Part(type="text", text=self.content)] if isinstance(self.content, str) else self.content or []
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "".join(part.text for part in parts)}
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class Common(BaseModel):

@@ -82,8 +82,8 @@ def run(
     started = time.perf_counter()
     loaded = load.load(directory, device="cpu", exact_activations=exact_activations or None)
     load_seconds = time.perf_counter() - started
-    longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and prompt_tokens + new_tokens + PROFILED_TOKENS > longest:
+    longest = load.context_length(loaded)
+    if prompt_tokens + new_tokens + PROFILED_TOKENS > longest:
         raise OptionError(
             f"prompt, {new_tokens} new tokens and {PROFILED_TOKENS} to profile exceed the model's {longest}",
             option="prompt-tokens",

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from moeq.arch.gguf_source import open_source
 from moeq.errors import OptionError
 from moeq.runtime.ahead import Told
-from moeq.runtime.load import load_any, load_tokenizer
+from moeq.runtime.load import context_length, load_any, load_tokenizer
 from moeq.runtime.prefix import kept
 
+SEEDS: Final = 1 << 30
+"""How many seeds the answers of a conversation take theirs from."""
 Show = Callable[[str], None]
 """Takes the next piece of an answer."""
-NO_LIMIT: Final = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +182,7 @@ class Chat:
     def _generate(self, ids: list[int], pieces: Pieces) -> None:
         ids_1T = torch.tensor([ids], device=self._model.device)
         with torch.random.fork_rng(enabled=self._sampling.temperature > 0), torch.inference_mode():
-            torch.manual_seed(int(torch.randint(NO_LIMIT, (), generator=self._random)))
+            torch.manual_seed(int(torch.randint(SEEDS, (), generator=self._random)))
             done = self._model.generate(
                 ids_1T,
                 attention_mask=torch.ones_like(ids_1T),
@@ -202,7 +203,7 @@ class Chat:
 
     def _fitting(self) -> list[int]:
         """The conversation as tokens; its oldest turns are left out when the model cannot hold all."""
-        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
+        limit = context_length(self._model)
         ids = self._ids()
         while len(ids) + self._sampling.max_new_tokens > limit and len(self._said) > 2:
             del self._said[:2]

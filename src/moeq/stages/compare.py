@@ -13,21 +13,22 @@ from transformers import PreTrainedModel
 from moeq.arch.gguf_source import open_source
 from moeq.calibration.tokens import read_text
 from moeq.checkpoint.locate import CONFIG_NAME, read_config
-from moeq.checkpoint.read import read_headers
+from moeq.checkpoint.read import file_bytes, read_headers
 from moeq.errors import AlreadyQuantizedError, NotMoeError, OptionError
 from moeq.evals import suite
 from moeq.evals.tasks import minimal_pairs, read_pairs
-from moeq.layouts.grouped.serving import PackedLinear
-from moeq.layouts.serving import ExpertsModule
 from moeq.notebook import Shows, Table
 from moeq.progress import Progress
 from moeq.report.tables import human_bytes
-from moeq.runtime.load import load_any, load_tokenizer
+from moeq.runtime.load import load_any, load_tokenizer, set_exact
 from moeq.stages import inspect
+from moeq.stages.evaluate import baseline_of
 
 STEPS: Final = 24
 """Tokens decoded to measure speed."""
 PROMPT: Final = 64
+PAIRS: Final = "minimal pairs"
+"""What stands among the texts where minimal pairs were asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,19 +66,20 @@ class CompareReport(Shows):
 
     def tables(self) -> Iterator[Table]:
         """A row for each checkpoint."""
-        metric = "perplexity" if self.reference is None else "kl"
-        rows = [
-            (
-                each.name,
-                each.kind,
-                human_bytes(each.stored_bytes),
-                each.expert_bits_per_weight,
-                *(each.quality[text][metric] for text in self.texts),
-                each.decode_tokens_per_second,
-            )
-            for each in self.checkpoints
-        ]
-        header = ("checkpoint", "made by", "weights", "bits/weight", *(f"{metric} {t}" for t in self.texts), "tokens/s")
+        metric, word = ("perplexity", "perplexity") if self.reference is None else ("kl", "KL")
+        pairs = any(PAIRS in each.quality for each in self.checkpoints)
+        header = ["checkpoint", "made by", "weights", "bits/weight", *(f"{word} {text}" for text in self.texts)]
+        header += ["same top token"] * (metric == "kl") + [PAIRS] * pairs + ["tokens/s"]
+        rows = []
+        for each in self.checkpoints:
+            bits, speed = each.expert_bits_per_weight, each.decode_tokens_per_second
+            row = [each.name, each.kind, human_bytes(each.stored_bytes), "" if bits is None else f"{bits:.3f}"]
+            row += [f"{each.quality[text][metric]:.4g}" for text in self.texts]
+            if metric == "kl":
+                row.append(f"{statistics.fmean(each.quality[text]['top1_agreement'] for text in self.texts):.1%}")
+            if pairs:
+                row.append(f"{each.quality[PAIRS]['blimp']:.1%}")
+            rows.append((*row, "" if speed is None else f"{speed:.1f}"))
         yield Table(title=f"against {self.reference}" if self.reference else "side by side", header=header, rows=rows)
 
 
@@ -128,12 +130,7 @@ def run(
     }
     minimal = tuple(read_pairs(Path(pairs))) if pairs is not None else ()
     facts = {name: _facts(name, path) for name, path in directories.items()}
-    baseline = None
-    if reference is not None:
-        original = open_source(reference)
-        baseline = suite.Baseline(
-            name=str(original), model=load_any(original, device, trust_remote_code=trust_remote_code)
-        )
+    baseline = None if reference is None else baseline_of(reference, device, trust_remote_code)
     found, tokens = [], dict.fromkeys(named, 0)
     for number, (name, path) in enumerate(directories.items()):
         if progress is not None:
@@ -146,7 +143,7 @@ def run(
             quality[text], tokens[text] = result.metrics, result.tokens
         if minimal:
             accuracy = minimal_pairs(loaded, tokenizer, minimal)
-            quality["minimal pairs"] = {"blimp": accuracy.accuracy}
+            quality[PAIRS] = {"blimp": accuracy.accuracy}
         rate = decoding(loaded) if speed else None
         found.append(replace(facts[name], quality=quality, decode_tokens_per_second=rate))
         del loaded
@@ -173,7 +170,6 @@ def _named(paths: Sequence[Path], name: Callable[[Path], str]) -> dict[str, Path
 def _facts(name: str, path: Path) -> Compared:
     """What its files say."""
     config = read_config(path / CONFIG_NAME)
-    files = {info.file for info in read_headers(path).values()}
     try:
         bits: float | None = inspect.run(path).expert_bits_per_weight
     except (NotMoeError, AlreadyQuantizedError):  # it is measured all the same
@@ -182,16 +178,14 @@ def _facts(name: str, path: Path) -> Compared:
         name=name,
         model=str(path),
         kind=str((config.get("quantization_config") or {}).get("quant_method", "plain")),
-        stored_bytes=sum((path / file).stat().st_size for file in files),
+        stored_bytes=file_bytes(path, read_headers(path)),
         expert_bits_per_weight=bits,
     )
 
 
 def decoding(model: PreTrainedModel) -> float:
     """Tokens per second, one after the other behind a short prompt, as people run it: by the median step."""
-    for module in model.modules():
-        if isinstance(module, ExpertsModule | PackedLinear):
-            module.exact = None
+    set_exact(model, None)
     vocabulary = model.get_input_embeddings().num_embeddings
     ids_1T = torch.randint(0, vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(model.device)
     steps, cache = [], None

@@ -89,7 +89,7 @@ def run(
     directory = open_source(model)
     plan = None
     if text is not None or way is not None:
-        words, source = (read_text(text), Path(text).name) if text is not None else _text_of(str(preset))
+        words, source = (read_text(text), Path(text).name) if text is not None else _text_of(way)
         plan = suite.Suite(
             text=words,
             source=source,
@@ -99,7 +99,7 @@ def run(
             pairs=() if pairs is None else tuple(read_pairs(Path(pairs))),
         )
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
-    baseline = None if reference is None else _baseline(reference, device, trust_remote_code)
+    baseline = None if reference is None else baseline_of(reference, device, trust_remote_code)
     subject = load_any(directory, device, trust_remote_code=trust_remote_code, compiled=compiled)
     result = EvalResult(subject=str(directory), reference=None, metrics={}, tokens=0)
     if plan is not None:
@@ -114,7 +114,8 @@ def run(
     return result
 
 
-def _baseline(reference: str | Path, device: str, trust_remote_code: bool) -> suite.Baseline:
+def baseline_of(reference: str | Path, device: str, trust_remote_code: bool) -> suite.Baseline:
+    """The original, loaded to be compared to."""
     original = open_source(reference)
     return suite.Baseline(name=str(original), model=load_any(original, device, trust_remote_code=trust_remote_code))
 
@@ -138,9 +139,10 @@ def _asked(*, limit: int | None, **what: Any) -> Any:
     return _harness().Tasks(limit=limit, **what)
 
 
-def _text_of(preset: str) -> tuple[str, str]:
+def _text_of(way: Protocol | None) -> tuple[str, str]:
     """The text that a preset measures on, and its name."""
-    name = protocol(preset).dataset
+    assert way is not None
+    name = way.dataset
     try:
         return dataset_text(name), name
     except CalibrationError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moeq.arch.gguf_source import open_source
 from moeq.arch.inventory import read_inventory
-from moeq.checkpoint.read import read_headers
+from moeq.checkpoint.read import file_bytes, read_headers
 from moeq.codec import read_json
 from moeq.format.manifest import MANIFEST_NAME
 from moeq.layouts.validate import SUFFIXES, validate_packed
@@ -67,7 +67,7 @@ def run(model: str | Path) -> InspectReport:
         experts_per_layer=inventory.layers[0].num_experts,
         parameters=inventory.parameters,
         expert_parameters=inventory.expert_parameters,
-        stored_bytes=sum((directory / file).stat().st_size for file in {info.file for info in headers.values()}),
+        stored_bytes=file_bytes(directory, headers),
         expert_bytes=rows["experts"].bytes,
         expert_bits_per_weight=rows["experts"].bits_per_weight,
         families=rows,
@@ -102,7 +102,7 @@ def _packed_report(directory: Path) -> InspectReport:
         experts_per_layer=manifest.layers[0].num_experts,
         parameters=weights + dense + other,
         expert_parameters=weights,
-        stored_bytes=sum((directory / file).stat().st_size for file in {info.file for info in headers.values()}),
+        stored_bytes=file_bytes(directory, headers),
         expert_bytes=size,
         expert_bits_per_weight=8 * size / weights,
         families=families,
