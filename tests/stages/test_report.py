@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from moeq import codec
 from moeq.artifacts import Plan
 from moeq.costs.component_table import load_table
 from moeq.errors import ArtifactError, OptionError
+from moeq.recipe import Recipe
 from moeq.report.facts import FACTS_NAME, ReportFacts
 from moeq.report.page import page
 from moeq.stages import compare, report
+from moeq.stages import facts as facts_stage
 
 CHROMIUM = shutil.which("chromium")
 OPTIONS = {"nsamples": 16, "seqlen": 128, "device": "cpu"}
@@ -205,3 +208,30 @@ def _show_everything(tab: Any) -> None:
             tab.wait_for_timeout(150)
             pictures.add(_picture(tab, "map"))
         assert len(pictures) == tab.locator("#measure option").count()
+
+
+def test_a_budget_of_bytes_keeps_its_bytes(made: dict[str, Path], tmp_path: Path) -> None:
+    """Facts are what gives way, first the numbers of units, then the curve, then all."""
+    whole, out = ReportFacts.load(made["auto"] / FACTS_NAME), tmp_path / "out"
+    seen = []
+    without = len(codec.canonical(replace(whole, statistics={}).to_dict())) + 1
+    least = len(codec.canonical(replace(whole, statistics={}, curve=()).to_dict())) + 1
+    for room in (100_000, without, without - 1, least - 1):
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        (out / "weights").write_bytes(bytes(1000))
+        facts_stage._save(out, whole, Recipe(method="uniform", size=str(1000 + room)))
+        found = ReportFacts.load(out / FACTS_NAME) if (out / FACTS_NAME).is_file() else None
+        seen.append(None if found is None else (bool(found.statistics), bool(found.curve), bool(found.quality)))
+        assert sum(path.stat().st_size for path in out.iterdir()) <= 1000 + room
+    assert seen == [(True, True, True), (False, True, True), (False, False, True), None]
+
+
+def test_tuned_routers_have_no_old_figures(made: dict[str, Path], demo_dir: Path, tmp_path: Path) -> None:
+    text = demo_dir.parent / "text" / "calibration.txt"
+    moeq.repair(made["auto"], tmp_path / "tuned", calibration=text, nsamples=4, seqlen=64)
+    before, after = (report.facts_of(each) for each in (made["auto"], tmp_path / "tuned"))
+    assert before["quality"]
+    assert (after["quality"], after["trials"], after["curve"]) == ({}, [], before["curve"])
+    assert "run moeq eval" in after["quality_note"]
+    assert after["options"]["tuned"].startswith("routers: task")

@@ -18,6 +18,7 @@ from moeq.report.card import RouterFacts
 from moeq.report.facts import BINS, FACTS_NAME, CurvePoint, ReportFacts
 from moeq.report.trials import Trial
 from moeq.spec import EXPERT, Unit
+from moeq.stages.quantize_report import directory_bytes
 from moeq.writing.decision import Decision
 from moeq.writing.other_files import POINTS, STATISTICS
 
@@ -51,26 +52,46 @@ def write(
     path = partial / COSTS_NAME if (partial / COSTS_NAME).is_file() else decision.recipe.costs
     if decision.plan.cost is not None and path is not None:
         facts = _with_costs(facts, decision, load_table(Path(path)))
-    save(partial, facts)
+    _save(partial, facts, decision.recipe)
 
 
-def save(directory: Path, facts: ReportFacts) -> None:
-    """Write them."""
-    facts.validate()
-    write_file_atomic(directory / FACTS_NAME, codec.canonical(facts.to_dict()) + b"\n")
-
-
-def add_trials(directory: Path, trials: tuple[Trial, ...], note: str) -> None:
+def add_trials(directory: Path, trials: tuple[Trial, ...], note: str, recipe: Recipe) -> None:
     """What method auto compared, which is known when the checkpoint is complete. Times are left out."""
-    facts = ReportFacts.load(directory / FACTS_NAME)
-    timeless = tuple(replace(trial, seconds=0.0) for trial in trials)
-    save(directory, replace(facts, trials=timeless, trials_note=note))
+    if (directory / FACTS_NAME).is_file():
+        facts = ReportFacts.load(directory / FACTS_NAME)
+        timeless = tuple(replace(trial, seconds=0.0) for trial in trials)
+        _save(directory, replace(facts, trials=timeless, trials_note=note), recipe)
+
+
+def carry_over(source: Path, directory: Path, router: RouterFacts) -> None:
+    """The facts of a checkpoint whose routers were tuned after it had been packed: what was measured before is gone."""
+    if (source / FACTS_NAME).is_file():
+        note = "what was measured before the routers were tuned does not hold any more; run moeq eval"
+        facts = ReportFacts.load(source / FACTS_NAME)
+        facts = replace(facts, quality={}, quality_by_text={}, quality_note=note, trials=(), router=router)
+        _save(directory, facts, None)
+
+
+def _save(directory: Path, facts: ReportFacts, recipe: Recipe | None) -> None:
+    """Write them, with a budget of bytes as much of them as it has room for: nothing needs them but reports."""
+    facts.validate()
+    path = directory / FACTS_NAME
+    size = recipe.budget().size if recipe is not None and recipe.plan is None else None
+    path.unlink(missing_ok=True)
+    room = None if size is None else size - directory_bytes(directory)
+    fewer = replace(facts, statistics={})
+    for each in (facts, fewer, replace(fewer, curve=(), spectra={})):
+        text = codec.canonical(each.to_dict()) + b"\n"
+        if room is None or len(text) <= room:
+            write_file_atomic(path, text)
+            return
 
 
 def _with_costs(facts: ReportFacts, decision: Decision, table: Table) -> ReportFacts:
     attached = decision.inventory.attached
     try:
-        plans = curve.solved(attached, table, replace(decision.recipe, solver=_solver(decision.recipe, table)), POINTS)
+        recipe = replace(decision.recipe, plan=None)  # a plan leaves nothing to solve
+        plans = curve.solved(attached, table, replace(recipe, solver=_solver(recipe, table)), POINTS)
     except InfeasibleError:  # shares that only some budgets can have
         plans = []
     facts = replace(facts, curve=tuple(_point(plan) for plan in plans))

@@ -133,7 +133,7 @@ def _best(once: _Once, out: str | Path, recipe: Recipe) -> QuantizeReport:
     card = found.path / "README.md"
     text = card.read_text(encoding="utf-8").rstrip()
     write_file_atomic(card, f"{text}\n\n{card_section(found.trials, found.note)}".encode())
-    facts_stage.add_trials(found.path, found.trials, found.note)
+    facts_stage.add_trials(found.path, found.trials, found.note, recipe)
     report: QuantizeReport = dataclasses.replace(
         found.report,
         output=str(out),

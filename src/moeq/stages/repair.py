@@ -24,7 +24,7 @@ from moeq.repair.tune import RATES, TuneOptions
 from moeq.report.card import ROUTERS_KEPT, ROUTERS_TUNED
 from moeq.report.tables import human_number, markdown_table
 from moeq.runtime import load
-from moeq.stages import verify
+from moeq.stages import facts, verify
 from moeq.writing import calibration_text
 from moeq.writing.directory import building, publish
 from moeq.writing.routers import Retuned, inventory_of, retune, teaching, updated
@@ -144,6 +144,7 @@ def run(
         digests = store.rewrite(source, partial, result.tensors)
         write_manifest(partial, updated(manifest, digests, tokens, options))
         _write_card(source, partial, out.name, result)
+        facts.carry_over(source, partial, result.facts)
         checked = verify.run(partial)
         publish(partial, out)
     seconds = {"tune": tuned - started, "write": time.perf_counter() - tuned}

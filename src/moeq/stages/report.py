@@ -21,6 +21,7 @@ from moeq.spec import stored_bytes
 from moeq.stages.compare import CompareReport
 from moeq.version import __version__
 from moeq.writing.other_files import PLAN_NAME
+from moeq.writing.routers import REPAIRS
 
 LOADING: Final = """import moeq
 
@@ -101,7 +102,8 @@ def facts_of(directory: str | Path) -> dict[str, Any]:
     path = resolve_packed(directory)
     manifest, plan = read_manifest(path), Plan.load(path / PLAN_NAME)
     facts = _facts(path, manifest)
-    recipe = codec.decode(Recipe, manifest.recipe) if manifest.recipe else None
+    options = {name: value for name, value in manifest.recipe.items() if name != REPAIRS}
+    recipe = codec.decode(Recipe, options) if options else None
     layers = [_moe_layer(layer) for layer in manifest.layers]
     plans = [plan.layer(index, layer) for index, layer in enumerate(layers)]
     calibration = manifest.calibration or {}

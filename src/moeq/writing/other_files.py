@@ -30,6 +30,8 @@ CARD_RESERVE = 10 * 1024
 CARD_RESERVE_PER_LAYER = 100
 FACTS_RESERVE, POINT_BYTES, NUMBER_BYTES = 2 * 1024, 64, 14
 """Bytes kept free for what reports show: in all, for each budget of the curve, for each number."""
+FACTS_SHARE = 2000
+"""At most this part of the original's bytes is kept free for them; `moeq.stages.facts` leaves out what has no room."""
 POINTS, STATISTICS = 24, 3
 """Budgets of that curve, and numbers for each unit at most."""
 HOOK_TEXT = '''"""Lets transformers load this checkpoint with trust_remote_code=True and no other import.
@@ -168,7 +170,11 @@ def sidecar_limit(source: Path, inventory: Inventory, plan: Plan, recipe: Recipe
 
 
 def _facts_limit(inventory: Inventory, recipe: Recipe) -> int:
-    """Bytes that the facts for reports take at most."""
+    """Bytes that are kept free for the facts for reports: all that they need, or a small share of a small model."""
+    return min(_facts_bytes(inventory, recipe), inventory.source_bytes // FACTS_SHARE)
+
+
+def _facts_bytes(inventory: Inventory, recipe: Recipe) -> int:
     texts = len(recipe.text or "") + 400 * (1 + (recipe.text or "").count(","))
     if recipe.cost is None:
         return FACTS_RESERVE + texts
