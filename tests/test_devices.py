@@ -53,7 +53,7 @@ CALIBRATED = {
     "bitsmoe by gptq": {"method": "bitsmoe", "bits": 6, "quantizer": "gptq"},
     "tileq": {"method": "tileq", "bits": 5, "rank": 2, "tile_options": "rotation=expert"},
 }
-NIGHTLY = ("gemq by KL", "gptq-mc", "vector", "pmq", "bitsmoe")
+NIGHTLY = ("gemq by KL", "gptq-mc", "vector", "pmq", "bitsmoe", "gemq", "tileq")
 """They go the way of others but for a part which has tests of its own on CPUs."""
 HEAVY = {
     "gptq": ("mm", "linalg_cholesky_ex", "addmm_"),

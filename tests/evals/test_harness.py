@@ -140,7 +140,7 @@ def test_the_harness_knows_the_tasks_of_presets() -> None:
     assert {task for each in PROTOCOLS.values() for task in each.tasks} <= known
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_its_own_command_knows_the_model_type(packed_demo: Path, tasks: Path) -> None:
     words = [sys.executable, "-m", "moeq.evals.harness", "run", "--model", "moeq", "--tasks", "moeq_pairs"]
     words += ["--model_args", f"pretrained={packed_demo}", "--include_path", str(tasks)]

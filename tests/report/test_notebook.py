@@ -32,7 +32,7 @@ def test_results(packed_demo: Path, demo_dir: Path, text_dir: Path, tmp_path: Pa
     assert "a&amp;b" in text
     assert "held-out text" in text
     assert ">kl<" in text
-    moeq.measure(demo_dir, cost="weight-error", unit="matrix", quantizer="rtn", calibration="none").save(tmp_path / "c")
+    moeq.measure(demo_dir, cost="weight-error", unit="expert", quantizer="rtn", calibration="none").save(tmp_path / "c")
     curve = moeq.pareto(
         demo_dir, points=3, costs=str(tmp_path / "c"), method="gemq", quantizer="rtn", calibration="none"
     )
