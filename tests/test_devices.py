@@ -53,7 +53,7 @@ CALIBRATED = {
     "bitsmoe by gptq": {"method": "bitsmoe", "bits": 6, "quantizer": "gptq"},
     "tileq": {"method": "tileq", "bits": 5, "rank": 2, "tile_options": "rotation=expert"},
 }
-NIGHTLY = ("gemq by KL", "gptq-mc", "vector", "pmq", "bitsmoe", "gemq", "tileq")
+NIGHTLY = ("gemq by KL", "gptq-mc", "vector", "pmq", "bitsmoe", "bitsmoe by gptq", "gemq", "tileq")
 """They go the way of others but for a part which has tests of its own on CPUs."""
 HEAVY = {
     "gptq": ("mm", "linalg_cholesky_ex", "addmm_"),
@@ -117,6 +117,7 @@ def test_calibrated_packing(
     assert torch.allclose(on_gpu, there, atol=1e-4)
 
 
+@pytest.mark.nightly
 def test_measuring_and_speaking(packed_tiny: Path, tiny_dir: Path, text: Path, tmp_path: Path, gpu: Gpu) -> None:
     there, here = (
         moeq.evaluate(packed_tiny, text, reference=tiny_dir, seqlen=16, max_tokens=64, device=device)

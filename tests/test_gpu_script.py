@@ -47,7 +47,7 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "rows.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_part_runs(tmp_path: Path) -> None:
     """With a GPU that is not there, and kernels that run from what their compiler makes of them."""
     pytest.importorskip("triton")

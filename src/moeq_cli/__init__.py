@@ -18,6 +18,10 @@ __all__ = ["build_parser", "main"]
 
 INTERRUPTED: Final = 130
 """The exit status after Ctrl-C, as shells have it."""
+BARS: Final = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+"""There is one display, and it is ours."""
+CACHES: Final = {"LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+"""torch keeps code for each of the last 1024 shapes of a product, twice: megabytes for every length of a prompt."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
     args.words = words
-    for name in ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):  # there is one display, and it is ours
-        os.environ.setdefault(name, "1")
+    for name, value in (BARS | (CACHES if args.verb == "serve" else {})).items():
+        os.environ.setdefault(name, value)
     try:
         with _leaving_at_once():
             from moeq.cli import run

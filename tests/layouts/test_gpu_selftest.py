@@ -20,6 +20,7 @@ def outcome(device: torch.device, *wanted: str) -> dict[str, Check]:
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.nightly
 def test_right_kernels_pass(triton_device: torch.device) -> None:
     checks = outcome(triton_device)
     assert {"linear", "grouped", "spectral", "tiled"} <= set(checks)

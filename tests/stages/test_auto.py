@@ -109,6 +109,7 @@ def test_uniform_is_published_where_it_is_better(
     assert read_manifest(tmp_path / "out").recipe["method"] == "uniform"
 
 
+@pytest.mark.nightly
 def test_an_interrupted_run_takes_up_what_is_made(
     demo_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

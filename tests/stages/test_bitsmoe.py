@@ -80,6 +80,7 @@ def decoded_twin(model: torch.nn.Module, demo_dir: Path) -> torch.nn.Module:
     return twin
 
 
+@pytest.mark.nightly
 def test_wide_components_give_back_the_weights(demo_dir: Path, costs: Path, tmp_path: Path) -> None:
     """All at 8 bits: what is left is the rounding of 8 bits, not of the basis (which has 8 bits too)."""
     out = tmp_path / "out"
@@ -146,6 +147,7 @@ def test_exact_errors_obey_the_budget(joint: str, demo_dir: Path, calibration_te
         assert 8 * plan.expert_bytes / inventory.expert_parameters <= bits
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("joint", [False, True])
 def test_one_basis_or_two_of_16_bits(joint: bool, demo_dir: Path, calibration_text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -156,6 +158,7 @@ def test_one_basis_or_two_of_16_bits(joint: bool, demo_dir: Path, calibration_te
     assert spectral.entries["gate"].basis_bits == 16
 
 
+@pytest.mark.nightly
 def test_feedback_lowers_the_error_of_the_answers(
     demo_dir: Path, calibration_text: Path, costs: Path, tmp_path: Path
 ) -> None:
@@ -219,6 +222,7 @@ def test_a_map_that_does_not_fit_its_slabs_is_refused(packed: Path, tmp_path: Pa
         check_map(wrong, spectral.entries["gate"], "layer")
 
 
+@pytest.mark.nightly
 def test_resume_gives_the_same_bytes(demo_dir: Path, costs: Path, packed: Path, tmp_path: Path) -> None:
     again = tmp_path / "out"
     moeq.quantize(demo_dir, again, method="bitsmoe", bits=3.0, costs=str(costs))
