@@ -34,6 +34,7 @@ from moeq.stages.bench import BenchReport
 from moeq.stages.chat import ChatReport
 from moeq.stages.compare import CompareReport
 from moeq.stages.doctor import Device, DoctorReport, Route
+from moeq.stages.export import ExportReport
 from moeq.stages.generate import GenerateReport
 from moeq.stages.inspect import InspectReport
 from moeq.stages.measure import MeasureReport
@@ -63,6 +64,7 @@ REPORTS = {
     "allocate": AllocateReport,
     "pareto": ParetoReport,
     "quantize": QuantizeReport,
+    "export": ExportReport,
     "repair": RepairReport,
     "eval": EvalResult,
     "generate": GenerateReport,

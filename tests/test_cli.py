@@ -25,7 +25,7 @@ RECIPE_OPTIONS = (
     "--no-act-order --damp --gain --no-gain --compensate --no-compensate --device --plan --costs --cost "
     "--cost-options --unit --candidates --context --round-context --no-round-context --scope --shares --solver "
     "--router --router-epochs --router-lr --tune --quality --no-quality --rank --allocation --tile-options "
-    "--progressive"
+    "--progressive --serve"
 )
 OPTIONS = {
     "plan": f"model --json --quiet --save-plan {RECIPE_OPTIONS}",
@@ -33,6 +33,7 @@ OPTIONS = {
     "measure": f"model output --json --quiet {RECIPE_OPTIONS}",
     "allocate": f"model output --json --quiet --svg {RECIPE_OPTIONS}",
     "pareto": f"model --json --quiet --points --svg {RECIPE_OPTIONS}",
+    "export": "form directory output --json --quiet",
     "repair": "directory output --json --quiet --calibration --nsamples --seqlen --seed --loss --reference --device "
     "--router-epochs --router-lr --tune",
     "quantize": f"model output --json --quiet --resume --save-recipe {RECIPE_OPTIONS}",
@@ -141,13 +142,15 @@ def test_a_failure_exits_with_1_and_a_document(verb: str, tmp_path: Path, capsys
         "measure": [tmp_path / "costs", "--cost", "weight-error", "--unit", "matrix"],
         "allocate": [tmp_path / "plan", "--bits", "3"],
         "pareto": ["--costs", missing, "--method", "gemq"],
+        "export": [tmp_path / "out"],
         "repair": [tmp_path / "out", "--calibration", missing],
         "quantize": [tmp_path / "out", "--bits", "3"],
         "eval": ["--text", missing],
         "compare": ["--text", missing],
         "generate": ["Once"],
     }
-    document = run(verb, missing, *rest.get(verb, []), capsys=capsys, status=1)
+    first = ["compressed-tensors"] if verb == "export" else []
+    document = run(verb, *first, missing, *rest.get(verb, []), capsys=capsys, status=1)
     assert set(document) == {"verb", "json_version", "error", "message"}
     assert document["error"] == ("PackedError" if verb in ("verify", "report") else "CheckpointError")
     assert str(missing) in document["message"]

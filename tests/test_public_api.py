@@ -39,6 +39,7 @@ def test_the_public_names_are_frozen() -> None:
         "doctor",
         "measure",
         "pareto",
+        "export",
         "repair",
         "report",
         "evaluate",

@@ -16,6 +16,7 @@ from moeq.stages import allocate as allocate_stage
 from moeq.stages import compare as compare_stage
 from moeq.stages import doctor as doctor_stage
 from moeq.stages import evaluate as evaluate_stage
+from moeq.stages import export as export_stage
 from moeq.stages import measure as measure_stage
 from moeq.stages import pareto as pareto_stage
 from moeq.stages import plan as plan_stage
@@ -25,6 +26,7 @@ from moeq.stages import report as report_stage
 from moeq.stages import verify as verify_stage
 from moeq.stages.compare import CompareReport
 from moeq.stages.doctor import DoctorReport
+from moeq.stages.export import ExportReport
 from moeq.stages.pareto import ParetoReport
 from moeq.stages.plan import PlanReport
 from moeq.stages.quantize_report import QuantizeReport
@@ -65,6 +67,11 @@ def allocate(model: str | Path, **options: Any) -> Plan:
 def pareto(model: str | Path, *, points: int = 20, **options: Any) -> ParetoReport:
     """Solve many budgets by one table of `costs`."""
     return pareto_stage.run(model, Recipe(**filled(model, options)), points)
+
+
+def export(directory: str | Path, output: str | Path, *, form: str = "compressed-tensors") -> ExportReport:
+    """Write a packed checkpoint in a format that other programs run, see `moeq.stages.export.run`."""
+    return export_stage.run(resolve_packed(directory), output, form=form)
 
 
 def repair(directory: str | Path, output: str | Path, *, calibration: str | Path, **options: Any) -> RepairReport:

@@ -36,6 +36,7 @@ from moeq.stages import chat as chat_stage
 from moeq.stages import compare as compare_stage
 from moeq.stages import doctor as doctor_stage
 from moeq.stages import evaluate as evaluate_stage
+from moeq.stages import export as export_stage
 from moeq.stages import generate as generate_stage
 from moeq.stages import inspect as inspect_stage
 from moeq.stages import measure as measure_stage
@@ -127,6 +128,12 @@ def _repair(args: argparse.Namespace) -> Any:
             device=args.device,
             progress=progress,
         )
+
+
+def _export(args: argparse.Namespace) -> Any:
+    directory = resolve_packed(args.directory)
+    with shown(quiet=args.quiet) as progress:
+        return export_stage.run(directory, args.output, form=args.form, progress=progress)
 
 
 def _inspect(args: argparse.Namespace) -> Any:
@@ -286,6 +293,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Any], str]
     "allocate": (_allocate, cli_text.allocate),
     "pareto": (_pareto, cli_text.pareto),
     "quantize": (_quantize, cli_text.quantize),
+    "export": (_export, cli_text.export),
     "repair": (_repair, cli_text.repair),
     "eval": (_eval, cli_text.evaluate),
     "compare": (_compare, cli_text.compare),

@@ -101,6 +101,8 @@ def _lines(person: bool) -> Iterator[str]:
         try:
             line = input(PROMPT if person else "")
         except EOFError:
+            if person:  # the shell's prompt would stand behind ours
+                print(file=sys.stderr)
             return
         except KeyboardInterrupt:  # at the prompt: an empty line, as in shells
             print(file=sys.stderr)

@@ -19,7 +19,8 @@ EVERY: Final = 30.0
 NARROW: Final = 60
 """Columns below which bar and memory are left out, so that counts and times stay whole."""
 NAMES: Final = {
-    "blocks": "running blocks",
+    "blocks": "measuring blocks",
+    "packing": "packing blocks",
     "layers": "measuring layers",
     "shards": "writing files",
     "tuning": "tuning",

@@ -6,12 +6,13 @@ from moeq.artifacts import EvalResult
 from moeq.layouts.selftest import Check
 from moeq.notebook import Table
 from moeq.report import trials
-from moeq.report.tables import human_bytes, plain_table
+from moeq.report.tables import human_bytes, human_number, plain_table
 from moeq.stages.allocate import AllocateReport
 from moeq.stages.bench import BenchReport
 from moeq.stages.chat import ChatReport
 from moeq.stages.compare import CompareReport
 from moeq.stages.doctor import Device, DoctorReport
+from moeq.stages.export import ExportReport
 from moeq.stages.generate import GenerateReport
 from moeq.stages.inspect import InspectReport
 from moeq.stages.measure import MeasureReport
@@ -132,7 +133,8 @@ def quantize(report: QuantizeReport) -> str:
             f"{tokens['without_tokens']} experts had none"
         )
     if report.quality is not None:
-        lines.append("held-out quality: " + ", ".join(f"{key} {value:.4f}" for key, value in report.quality.items()))
+        facts = (f"{key} {human_number(value)}" for key, value in report.quality.items())
+        lines.append(f"held-out quality: {', '.join(facts)}")
         for text, found in report.quality_by_text.items():
             lines.append(f"  {text}: kl {found['kl']:.4f}, perplexity {found['perplexity']:.2f}")
     elif report.quality_note:
@@ -143,6 +145,16 @@ def quantize(report: QuantizeReport) -> str:
     elif report.trials_note:
         lines.append(report.trials_note)
     return "\n".join(lines)
+
+
+def export(report: ExportReport) -> str:
+    """Text of `moeq export`."""
+    widths = ", ".join(f"{report.widths.count(bits)} of {bits} bits" for bits in sorted(set(report.widths)))
+    return (
+        f"wrote {report.output}: {human_bytes(report.stored_bytes)} as {report.form}, was "
+        f"{human_bytes(report.packed_bytes)}\nlayers: {widths}; {report.checked} matrices read back\n"
+        f"vllm serve {report.output}"
+    )
 
 
 def repair(report: RepairReport) -> str:

@@ -1,5 +1,6 @@
 """Values of options as they come from a command line, a YAML file or Python."""
 
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -52,3 +53,31 @@ def numbers(text: str | None, option: str, what: str, example: str) -> tuple[flo
         raise OptionError(
             f"{text!r} is not a list of {what}", option=option, fix=f"write for example {example}"
         ) from None
+
+
+def widths(text: str, option: str, choices: tuple[int, ...]) -> tuple[int, ...]:
+    """The code widths of "1,2,3", rising."""
+    parts = [part.strip() for part in text.split(",")]
+    found = sorted({int(part) for part in parts if part.isdecimal()})
+    if len(found) != len(parts):
+        raise OptionError(f"{text!r} is not a list of widths", option=option, fix="write for example 1,2,3")
+    for width in found:
+        choose(option, width, choices)
+    return tuple(found)
+
+
+def by_kind(
+    text: str, option: str, legal: Mapping[str, tuple[int | str, ...]], common: tuple[str, ...]
+) -> dict[str, int | str]:
+    """Kind -> width of "attention=4,lm_head=8"; one width alone is that of the `common` kinds, the others have 16."""
+    found: dict[str, int | str] = dict.fromkeys(legal, 16)
+    if "=" in text:
+        for part in text.split(","):
+            kind, _, said = part.strip().partition("=")
+            choose(option, kind, tuple(legal))
+            found[kind] = int(said) if said.isdecimal() else said
+    else:
+        found.update(dict.fromkeys(common, int(text) if text.isdecimal() else text))
+    for kind, width in found.items():
+        choose(option, width, legal[kind])
+    return found

@@ -11,7 +11,7 @@ from moeq.budget import Budget, parse_size
 from moeq.errors import OptionError
 from moeq.layouts.tiled.shape import MAX_RANK, RESIDUALS, TileOptions, tile_options
 from moeq.methods import METHODS, Method, method
-from moeq.option_values import choose, named_values, numbers, typed
+from moeq.option_values import by_kind, choose, named_values, numbers, typed, widths
 from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, TRELLISES, VECTORS, WHOLE_ROW, QuantSpec
 
 DENSE_KINDS = ("attention", "shared", "dense", "lm_head")
@@ -26,6 +26,8 @@ ROUTER_LOSSES = ("none", "task", "kl")
 TUNES = ("none", "model")
 EFFORTS = ("fast", "normal", "best")
 DEFAULT_CANDIDATES = (1, 2, 3, 4)
+SERVES = ("moeq", "vllm-native")
+"""What will run it. vllm-native: what `moeq export compressed-tensors` holds, one width for all experts of a layer."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,7 @@ class Recipe:
         round_context: costs are those of rounding the context's weights once more (GEMQ's loop read literally).
         router: loss that routers are tuned with after packing: "none", "task" or "kl".
         router_epochs, router_lr: passes over the calibration text, and learning rate of routers.
+        serve: one of `SERVES`; what it cannot run is not made.
         tune: what is trained after packing besides: "model", norms, biases and routers by "kl", or "none".
         quality: measure quality on held-out windows of the calibration text, if the original is small.
         rank: components of the tiled low-rank factors; "auto" takes what the budget leaves, None a small share if any.
@@ -108,6 +111,7 @@ class Recipe:
     router: str | None = None
     router_epochs: int = 1
     router_lr: float = 1e-4
+    serve: str = "moeq"
     tune: str = "none"
     quality: bool = True
     rank: str | None = None
@@ -124,6 +128,7 @@ class Recipe:
         method(self.method)
         choose("accounting", self.accounting, ACCOUNTINGS)
         choose("mtp", self.mtp, MTP)
+        choose("serve", self.serve, SERVES)
         choose("group-size", self.group_size, GROUP_SIZES)
         choose("levels", self.levels, ("auto", *SCALAR_LEVELS))
         counts = ("nsamples", self.nsamples, 1), ("seqlen", self.seqlen, 2), ("router-epochs", self.router_epochs, 1)
@@ -144,6 +149,8 @@ class Recipe:
                 "auto spends stored bytes, not code bits", option="dense-bits", fix="drop --accounting codes"
             )
         self._check_allocation()
+        if self.alike:
+            _check_alike(self)
 
     def _check_allocation(self) -> None:
         if self.mtp == "pack" and not (method(self.method).alone and self.quantizer != "vector"):
@@ -243,18 +250,24 @@ class Recipe:
         """With the method's own choices where none was made; the quantizer depends on whether there is text."""
         own, row = method(self.method), self.choosing
         known = bool(row.cost or self.cost) and self.plan is None
-        with_text = "gptq" if self.levels != "auto" and own.quantizer in OWN_LEVELS else own.quantizer
+        plain = self.levels != "auto" or self.alike
+        with_text = "gptq" if plain and own.quantizer in OWN_LEVELS else own.quantizer
         return self.replace(
             quantizer=self.quantizer or (with_text if self.text else own.dataless),
             cost=(self.cost or row.cost) if known else None,
             unit=(self.unit or row.unit) if known else None,
             scope=(self.scope or row.scope) if known else None,
-            shares=(self.shares or row.shares) if known else None,
+            shares=(self.shares or ("none" if self.alike else row.shares)) if known else None,
             solver=(self.solver or row.solver) if known else None,
             effort=(self.effort or "normal") if own.chooses else None,
             compensate=(own.compensate if self.compensate is None else self.compensate) and self.text is not None,
             router="kl" if self.tune == "model" else self.router or own.router,
         )
+
+    @property
+    def alike(self) -> bool:
+        """Whether all experts of a layer get the same width."""
+        return self.serve == "vllm-native"
 
     def options_of_cost(self) -> dict[str, Any]:
         """The cost's options: the method's where it is the method's cost, and what `cost_options` says."""
@@ -274,18 +287,11 @@ class Recipe:
             own = self.choosing.candidates or DEFAULT_CANDIDATES
             if self.has_components:
                 return own
+            own = tuple(bits for bits in own if bits > 1) if self.alike else own
             asked = budget or self.bits or DEFAULT_CANDIDATES[-1] - 0.5
             top = next((width for width in BITS if width > asked), BITS[-1])
             return own + tuple(bits for bits in BITS if own[-1] < bits <= top)
-        parts = [part.strip() for part in self.candidates.split(",")]
-        widths = sorted({int(part) for part in parts if part.isdecimal()})
-        if len(widths) != len(parts):
-            raise OptionError(
-                f"{self.candidates!r} is not a list of widths", option="candidates", fix="write for example 1,2,3"
-            )
-        for width in widths:
-            choose("candidates", width, (0, *BITS) if self.has_components else BITS)
-        return tuple(widths)
+        return widths(self.candidates, "candidates", (0, *BITS) if self.has_components else BITS)
 
     @property
     def has_components(self) -> bool:
@@ -320,24 +326,14 @@ class Recipe:
         return tuple(kind for kind, width in self._dense().items() if width == AUTO)
 
     def _dense(self) -> dict[str, int | str]:
-        bits: dict[str, int | str] = dict.fromkeys(DENSE_KINDS, 16)
-        text = str(self.dense_bits)
-        if text.isdecimal() or text == AUTO:
-            bits.update(dict.fromkeys(JOINING_KINDS, AUTO if text == AUTO else int(text)))
-        else:
-            for part in text.split(","):
-                kind, _, width = part.strip().partition("=")
-                choose("dense-bits", kind, DENSE_KINDS)
-                bits[kind] = int(width) if width.isdecimal() else width
-        for kind, value in bits.items():
-            choose("dense-bits", value, (*DENSE_BITS, AUTO) if kind in JOINING_KINDS else DENSE_BITS)
-        return bits
+        legal = {kind: (*DENSE_BITS, AUTO) if kind in JOINING_KINDS else DENSE_BITS for kind in DENSE_KINDS}
+        return by_kind(str(self.dense_bits), "dense-bits", legal, common=JOINING_KINDS)
 
     def level_set(self, bits: int) -> str:
         """The level set for a code width: `levels`, or what was measured best per stored byte."""
         if self.levels != "auto":
             return self.levels
-        return AUTO_LEVELS[bits]
+        return "sym" if self.alike else AUTO_LEVELS[bits]
 
     def spec(self, bits: int) -> QuantSpec:
         """How a matrix of a code width is stored."""
@@ -366,6 +362,20 @@ OWN_LEVELS = {"vector": tuple(VECTORS), "trellis": tuple(TRELLISES)}
 AUTO_LEVELS = {bits: ("half" if bits <= 2 else "asym") for bits in BITS}
 
 
+def _check_alike(recipe: Recipe) -> None:
+    """Refuse what compressed-tensors does not hold: integers of 2 bits or more with scales, and no more."""
+    for wrong, option in (
+        (method(recipe.method).layout != "grouped" or recipe.has_components, "method"),
+        (recipe.quantizer in OWN_LEVELS, "quantizer"),
+        (recipe.levels not in ("auto", "sym"), "levels"),
+        (1 in recipe.candidate_bits(), "candidates"),
+        (recipe.mtp == "pack", "mtp"),
+    ):
+        if wrong:
+            value, fix = getattr(recipe, option), f"give another --{option}, or drop --serve"
+            raise OptionError(f"{recipe.serve} holds nothing of {value}", option=option, fix=fix)
+
+
 def _check_used(recipe: Recipe) -> None:
     """Refuse options that nothing would look at."""
     if recipe.plan is not None:
@@ -381,17 +391,8 @@ def _check_used(recipe: Recipe) -> None:
                 option="dense-bits",
                 fix="choose --method gemq, or a width",
             )
-        for name in (
-            "cost_options",
-            *(("costs",) if recipe.plan is None else ()),  # a plan of components needs the bases in them
-            "unit",
-            "candidates",
-            "scope",
-            "shares",
-            "solver",
-            "context",
-            "progressive",
-        ):
+        names = ("cost_options", "unit", "candidates", "scope", "shares", "solver", "context", "progressive")
+        for name in names if recipe.plan else (*names, "costs"):  # a plan of components needs the bases in them
             if getattr(recipe, name) is not None:
                 option = name.replace("_", "-")
                 methods = ", ".join(other for other, row in METHODS.items() if row.cost)

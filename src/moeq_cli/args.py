@@ -39,6 +39,7 @@ def _budget_and_method(parser: argparse.ArgumentParser) -> None:
     add("--plan", metavar="FILE", help="follow this plan instead of allocating")
     add("--costs", metavar="FILE", help="allocate by these costs (moeq measure) instead of measuring")
     add("--device", help="auto (default), cpu or cuda[:n]")
+    add("--serve", help="what will run it: moeq (default), or vllm-native: one width per layer, for moeq export")
     add("--seed", type=int, help="seed of everything random (default 0)")
 
 
@@ -96,6 +97,7 @@ EXAMPLES = {
     "measure": "moeq measure OLMoE costs.json --calibration web.txt",
     "allocate": "moeq allocate OLMoE plan.json --costs costs.json --bits 2.5 --svg widths.svg",
     "pareto": "moeq pareto OLMoE --costs costs.json --points 40",
+    "export": "moeq export compressed-tensors OLMoE-4bit OLMoE-4bit-ct",
     "repair": "moeq repair OLMoE-2.5bit OLMoE-tuned --tune model --reference OLMoE --calibration web.txt",
     "eval": "moeq eval OLMoE-2.5bit --text wiki.txt --reference OLMoE",
     "compare": "moeq compare OLMoE-2.5bit OLMoE-3bit --text wiki.txt web.txt --reference OLMoE",
@@ -175,6 +177,11 @@ def _making_verbs(verb: Verb) -> None:
     pareto.add_argument("--points", type=int, default=20, help="budgets (default 20)")
     pareto.add_argument("--svg", metavar="FILE", help="write the curve")
     _recipe_arguments(pareto)
+
+    export = verb("export", "write a packed checkpoint in a format that other programs run without moeq")
+    export.add_argument("form", metavar="FORM", help="compressed-tensors: for vLLM, SGLang and transformers")
+    export.add_argument("directory", help="what quantize --serve vllm-native wrote")
+    export.add_argument("output", help="directory to make")
 
     repair = verb("repair", "tune the routers of a packed checkpoint, or all that is small in it")
     repair.add_argument("directory", help="what quantize wrote")

@@ -164,6 +164,15 @@ def test_a_candidate_that_cannot_be_made_is_left_out(
         moeq.quantize(demo_dir, tmp_path / "no", **SMALL)
 
 
+@pytest.mark.parametrize("effort", ["normal", "best"])
+def test_every_candidate_can_be_served(effort: str) -> None:
+    """The baseline once had several widths in a layer, and would have been published where it was better."""
+    recipe = Recipe(method="auto", bits=3, calibration="bundled", serve="vllm-native", effort=effort).settled()
+    found = auto.candidates(recipe)
+    assert list(found)[-1] == "uniform"
+    assert all(each.alike for each in found.values())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

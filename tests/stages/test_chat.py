@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moeq import cli_chat
 from moeq.cli_chat import Wrapped
 from moeq.errors import OptionError
 from moeq.runtime.load import load_any, load_tokenizer
@@ -139,3 +140,14 @@ def test_answers_are_broken_between_words(size: int) -> None:
     plain: list[str] = []
     Wrapped(None, plain.append).add(text)
     assert plain == [text]
+
+
+def test_the_end_of_input_ends_the_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """After Ctrl-D the shell's prompt stood behind ours."""
+
+    def nothing(_: str = "") -> str:
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", nothing)
+    assert list(cli_chat._lines(person=True)) == list(cli_chat._lines(person=False)) == []
+    assert capsys.readouterr().err == "\n"

@@ -7,9 +7,9 @@ from moeq.allocation import components, other_linears, program, tile_forms
 from moeq.artifacts import CostTable, Inventory, Plan, expert_bytes
 from moeq.budget import Budget
 from moeq.costs.component_table import ComponentTable
-from moeq.errors import ArtifactError, BudgetError, InfeasibleError
+from moeq.errors import ArtifactError, BudgetError, InfeasibleError, OptionError
 from moeq.recipe import Recipe
-from moeq.spec import BITS, EXPERT, QuantSpec, TensorInfo, Unit, stored_bytes
+from moeq.spec import BITS, EXPERT, WHOLE_ROW, QuantSpec, TensorInfo, Unit, stored_bytes
 from moeq.writing import arrangement
 
 SIZE_SLACK = 128
@@ -56,7 +56,9 @@ def run(
         plan = _solved(main, replace(draft, experts=draft.experts[: len(main.layers)]), table, recipe, budget, share)
         if len(main.layers) < len(inventory.layers):
             part, share = replace(inventory, layers=inventory.layers[len(main.layers) :]), limit - share
-            plan = _sized(inventory, replace(plan, experts=plan.experts + _fill(part, draft, share, budget)))
+            plan = _sized(
+                inventory, replace(plan, experts=plan.experts + _fill(part, draft, share, budget, alike=recipe.alike))
+            )
     except InfeasibleError as error:
         if error.smallest is None:
             raise
@@ -86,7 +88,7 @@ def _solved(
         return plan if table is None else replace(plan, costs_hash=table.hash)
     if table is None:
         draft, left = _draft_dense(inventory, draft, recipe, limit)
-        filled = _fill(inventory, draft, left, budget, beside=limit - left)
+        filled = _fill(inventory, draft, left, budget, beside=limit - left, alike=recipe.alike)
         plain = replace(draft, experts=filled, unit=None, cost=None, costs_hash=None, objective=None, bound=None)
         return _sized(inventory, plain)
     assert isinstance(table, CostTable)
@@ -137,8 +139,18 @@ def candidate_specs(recipe: Recipe, budget: float | None = None) -> tuple[QuantS
     return tuple(recipe.spec(bits) for bits in recipe.candidate_bits(budget))
 
 
+def _check_groups(inventory: Inventory, recipe: Recipe) -> None:
+    """Raise OptionError if what will serve the layers knows no ragged groups, and they have some."""
+    for _, (_, columns) in inventory.units() if recipe.alike and recipe.group_size != WHOLE_ROW else ():
+        if columns % recipe.group_size:
+            fix = next((size for size in (64, 32) if columns % size == 0), WHOLE_ROW)
+            message = f"{recipe.serve}: {columns} inputs are no whole groups of {recipe.group_size}"
+            raise OptionError(message, option="group-size", fix=f"give --group-size {fix}")
+
+
 def _draft(inventory: Inventory, recipe: Recipe) -> Plan:
     """A plan of the widest codes, with palette and dense linears as they will be; those that join at their widest."""
+    _check_groups(inventory, recipe)
     dense = _dense_specs(inventory, recipe)
     if recipe.has_components:
         longest = -1.2345678901234567e-300
@@ -196,6 +208,7 @@ def rules_of(
         candidates=candidates,
         codes=codes,
         dense=dense,
+        alike=recipe.alike,
     )
 
 
@@ -300,8 +313,10 @@ def _uniform(inventory: Inventory, width: int) -> Uniform:
     return tuple(((width,) * len(layer.projections),) * layer.num_experts for layer in inventory.layers)
 
 
-def _fill(inventory: Inventory, draft: Plan, limit: int, budget: Budget, beside: int = 0) -> Uniform:
-    """The largest common width that fits, then one more for leading matrices while they fit.
+def _fill(
+    inventory: Inventory, draft: Plan, limit: int, budget: Budget, beside: int = 0, *, alike: bool = False
+) -> Uniform:
+    """The largest common width that fits, then one more for leading matrices, or layers, while they fit.
 
     Raises:
         InfeasibleError: the narrowest does not fit; with it `beside` is to be paid.
@@ -316,6 +331,13 @@ def _fill(inventory: Inventory, draft: Plan, limit: int, budget: Budget, beside:
     left = limit - totals[low]
     rows = []
     for layer in inventory.layers:
+        if alike and low + 1 < len(BITS):
+            shapes = [layer.shapes[name] for name in layer.projections]
+            step = layer.num_experts * sum(weigh(low + 1, shape) - weigh(low, shape) for shape in shapes)
+            raised = step <= left
+            left -= step if raised else 0
+            rows.append(((low + raised,) * len(shapes),) * layer.num_experts)
+            continue
         experts = []
         for _ in range(layer.num_experts):
             widths = []

@@ -26,6 +26,7 @@ class Rules:
         candidates: code widths that may be used.
         codes: the limit and the sizes count code bits, not stored bytes.
         dense: linears outside the experts that spend the same budget; only with scope "global", and not `codes`.
+        alike: all units of a layer get the same width.
     """
 
     solver: str
@@ -34,6 +35,7 @@ class Rules:
     candidates: tuple[int, ...]
     codes: bool
     dense: tuple[Row, ...] = ()
+    alike: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,13 +72,15 @@ def choose(table: CostTable, inventory: Inventory, limit: int, rules: Rules) -> 
     if rules.dense:
         # All units of a problem have as many choices: who has fewer has the last one more than once.
         columns += columns[-1:] * (max(len(row.costs) for row in rules.dense) - len(columns))
-    costs_UC = np.array(table.costs, dtype=np.float64)[:, columns]
-    sizes_UC = _sizes(table, inventory, columns, rules.codes)
+    # What must be alike is one row of the problem, the sum of its units.
+    row_U = np.array([unit.layer for unit in table.units]) if rules.alike else np.arange(len(table.units))
+    costs_UC = _summed(np.array(table.costs, dtype=np.float64)[:, columns], row_U)
+    sizes_UC = _summed(_sizes(table, inventory, columns, rules.codes), row_U)
     dense_DC = _dense_choices(rules.dense, len(columns))
     costs_UC = np.concatenate([costs_UC, _taken([row.costs for row in rules.dense], dense_DC, np.float64)])
     sizes_UC = np.concatenate([sizes_UC, _taken([row.sizes for row in rules.dense], dense_DC, np.int64)])
-    layers_U = np.array([unit.layer for unit in table.units])
-    weights_U = _weights(table, inventory)
+    layers_U = np.array([unit.layer for unit in table.units])[np.unique(row_U, return_index=True)[1]]
+    weights_U = _summed(_weights(table, inventory), row_U)
     groups = [np.flatnonzero(layers_U == layer) for layer in range(len(inventory.layers))]
     conditions = parse_shares(rules.shares)
     widths = [table.candidates[column].bits for column in columns]
@@ -90,9 +94,9 @@ def choose(table: CostTable, inventory: Inventory, limit: int, rules: Rules) -> 
 
     if rules.scope == "global":
         solution = solve(np.arange(len(costs_UC)), groups, limit)
-        return _choice(columns, rules, solution.choice_U, solution.objective, solution.bound)
+        return _choice(columns, rules, row_U, solution.choice_U, solution.objective, solution.bound)
     assert not rules.dense, "they are in no layer's share"
-    choice_U = np.zeros(len(table.units), dtype=np.int64)
+    choice_U = np.zeros(len(weights_U), dtype=np.int64)
     objective = bound = 0.0
     total = int(weights_U.sum())
     smallest = 0
@@ -109,14 +113,28 @@ def choose(table: CostTable, inventory: Inventory, limit: int, rules: Rules) -> 
         objective, bound = objective + solution.objective, bound + solution.bound
     if smallest:
         raise InfeasibleError("a layer's share of the budget is too small", smallest=smallest)
-    return _choice(columns, rules, choice_U, objective, bound)
+    return _choice(columns, rules, row_U, choice_U, objective, bound)
 
 
-def _choice(columns: list[int], rules: Rules, choice_U: NDArray[np.integer], objective: float, bound: float) -> Choice:
+def _summed(values_U: NDArray[Any], row_U: NDArray[np.int64]) -> NDArray[Any]:
+    """Units -> rows of the problem."""
+    total = np.zeros((int(row_U.max()) + 1, *values_U.shape[1:]), dtype=values_U.dtype)
+    np.add.at(total, row_U, values_U)
+    return total
+
+
+def _choice(
+    columns: list[int],
+    rules: Rules,
+    row_U: NDArray[np.int64],
+    choice_U: NDArray[np.integer],
+    objective: float,
+    bound: float,
+) -> Choice:
     units = len(choice_U) - len(rules.dense)
     dense_DC = _dense_choices(rules.dense, len(columns))
     return Choice(
-        columns=tuple(columns[int(index)] for index in choice_U[:units]),
+        columns=tuple(columns[int(choice_U[row])] for row in row_U),
         dense={
             row.path: int(choice_C[index])
             for row, choice_C, index in zip(rules.dense, dense_DC, choice_U[units:], strict=True)

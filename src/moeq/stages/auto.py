@@ -37,6 +37,7 @@ USUAL: Final = "normal"
 SHARED: Final = (
     "bits", "size", "accounting", "group_size", "levels", "calibration", "nsamples", "seqlen", "seed", "routing",
     "act_order", "damp", "gain", "device", "mtp", "trust_remote_code", "quality",
+    "serve",
 )  # fmt: skip
 """Options that every candidate takes over."""
 DENSE: Final = "16"
@@ -169,15 +170,17 @@ def candidates(recipe: Recipe) -> dict[str, Recipe]:
     shared = {name: getattr(recipe, name) for name in SHARED}
     dense = DENSE if recipe.joining() else recipe.dense_bits
     if recipe.effort == "best":
-        if recipe.quantizer is None and recipe.levels == "auto":
+        if recipe.quantizer is None and recipe.levels == "auto" and not recipe.alike:
             found["plain-levels"] = replace(main, quantizer="gptq")
         if "," in str(recipe.calibration) or recipe.calibration == "bundled":
             options = ",".join(part for part in (recipe.cost_options, "texts=worst") if part)
             found["worst-text"] = replace(main, cost_options=options)
-        found["tiled"] = Recipe(
-            method="tileq", rank="auto", allocation="gemq", compensate=True, dense_bits=dense, **shared
-        )
-        found["spectral"] = Recipe(method="bitsmoe", compensate=True, dense_bits=dense, **(shared | {"levels": "auto"}))
+        if not recipe.alike:
+            found["tiled"] = Recipe(
+                method="tileq", rank="auto", allocation="gemq", compensate=True, dense_bits=dense, **shared
+            )
+            levels = {"levels": "auto"}
+            found["spectral"] = Recipe(method="bitsmoe", compensate=True, dense_bits=dense, **(shared | levels))
     found[BASELINE] = Recipe(method="uniform", dense_bits=dense, **shared)
     return found
 

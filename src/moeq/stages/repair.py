@@ -3,8 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from moeq.report.tables import human_number, markdown_table
 from moeq.runtime import load
 from moeq.stages import facts, verify
 from moeq.writing import calibration_text
-from moeq.writing.directory import building, publish
+from moeq.writing.directory import all_or_nothing, building, publish
 from moeq.writing.routers import Retuned, inventory_of, retune, teaching, updated
 
 REFERENCE_BYTES = 2**30
@@ -131,7 +130,7 @@ def run(
     assert tokens is not None
     rows = () if rest is None else tuple(rest.ids_NT)
     needed = sum(digest.bytes for digest in manifest.files.values()) + BESIDE_BYTES
-    with building(source, out, resume=False, needed_bytes=needed) as partial, _all_or_nothing(partial):
+    with building(source, out, resume=False, needed_bytes=needed) as partial, all_or_nothing(partial):
         # What is about to get new hashes must be what was packed.
         verify_files(source, manifest)
         with teaching(original, inventory, tokens, options, place, partial, progress) as teacher:
@@ -190,16 +189,6 @@ def _comparable(
     if inventory.source_bytes > REFERENCE_BYTES:
         return "not compared: the original is too large to load it unasked; run moeq eval", None
     return "", load.load_any(reference, device)
-
-
-@contextmanager
-def _all_or_nothing(partial: Path) -> Iterator[None]:
-    """After an error nothing stays: there is no journal, so no later run could go on there."""
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _copy(source: Path, partial: Path, manifest: Manifest) -> None:

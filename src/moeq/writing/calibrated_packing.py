@@ -116,7 +116,7 @@ def run(
         pool=pool,
         device=job.device,
         routing=int(routing) if routing.isdecimal() else routing,
-        progress=None if progress is None else lambda count, total: progress("blocks", count, total),
+        progress=None if progress is None else lambda count, total: progress("packing", count, total),
     ).run(ids_NT)
     return counts
 

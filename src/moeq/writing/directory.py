@@ -36,6 +36,16 @@ def building(source: Path, out: Path, *, resume: bool, needed_bytes: int) -> Ite
         raise
 
 
+@contextlib.contextmanager
+def all_or_nothing(partial: Path) -> Iterator[None]:
+    """After an error nothing stays, where there is no journal and no later run could go on."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 def _drop_unbegun(partial: Path) -> None:
     """Remove a directory in which no run has begun."""
     if partial.is_dir() and all(path.name[0] == "." and path.name != JOURNAL_NAME for path in partial.iterdir()):
