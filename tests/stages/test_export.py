@@ -175,3 +175,13 @@ def test_nothing_stays_of_what_failed(mixed: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match="no space"):
         export.run(mixed, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_says_what_one_width_for_a_layer_costs(demo_dir: Path, tmp_path: Path) -> None:
+    options = {"method": "gemq", "cost": "weight-error", "unit": "matrix", "quantizer": "rtn", "serve": "vllm-native"}
+    costs = tmp_path / "costs"
+    moeq.measure(demo_dir, **options, calibration="none").save(costs)
+    said = " ".join(moeq.plan(demo_dir, **options, calibration="none", costs=costs, bits=3.2).warnings)
+    found = re.search(r"one width for a layer costs ([\d.]+) % of predicted loss", said)
+    assert found
+    assert float(found[1]) > 0

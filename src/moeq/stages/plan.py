@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeq.allocation import decide, measuring
+from moeq.allocation import decide, measuring, plans
 from moeq.arch.meta import build_meta_model
 from moeq.arch.mtp import mtp_tensors
 from moeq.calibration.opening import block_paths
 from moeq.calibration.tokens import Domain
 from moeq.checkpoint.read import read_headers
 from moeq.checkpoint.rounded.registry import FORMATS
+from moeq.costs.component_table import load_table
 from moeq.notebook import Shows, Table
 from moeq.quantizers.registry import QUANTIZERS
 from moeq.recipe import Recipe
@@ -168,13 +169,28 @@ def _rounded(decision: Decision) -> list[str]:
     return [text]
 
 
+def _constrained(decision: Decision) -> list[str]:
+    """What it costs in predicted loss that all experts of a layer are alike; known where costs are."""
+    recipe, plan = decision.recipe, decision.plan
+    if not recipe.alike or plan.objective is None or not decision.decided or recipe.costs is None:
+        return []
+    table = load_table(Path(recipe.costs))
+    widths = ",".join(str(spec.bits) for spec in table.candidates)
+    freely = recipe.replace(serve="moeq", levels="sym", candidates=widths)
+    free = plans.plan_within(decision.inventory, table, freely, plan.expert_bytes)
+    if not free.objective:
+        return []
+    more = 100 * (plan.objective / free.objective - 1)
+    return [f"--serve {recipe.serve}: one width for a layer costs {more:.1f} % of predicted loss at the same bytes"]
+
+
 def _warnings(decision: Decision) -> tuple[str, ...]:
     found, recipe = [], decision.recipe
     if not decision.decided:
         found.append(
             f"the plan is decided when {decision.recipe.cost} costs are measured; sizes are those of the budget"
         )
-    found += _rounded(decision)
+    found += _rounded(decision) + _constrained(decision)
     extra = {} if decision.inventory.apart else mtp_tensors(decision.source, read_headers(decision.source))
     if extra:
         words = {
