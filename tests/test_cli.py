@@ -152,9 +152,9 @@ def test_a_failure_exits_with_1_and_a_document(verb: str, tmp_path: Path, capsys
     first = ["compressed-tensors"] if verb == "export" else []
     document = run(verb, *first, missing, *rest.get(verb, []), capsys=capsys, status=1)
     assert set(document) == {"verb", "json_version", "error", "message"}
-    assert document["error"] == ("PackedError" if verb in ("verify", "report") else "CheckpointError")
+    assert document["error"] == ("PackedError" if verb in ("verify", "report", "export") else "CheckpointError")
     assert str(missing) in document["message"]
-    assert cli.main([verb, str(missing), *map(str, rest.get(verb, []))]) == 1
+    assert cli.main([verb, *first, str(missing), *map(str, rest.get(verb, []))]) == 1
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", f"moeq {verb}: {document['message']}\n")
 

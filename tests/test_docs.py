@@ -36,6 +36,7 @@ ELSEWHERE = {
     "make demo": "minutes; `make nightly`",
     "pip install torch": "minutes; `make nightly`",
     "pip install .": "minutes; `make nightly`",
+    "pip install '.[vllm]'": "gigabytes; the format is read by transformers in tests/stages/test_export.py",
     "pip install '.[serve]'": "installed with the rest",
     "pip install '.[report]'": "installed with the rest",
     "pip install '.[eval]'": "installed with the rest",

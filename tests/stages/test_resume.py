@@ -45,7 +45,7 @@ quantize.run(model, out, recipe, progress=progress)
 
 POINTS = {
     "hqq": ("shards:1", "shards:3", "write:2700000", "shards:5", "verify:0"),
-    "gptq": ("shards:1", "blocks:1", "write:2900000", "blocks:3", "verify:0"),
+    "gptq": ("shards:1", "packing:1", "write:2900000", "packing:3", "verify:0"),
 }
 
 
