@@ -60,7 +60,7 @@ print(json.dumps({
     "stored": report.stored_bytes,
     "seconds": report.seconds,
     "counts": None if report.tokens_per_expert is None else report.tokens_per_expert["layers"],
-    "blocks": [mark for mark in marks if mark[0] == "blocks"],
+    "blocks": [mark for mark in marks if mark[0] == "packing"],
 }))
 """
 
