@@ -34,7 +34,7 @@ class Terminal:
         self.columns, self.name = columns, f"session-{columns}"
         self.frames: list[tuple[str, str]] = []
         words = ["new-session", "-d", "-s", self.name, "-x", str(columns), "-y", "36", "-c", str(directory)]
-        environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PS1": "$ ", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         subprocess.run(["tmux", *words, "bash --norc --noprofile"], check=True, env=environment)
 
     def tmux(self, *words: str) -> str:

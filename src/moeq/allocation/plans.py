@@ -7,10 +7,10 @@ from moeq.allocation import components, other_linears, program, tile_forms
 from moeq.artifacts import CostTable, Inventory, Plan, expert_bytes
 from moeq.budget import Budget
 from moeq.costs.component_table import ComponentTable
-from moeq.errors import ArtifactError, BudgetError, InfeasibleError, OptionError
+from moeq.errors import ArtifactError, BudgetError, InfeasibleError
 from moeq.recipe import Recipe
-from moeq.spec import BITS, EXPERT, WHOLE_ROW, QuantSpec, TensorInfo, Unit, stored_bytes
-from moeq.writing import arrangement
+from moeq.spec import BITS, EXPERT, QuantSpec, TensorInfo, Unit, stored_bytes
+from moeq.writing import arrangement, compressed_tensors
 
 SIZE_SLACK = 128
 """Recipe, manifest and config spell out the size and numbers that depend on it."""
@@ -139,18 +139,11 @@ def candidate_specs(recipe: Recipe, budget: float | None = None) -> tuple[QuantS
     return tuple(recipe.spec(bits) for bits in recipe.candidate_bits(budget))
 
 
-def _check_groups(inventory: Inventory, recipe: Recipe) -> None:
-    """Raise OptionError if what will serve the layers knows no ragged groups, and they have some."""
-    for _, (_, columns) in inventory.units() if recipe.alike and recipe.group_size != WHOLE_ROW else ():
-        if columns % recipe.group_size:
-            fix = next((size for size in (64, 32) if columns % size == 0), WHOLE_ROW)
-            message = f"{recipe.serve}: {columns} inputs are no whole groups of {recipe.group_size}"
-            raise OptionError(message, option="group-size", fix=f"give --group-size {fix}")
-
-
 def _draft(inventory: Inventory, recipe: Recipe) -> Plan:
     """A plan of the widest codes, with palette and dense linears as they will be; those that join at their widest."""
-    _check_groups(inventory, recipe)
+    if recipe.alike:
+        for unit, shape in inventory.units():
+            compressed_tensors.check_spec(str(unit), recipe.spec(BITS[-1]), shape)
     dense = _dense_specs(inventory, recipe)
     if recipe.has_components:
         longest = -1.2345678901234567e-300

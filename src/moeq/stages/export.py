@@ -184,8 +184,7 @@ def _config(config: dict[str, Any], manifest: Manifest, specs: Mapping[str, Quan
     hook = HOOK_NAME.removesuffix(".py")
     own = {key: value for key, value in config.get("auto_map", {}).items() if not str(value).startswith(hook)}
     rest = {key: value for key, value in config.items() if key != "auto_map"} | ({"auto_map": own} if own else {})
-    outside = {layer.path: target.expert_name(config["model_type"], layer.path, 0, "gate").rpartition(".0.")[0]
-               for layer in manifest.layers}  # fmt: skip
+    outside = {layer.path: target.experts_path(config["model_type"], layer.path) for layer in manifest.layers}
     modules = {outside.get(path, path): spec for path, spec in specs.items()}
     ignored = [path for path in ours["modules_to_not_convert"] if path not in specs]
     return rest | {"quantization_config": target.quantization_config(modules, ignored, __version__)}

@@ -44,8 +44,8 @@ def pack_stream(codes_NK: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(padded.view("<i4"))
 
 
-def expert_name(model_type: str, path: str, expert: int, projection: str) -> str:
-    """The module of an expert's matrix as files of the family name it.
+def experts_path(model_type: str, path: str) -> str:
+    """The module of a layer's experts as files of the family name it.
 
     Raises:
         OptionError: it is not known how they do.
@@ -56,8 +56,13 @@ def expert_name(model_type: str, path: str, expert: int, projection: str) -> str
             option="form",
             fix=f"known are {', '.join(sorted(NAMES))}",
         )
-    inside, outside, names = NAMES[model_type]
-    return f"{path.replace(inside, outside) if inside else path}.{expert}.{names[projection]}"
+    inside, outside, _ = NAMES[model_type]
+    return path.replace(inside, outside) if inside else path
+
+
+def expert_name(model_type: str, path: str, expert: int, projection: str) -> str:
+    """The module of an expert's matrix as files of the family name it; raises as `experts_path`."""
+    return f"{experts_path(model_type, path)}.{expert}.{NAMES[model_type][2][projection]}"
 
 
 def check_spec(name: str, spec: QuantSpec, shape: tuple[int, int]) -> None:
