@@ -21,7 +21,8 @@ INTERRUPTED: Final = 130
 BARS: Final = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 """There is one display, and it is ours."""
 CACHES: Final = {"LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
-"""torch keeps code for each of the last 1024 shapes of a product, twice: megabytes for every length of a prompt."""
+"""torch keeps code for each of the last 1024 shapes of a product, twice: megabytes for every length of a prompt, and
+for every number of tokens that an expert meets in calibration (benchmarks/serve.md, benchmarks/peers.md)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
     args.words = words
-    for name, value in (BARS | (CACHES if args.verb == "serve" else {})).items():
+    for name, value in (BARS | CACHES).items():
         os.environ.setdefault(name, value)
     try:
         with _leaving_at_once():
