@@ -69,9 +69,16 @@ def pareto(model: str | Path, *, points: int = 20, **options: Any) -> ParetoRepo
     return pareto_stage.run(model, Recipe(**filled(model, options)), points)
 
 
-def export(directory: str | Path, output: str | Path, *, form: str = "compressed-tensors") -> ExportReport:
+def export(
+    directory: str | Path,
+    output: str | Path,
+    *,
+    form: str = "compressed-tensors",
+    like: str | Path | None = None,
+    embeddings: int = 8,
+) -> ExportReport:
     """Write a packed checkpoint in a format that other programs run, see `moeq.stages.export.run`."""
-    return export_stage.run(resolve_packed(directory), output, form=form)
+    return export_stage.run(resolve_packed(directory), output, form=form, like=like, embeddings=embeddings)
 
 
 def repair(directory: str | Path, output: str | Path, *, calibration: str | Path, **options: Any) -> RepairReport:

@@ -133,7 +133,9 @@ def _repair(args: argparse.Namespace) -> Any:
 def _export(args: argparse.Namespace) -> Any:
     directory = resolve_packed(args.directory)
     with shown(quiet=args.quiet) as progress:
-        return export_stage.run(directory, args.output, form=args.form, progress=progress)
+        return export_stage.run(
+            directory, args.output, form=args.form, like=args.like, embeddings=args.embeddings, progress=progress
+        )
 
 
 def _inspect(args: argparse.Namespace) -> Any:

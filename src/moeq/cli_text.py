@@ -153,7 +153,7 @@ def export(report: ExportReport) -> str:
     return (
         f"wrote {report.output}: {human_bytes(report.stored_bytes)} as {report.form}, was "
         f"{human_bytes(report.packed_bytes)}\nlayers: {widths}; {report.checked} matrices read back\n"
-        f"vllm serve {report.output}"
+        + (f"llama-cli -m {report.output}" if report.form == "gguf" else f"vllm serve {report.output}")
     )
 
 

@@ -26,8 +26,8 @@ ROUTER_LOSSES = ("none", "task", "kl")
 TUNES = ("none", "model")
 EFFORTS = ("fast", "normal", "best")
 DEFAULT_CANDIDATES = (1, 2, 3, 4)
-SERVES = ("moeq", "vllm-native")
-"""What will run it. vllm-native: what `moeq export compressed-tensors` holds, one width for all experts of a layer."""
+SERVES = {"moeq": "", "vllm-native": "layer", "gguf": "kind"}
+"""What will run it -> what gets one width: all experts of a layer, or of a layer their gate, up or down."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +128,7 @@ class Recipe:
         method(self.method)
         choose("accounting", self.accounting, ACCOUNTINGS)
         choose("mtp", self.mtp, MTP)
-        choose("serve", self.serve, SERVES)
+        choose("serve", self.serve, tuple(SERVES))
         choose("group-size", self.group_size, GROUP_SIZES)
         choose("levels", self.levels, ("auto", *SCALAR_LEVELS))
         counts = ("nsamples", self.nsamples, 1), ("seqlen", self.seqlen, 2), ("router-epochs", self.router_epochs, 1)
@@ -252,8 +252,9 @@ class Recipe:
         known = bool(row.cost or self.cost) and self.plan is None
         plain = self.levels != "auto" or self.alike
         with_text = "gptq" if plain and own.quantizer in OWN_LEVELS else own.quantizer
+        usual = GGML if self.serve == "gguf" else with_text if self.text else own.dataless
         return self.replace(
-            quantizer=self.quantizer or (with_text if self.text else own.dataless),
+            quantizer=self.quantizer or usual,
             cost=(self.cost or row.cost) if known else None,
             unit=(self.unit or row.unit) if known else None,
             scope=(self.scope or row.scope) if known else None,
@@ -265,9 +266,9 @@ class Recipe:
         )
 
     @property
-    def alike(self) -> bool:
-        """Whether all experts of a layer get the same width."""
-        return self.serve == "vllm-native"
+    def alike(self) -> str:
+        """What gets one width: a "layer", a "kind" of matrix in a layer, or "" if every unit has its own."""
+        return SERVES[self.serve]
 
     def options_of_cost(self) -> dict[str, Any]:
         """The cost's options: the method's where it is the method's cost, and what `cost_options` says."""
@@ -288,6 +289,7 @@ class Recipe:
             if self.has_components:
                 return own
             own = tuple(bits for bits in own if bits > 1) if self.alike else own
+            own = (2, 3, 4, 5, 6) if self.serve == "gguf" else own
             asked = budget or self.bits or DEFAULT_CANDIDATES[-1] - 0.5
             top = next((width for width in BITS if width > asked), BITS[-1])
             return own + tuple(bits for bits in BITS if own[-1] < bits <= top)
@@ -333,15 +335,20 @@ class Recipe:
         """The level set for a code width: `levels`, or what was measured best per stored byte."""
         if self.levels != "auto":
             return self.levels
-        return "sym" if self.alike else AUTO_LEVELS[bits]
+        return {"vllm-native": "sym", "gguf": GGML}.get(self.serve, AUTO_LEVELS[bits])
 
     def spec(self, bits: int) -> QuantSpec:
         """How a matrix of a code width is stored."""
         if bits in OWN_LEVELS.get(str(self.quantizer), ()):
-            size = WHOLE_ROW if self.quantizer == "vector" else self.group_size
+            size = self.group_size if self.quantizer == "trellis" else WHOLE_ROW
             return QuantSpec(bits=bits, group_size=size, levels=str(self.quantizer))
         layout = method(self.method).records
         return QuantSpec(bits=bits, group_size=self.group_size, levels=self.level_set(bits), layout=layout)
+
+    def dense_spec(self, bits: int) -> QuantSpec:
+        """How a linear outside the experts is stored at a width."""
+        size = WHOLE_ROW if self.serve == "gguf" else self.group_size
+        return QuantSpec(bits=bits, group_size=size, levels=self.level_set(bits))
 
     def component_levels(self, bits: int) -> str:
         """The level set of components of a code width; those of the released quantizer if that is used."""
@@ -358,16 +365,18 @@ class Recipe:
         return yaml.safe_dump(codec.encode(self), sort_keys=False)
 
 
-OWN_LEVELS = {"vector": tuple(VECTORS), "trellis": tuple(TRELLISES)}
+GGML = "ggml"
+OWN_LEVELS = {"vector": tuple(VECTORS), "trellis": tuple(TRELLISES), GGML: BITS}
 AUTO_LEVELS = {bits: ("half" if bits <= 2 else "asym") for bits in BITS}
 
 
 def _check_alike(recipe: Recipe) -> None:
-    """Refuse what compressed-tensors does not hold: integers of 2 bits or more with scales, and no more."""
+    """Refuse what compressed-tensors or GGUF does not hold: integers of 2 bits or more with scales, and no more."""
+    levels, own = ("auto", "ggml" if recipe.serve == "gguf" else "sym"), recipe.serve == "gguf"
     for wrong, option in (
         (method(recipe.method).layout != "grouped" or recipe.has_components, "method"),
-        (recipe.quantizer in OWN_LEVELS, "quantizer"),
-        (recipe.levels not in ("auto", "sym"), "levels"),
+        (recipe.quantizer not in (None, GGML) if own else recipe.quantizer in OWN_LEVELS, "quantizer"),
+        (recipe.levels not in levels, "levels"),
         (1 in recipe.candidate_bits(), "candidates"),
         (recipe.mtp == "pack", "mtp"),
     ):

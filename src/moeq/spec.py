@@ -24,11 +24,12 @@ asym16  zero is stored per group as float16 (what the papers' code does)
 sym     zero = 2^(b-1): integers -2^(b-1) .. 2^(b-1) - 1 times a signed scale
 half    zero = (2^b - 1) / 2: half-integers -(2^b - 1)/2 .. (2^b - 1)/2 times the scale
 """
-LEVELS = (*SCALAR_LEVELS, "vector", "trellis")
+LEVELS = (*SCALAR_LEVELS, "vector", "trellis", "ggml")
 """All level sets; the position in this tuple is the id on disk.
 
 vector  a code names an entry of a codebook, and an entry is several neighbouring weights of a row (`VECTORS`)
 trellis a code and the codes above it in its column name an entry of a fixed table (`TRELLISES`)
+ggml    blocks of llama.cpp, as they lie in GGUF files (`BLOCK_TYPES`)
 """
 
 ZERO_BYTES = {"asym": 1, "asym16": 2, "sym": 0, "half": 0, "trellis": 0}
@@ -84,13 +85,59 @@ TRELLISES = {1: 5, 2: 6, 3: 5, 4: 5}
 """Code width -> codes above a weight whose lowest bits choose its levels."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockType:
+    """A type of ggml: how neighbouring weights of a row are stored (the level set "ggml").
+
+    Attributes:
+        name: its name there.
+        number: its number there.
+        bits: width of a code.
+        weights: weights of a block; rows are whole blocks.
+        size: bytes of a block.
+        group: weights that share a scale.
+    """
+
+    name: str
+    number: int
+    bits: int
+    weights: int
+    size: int
+    group: int
+
+
+BLOCK_TYPES = (
+    BlockType(name="Q2_K", number=10, bits=2, weights=256, size=84, group=16),
+    BlockType(name="Q3_K", number=11, bits=3, weights=256, size=110, group=16),
+    BlockType(name="Q4_K", number=12, bits=4, weights=256, size=144, group=32),
+    BlockType(name="IQ4_NL", number=20, bits=4, weights=32, size=18, group=32),
+    BlockType(name="Q5_K", number=13, bits=5, weights=256, size=176, group=32),
+    BlockType(name="Q5_0", number=6, bits=5, weights=32, size=22, group=32),
+    BlockType(name="Q6_K", number=14, bits=6, weights=256, size=210, group=16),
+    BlockType(name="Q8_0", number=8, bits=8, weights=32, size=34, group=32),
+)
+"""By rising width; of one width the one that is taken first comes first."""
+
+
+def block_type(bits: int, columns: int) -> BlockType:
+    """The narrowest type of at least `bits` whose blocks fill rows of so many weights.
+
+    Raises:
+        OptionError: there is none.
+    """
+    for kind in BLOCK_TYPES:
+        if kind.bits >= bits and columns % kind.weights == 0:
+            return kind
+    raise OptionError(f"{columns} inputs are no whole blocks of 32", option="serve", fix="drop --serve gguf")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class QuantSpec:
     """How one matrix is stored.
 
     Attributes:
-        bits: width of a code (per weight), one of `BITS`.
-        group_size: inputs that share a scale, one of `GROUP_SIZES`; `WHOLE_ROW` for the level set "vector".
+        bits: width of a code (per weight), one of `BITS`; for the level set "ggml" the least that is wanted.
+        group_size: inputs that share a scale, one of `GROUP_SIZES`; `WHOLE_ROW` for the level sets "vector" and "ggml".
         levels: the level set, one of `LEVELS`.
         layout: the storage layout, one of `LAYOUTS`.
     """
@@ -115,6 +162,8 @@ class QuantSpec:
                 raise OptionError(f"there are no codebooks of {self.bits} bits", option="bits", fix="choose 2 or 3")
             if self.group_size != WHOLE_ROW or self.layout != "grouped":
                 raise OptionError("codebooks go with scales of rows", option="group-size", fix="give -1")
+        if self.levels == "ggml" and (self.group_size != WHOLE_ROW or self.layout != "grouped"):
+            raise OptionError("types of ggml have groups of their own", option="group-size", fix="give -1")
         if self.levels == "trellis" and (self.bits not in TRELLISES or self.layout != "grouped"):
             choices = ", ".join(str(bits) for bits in TRELLISES)
             message = f"there is no trellis of {self.bits} bits in the layout {self.layout}"
@@ -129,6 +178,11 @@ class QuantSpec:
     def codebooks(self) -> Codebooks | None:
         """The codebooks of the level set "vector", None for all others."""
         return VECTORS[self.bits] if self.levels == "vector" else None
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether records are blocks of ggml, which no kernel of ours reads."""
+        return self.levels == "ggml"
 
     def to_dict(self) -> dict[str, int | str]:
         """The spec as plain JSON values."""
@@ -194,9 +248,14 @@ def sections(spec: QuantSpec, shape: tuple[int, int]) -> Sections:
         shape: (N, K), output rows and input columns.
 
     Raises:
-        OptionError: K is no multiple of the weights that share a code.
+        OptionError: K is no multiple of the weights that share a code or a block.
     """
     rows, columns = shape
+    if spec.in_blocks:
+        kind = block_type(spec.bits, columns)
+        size = rows * (columns // kind.weights) * kind.size
+        end = align(size)
+        return Sections(planes=((8, 0, size),), scales=(end, 0), zeros=(end, 0), total=end)
     books = spec.codebooks
     if books is not None and columns % books.dim:
         raise OptionError(

@@ -39,7 +39,7 @@ def _budget_and_method(parser: argparse.ArgumentParser) -> None:
     add("--plan", metavar="FILE", help="follow this plan instead of allocating")
     add("--costs", metavar="FILE", help="allocate by these costs (moeq measure) instead of measuring")
     add("--device", help="auto (default), cpu or cuda[:n]")
-    add("--serve", help="what will run it: moeq (default), or vllm-native: one width per layer, for moeq export")
+    add("--serve", help="what will run it: moeq (default), vllm-native or gguf; see moeq export")
     add("--seed", type=int, help="seed of everything random (default 0)")
 
 
@@ -179,9 +179,13 @@ def _making_verbs(verb: Verb) -> None:
     _recipe_arguments(pareto)
 
     export = verb("export", "write a packed checkpoint in a format that other programs run without moeq")
-    export.add_argument("form", metavar="FORM", help="compressed-tensors: for vLLM, SGLang and transformers")
-    export.add_argument("directory", help="what quantize --serve vllm-native wrote")
-    export.add_argument("output", help="directory to make")
+    export.add_argument(
+        "form", metavar="FORM", help="compressed-tensors (vLLM, SGLang, transformers) or gguf (llama.cpp)"
+    )
+    export.add_argument("directory", help="what quantize --serve vllm-native, or --serve gguf, wrote")
+    export.add_argument("output", help="directory to make; the file for gguf")
+    export.add_argument("--like", metavar="FILE", help="gguf: file by llama.cpp's converter to take the rest from")
+    export.add_argument("--embeddings", type=int, default=8, help="gguf: bits of tables of tokens, or 16 (default 8)")
 
     repair = verb("repair", "tune the routers of a packed checkpoint, or all that is small in it")
     repair.add_argument("directory", help="what quantize wrote")

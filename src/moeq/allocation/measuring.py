@@ -37,7 +37,7 @@ from moeq.runtime.load import pick_device
 from moeq.spec import QuantSpec, TensorInfo, stored_bytes
 from moeq.version import __version__
 from moeq.writing.calibration_text import calibration_tokens
-from moeq.writing.quantizer_choice import DENSE_QUANTIZER, quantizer_options
+from moeq.writing.quantizer_choice import dense_name, quantizer_options
 
 SAMPLES = 48
 """Sequences that costs with gradients are measured on, if there are more: their ranks hardly change beyond."""
@@ -81,7 +81,7 @@ class Subject:
             "moeq_version": __version__,
         }
         if recipe.joining():
-            facts["dense"] = {"kinds": list(recipe.joining()), "quantizer": DENSE_QUANTIZER, "gain": recipe.gain}
+            facts["dense"] = {"kinds": list(recipe.joining()), "quantizer": dense_name(recipe), "gain": recipe.gain}
         if context is not None and context.model_hash != self.inventory.model_hash:
             raise OptionError(
                 "it was not made from this model", option="context", fix="give a packed checkpoint of this model"
@@ -323,6 +323,8 @@ def _options(recipe: Recipe) -> dict[str, Any]:
         wanted = inspect_signature(COSTS[name]).parameters
         if recipe.has_components and not str(recipe.quantizer).startswith("gptq"):
             options.setdefault("perturb", recipe.quantizer)
+        if recipe.quantizer == "ggml":  # no other rounds to blocks
+            options = {key: "ggml" for key in ("perturb", "quantizer") if key in wanted} | options
         common: dict[str, Any] = {"seed": recipe.seed, "seqlen": recipe.seqlen}
         perturb = options.get("perturb", wanted["perturb"].default if "perturb" in wanted else None)
         common |= quantizer_options(recipe, str(perturb))

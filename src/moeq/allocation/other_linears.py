@@ -46,11 +46,7 @@ def linears(inventory: Inventory, recipe: Recipe) -> tuple[DenseLinear, ...]:
 
 def specs(recipe: Recipe) -> tuple[QuantSpec, ...]:
     """What such a linear may be packed as, by rising width."""
-    return tuple(
-        QuantSpec(bits=bits, group_size=recipe.group_size, levels=recipe.level_set(bits))
-        for bits in sorted(DENSE_BITS)
-        if bits < 16
-    )
+    return tuple(recipe.dense_spec(bits) for bits in sorted(DENSE_BITS) if bits < 16)
 
 
 def packed_bytes(linear: DenseLinear, spec: QuantSpec) -> int:

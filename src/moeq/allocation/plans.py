@@ -7,9 +7,9 @@ from moeq.allocation import components, other_linears, program, tile_forms
 from moeq.artifacts import CostTable, Inventory, Plan, expert_bytes
 from moeq.budget import Budget
 from moeq.costs.component_table import ComponentTable
-from moeq.errors import ArtifactError, BudgetError, InfeasibleError
+from moeq.errors import ArtifactError, BudgetError, InfeasibleError, OptionError
 from moeq.recipe import Recipe
-from moeq.spec import BITS, EXPERT, QuantSpec, TensorInfo, Unit, stored_bytes
+from moeq.spec import BITS, EXPERT, QuantSpec, TensorInfo, Unit, block_type, stored_bytes
 from moeq.writing import arrangement, compressed_tensors
 
 SIZE_SLACK = 128
@@ -57,7 +57,8 @@ def run(
         if len(main.layers) < len(inventory.layers):
             part, share = replace(inventory, layers=inventory.layers[len(main.layers) :]), limit - share
             plan = _sized(
-                inventory, replace(plan, experts=plan.experts + _fill(part, draft, share, budget, alike=recipe.alike))
+                inventory,
+                replace(plan, experts=plan.experts + _fill(part, draft, share, budget, alike=bool(recipe.alike))),
             )
     except InfeasibleError as error:
         if error.smallest is None:
@@ -65,8 +66,31 @@ def run(
         # What a part lacks, the whole lacks in proportion.
         missing = -(-(error.smallest - share) * inventory.expert_parameters // part.expert_parameters)
         raise _too_small(inventory, draft, budget, missing) from error
+    plan = _named(inventory, plan)
     plan.validate()
     return plan
+
+
+def _named(inventory: Inventory, plan: Plan) -> Plan:
+    """The plan with the width that a block type has instead of the one that was asked for, where the shape has none."""
+    if not any(spec.in_blocks for spec in plan.specs):
+        return plan
+
+    def named(index: int, shape: tuple[int, int]) -> int:
+        spec = plan.specs[index]
+        if not spec.in_blocks:
+            return index
+        return plan.specs.index(replace(spec, bits=block_type(spec.bits, shape[1]).bits))
+
+    experts = tuple(
+        tuple(
+            tuple(named(index, layer.shapes[name]) for index, name in zip(expert, layer.projections, strict=True))
+            for expert in row
+        )
+        for row, layer in zip(plan.experts, inventory.layers, strict=True)
+    )
+    dense = {linear.path: linear.shape for linear in inventory.dense}
+    return replace(plan, experts=experts, dense={path: named(index, dense[path]) for path, index in plan.dense.items()})
 
 
 def _solved(
@@ -88,7 +112,7 @@ def _solved(
         return plan if table is None else replace(plan, costs_hash=table.hash)
     if table is None:
         draft, left = _draft_dense(inventory, draft, recipe, limit)
-        filled = _fill(inventory, draft, left, budget, beside=limit - left, alike=recipe.alike)
+        filled = _fill(inventory, draft, left, budget, beside=limit - left, alike=bool(recipe.alike))
         plain = replace(draft, experts=filled, unit=None, cost=None, costs_hash=None, objective=None, bound=None)
         return _sized(inventory, plain)
     assert isinstance(table, CostTable)
@@ -141,10 +165,12 @@ def candidate_specs(recipe: Recipe, budget: float | None = None) -> tuple[QuantS
 
 def _draft(inventory: Inventory, recipe: Recipe) -> Plan:
     """A plan of the widest codes, with palette and dense linears as they will be; those that join at their widest."""
-    if recipe.alike:
+    if recipe.serve == "vllm-native":
         for unit, shape in inventory.units():
             compressed_tensors.check_spec(str(unit), recipe.spec(BITS[-1]), shape)
     dense = _dense_specs(inventory, recipe)
+    if recipe.serve == "gguf":
+        _check_blocks(inventory, dense)
     if recipe.has_components:
         longest = -1.2345678901234567e-300
         spectral = components.draft(inventory, recipe, dense)
@@ -168,6 +194,17 @@ def _draft(inventory: Inventory, recipe: Recipe) -> Plan:
             draft, unit="matrix", cost=recipe.cost, costs_hash=HASH_LENGTH * "0", objective=longest, bound=longest
         )
     return _sized(inventory, other_linears.packed(inventory, draft, recipe))
+
+
+def _check_blocks(inventory: Inventory, dense: Mapping[str, QuantSpec]) -> None:
+    """Raise OptionError unless blocks of ggml fill the rows of every matrix."""
+    shapes = {str(unit): shape for unit, shape in inventory.units()}
+    shapes |= {linear.path: linear.shape for linear in inventory.dense if linear.path in dense}
+    for name, (_, columns) in shapes.items():
+        try:
+            block_type(BITS[-1], columns)
+        except OptionError as error:
+            raise OptionError(f"{name}: {error.message}", option=error.option, fix=str(error.fix)) from error
 
 
 def _sized(inventory: Inventory, plan: Plan) -> Plan:
@@ -223,7 +260,7 @@ def plan_within(inventory: Inventory, table: CostTable | ComponentTable, recipe:
     widths = tuple(spec.bits for spec in table.candidates)
     chosen = widths if recipe.candidates is None else recipe.candidate_bits()
     rules = rules_of(recipe, chosen, other_linears.rows(table, inventory, recipe))
-    return _within(inventory, draft, table, recipe, limit, rules)
+    return _named(inventory, _within(inventory, draft, table, recipe, limit, rules))
 
 
 def _within(
@@ -262,11 +299,7 @@ def _within(
 def _dense_specs(inventory: Inventory, recipe: Recipe) -> dict[str, QuantSpec]:
     widths = recipe.dense()
     return {
-        linear.path: QuantSpec(
-            bits=widths[linear.kind], group_size=recipe.group_size, levels=recipe.level_set(widths[linear.kind])
-        )
-        for linear in inventory.dense
-        if widths[linear.kind] < 16
+        linear.path: recipe.dense_spec(widths[linear.kind]) for linear in inventory.dense if widths[linear.kind] < 16
     }
 
 

@@ -26,7 +26,7 @@ class Rules:
         candidates: code widths that may be used.
         codes: the limit and the sizes count code bits, not stored bytes.
         dense: linears outside the experts that spend the same budget; only with scope "global", and not `codes`.
-        alike: all units of a layer get the same width.
+        alike: what gets one width, "layer" or "kind" of matrix in a layer; "" if every unit has its own.
     """
 
     solver: str
@@ -35,7 +35,7 @@ class Rules:
     candidates: tuple[int, ...]
     codes: bool
     dense: tuple[Row, ...] = ()
-    alike: bool = False
+    alike: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -73,7 +73,7 @@ def choose(table: CostTable, inventory: Inventory, limit: int, rules: Rules) -> 
         # All units of a problem have as many choices: who has fewer has the last one more than once.
         columns += columns[-1:] * (max(len(row.costs) for row in rules.dense) - len(columns))
     # What must be alike is one row of the problem, the sum of its units.
-    row_U = np.array([unit.layer for unit in table.units]) if rules.alike else np.arange(len(table.units))
+    row_U = _rows(table, rules.alike)
     costs_UC = _summed(np.array(table.costs, dtype=np.float64)[:, columns], row_U)
     sizes_UC = _summed(_sizes(table, inventory, columns, rules.codes), row_U)
     dense_DC = _dense_choices(rules.dense, len(columns))
@@ -114,6 +114,15 @@ def choose(table: CostTable, inventory: Inventory, limit: int, rules: Rules) -> 
     if smallest:
         raise InfeasibleError("a layer's share of the budget is too small", smallest=smallest)
     return _choice(columns, rules, row_U, choice_U, objective, bound)
+
+
+def _rows(table: CostTable, alike: str) -> NDArray[np.int64]:
+    """The row of the problem that each unit belongs to, numbered in storage order."""
+    if not alike:
+        return np.arange(len(table.units))
+    number: dict[tuple[int, str], int] = {}
+    keys = [(unit.layer, unit.projection if alike == "kind" else "") for unit in table.units]
+    return np.array([number.setdefault(key, len(number)) for key in keys])
 
 
 def _summed(values_U: NDArray[Any], row_U: NDArray[np.int64]) -> NDArray[Any]:

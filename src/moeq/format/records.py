@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moeq import native
+from moeq.format import blocks
 from moeq.spec import (
     BLOCK,
     WHOLE_ROW,
@@ -18,6 +19,7 @@ from moeq.spec import (
     num_groups,
     plane_row_bytes,
     sections,
+    stored_bytes,
 )
 from moeq.trellis import codes as trellis
 
@@ -96,13 +98,18 @@ def pack_matrix(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, spec
     Args:
         codes_NK: uint8 codes below 2^bits; for `vector` one for each vector, (N, K / dim).
         scale_NG: float16 scales.
-        zero_NG: uint8 for `asym`, float16 for `asym16`, None for `sym` and `half`; for `vector` the codebooks, uint8.
+        zero_NG: uint8 for `asym`, float16 for `asym16`, None for `sym` and `half`; for `vector` the codebooks, uint8;
+            for `ggml` this and `scale_NG` are the last two parts of `moeq.format.blocks.Blocks`.
         spec: how to store it.
 
     Returns:
         uint8, (stored_bytes(spec, (N, K)),); padding is zero.
     """
     rows, columns = codes_NK.shape
+    if spec.in_blocks:
+        stored = blocks.pack(blocks.Blocks(codes_NK, scale_NG, zero_NG), blocks.kind_of(spec, columns)).view(-1)
+        padding = stored_bytes(spec, (rows, columns)) - stored.numel()
+        return torch.nn.functional.pad(stored, (0, padding))
     where = sections(spec, (rows, columns * (1 if spec.codebooks is None else spec.codebooks.dim)))
     record = torch.zeros(where.total, dtype=torch.uint8)
     if native.available() and codes_NK.device.type == "cpu" and codes_NK.numel():
@@ -183,6 +190,8 @@ def dequantize(
     the middle of a matrix the first `spec.history` come out wrong.
     """
     rows, columns = codes_NK.shape
+    if spec.in_blocks:
+        return blocks.dequantize(blocks.Blocks(codes_NK, scale_NG, zero_NG), blocks.kind_of(spec, columns), dtype)
     if spec.codebooks is not None:
         assert zero_NG is not None
         return _look_up(codes_NK, scale_NG, zero_NG, spec.codebooks, dtype)
@@ -227,7 +236,13 @@ def decode_matrix(
     The compiled kernel gives the same bits as `decode_in_chunks`.
     """
     plain = record.device.type == "cpu" and record.is_contiguous() and record.data_ptr() % 2 == 0
-    if native.decodes() and plain and dtype in native.DTYPES and record.numel() >= sections(spec, shape).total:
+    if (
+        native.decodes()
+        and plain
+        and not spec.in_blocks
+        and dtype in native.DTYPES
+        and record.numel() >= sections(spec, shape).total
+    ):
         return native.decode_matrix(record.detach(), spec, shape, dtype, rows=rows)
     return decode_in_chunks(record, spec, shape, dtype, rows=rows)
 
@@ -245,6 +260,8 @@ def decode_in_chunks(
         return _decode_vectors(record, spec, shape, dtype, rows)
     columns = shape[1]
     first, last = rows or (0, shape[0])
+    if spec.in_blocks:
+        return blocks.decode(record, spec, shape, (first, last)).to(dtype)
     scale_NG, zero_NG = unpack_scales(record, spec, shape)
     planes = [
         (width, record[offset : offset + size].view(shape[0], plane_row_bytes(columns, width)))

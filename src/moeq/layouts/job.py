@@ -78,7 +78,7 @@ class Job:
         layer = self.inventory.layers[unit.layer]
         spec = self.plan.spec(unit, layer.projections)
         parts = (rounded.codes_NK, rounded.scale_NG, rounded.zero_NG)
-        self._check_scales(unit, rounded.scale_NG)
+        self._check_scales(unit, rounded.scale_NG.abs().amax(1) if spec.in_blocks else rounded.scale_NG)
         if unit.expert in (0, layer.num_experts - 1):
             self.noted[unit] = weights_digest(dequantize(*parts, spec))
         return pack_matrix(*parts, spec)

@@ -6,6 +6,7 @@ from typing import Any, Final
 from moeq.errors import OptionError
 from moeq.quantizers.alternating import Alternating
 from moeq.quantizers.base import Quantizer
+from moeq.quantizers.ggml import Ggml
 from moeq.quantizers.gptq import Gptq
 from moeq.quantizers.gptq_mc import GptqMc
 from moeq.quantizers.hqq import Hqq
@@ -17,6 +18,7 @@ QUANTIZERS: Final[dict[str, type[Quantizer]]] = {
     "minmax": MinMax,
     "rtn": Rtn,
     "hqq": Hqq,
+    "ggml": Ggml,
     "gptq": Gptq,
     "gptq-mc": GptqMc,
     "alternating": Alternating,

@@ -3,8 +3,9 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial as partial_of
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,10 +27,13 @@ from moeq.progress import Progress
 from moeq.spec import QuantSpec
 from moeq.version import __version__
 from moeq.writing import compressed_tensors as target
-from moeq.writing.directory import all_or_nothing, building, publish
+from moeq.writing import gguf_facts, gguf_file
+from moeq.writing.directory import all_or_nothing, building, one_file, publish
 from moeq.writing.other_files import HOOK_NAME, OWN_FILES
 
-FORMS: Final = ("compressed-tensors",)
+FORMS: Final = {"compressed-tensors": "vllm-native", "gguf": "gguf"}
+"""Format -> what `moeq quantize --serve` is to be told for it."""
+EMBEDDINGS: Final = (16, 8, 6, 5, 4, 3, 2)
 CARD_NAME: Final = "README.md"
 Weights = dict[str, PackedMatrix]
 
@@ -39,11 +43,12 @@ class ExportReport:
     """What was written; field names are those of the JSON document (docs/json.md).
 
     Attributes:
-        output: the directory.
+        output: the directory, or file.
         form: its format.
         stored_bytes: of its weight files.
         packed_bytes: of those that it was made from.
-        widths: code bits of the experts, layer by layer.
+        widths: code bits of the experts, layer by layer; the least where gate, up and down differ.
+        types: gguf: tensor -> its type, as `llama-quantize --tensor-type` takes them.
         checked: matrices that were read back and are what was packed.
     """
 
@@ -52,67 +57,149 @@ class ExportReport:
     stored_bytes: int
     packed_bytes: int
     widths: tuple[int, ...]
+    types: dict[str, str]
     checked: int
     seconds: float
 
 
 def run(
-    directory: str | Path, out: str | Path, *, form: str = "compressed-tensors", progress: Progress | None = None
+    directory: str | Path,
+    out: str | Path,
+    *,
+    form: str = "compressed-tensors",
+    like: str | Path | None = None,
+    embeddings: int = 8,
+    progress: Progress | None = None,
 ) -> ExportReport:
-    """Write a packed checkpoint as integers and scales of compressed-tensors, the same weights bit for bit.
+    """Write a packed checkpoint in a format of other programs, the same weights bit for bit.
 
     Args:
-        directory: what `moeq quantize --serve vllm-native` wrote.
-        out: the directory to make.
+        directory: what `moeq quantize` wrote, with --serve vllm-native or gguf.
+        out: the directory to make; for gguf the file.
         form: one of `FORMS`.
-        progress: called as layers are written.
+        like: gguf: a file of the same model that everything which is not packed is taken from.
+        embeddings: gguf: bits of the tables of tokens, 16 for as they are.
+        progress: called as parts are written.
 
     Raises:
         OptionError: the format cannot hold a layer, or the family's names are not known; it says what would fit.
         PackedError: `directory` is no packed checkpoint, or is damaged.
+        CheckpointError: the file that is to be like cannot be read, or the package gguf is missing.
         OutputError, StorageError: `out` cannot be written.
     """
-    choose("form", form, FORMS)
+    choose("form", form, tuple(FORMS))
+    choose("embeddings", embeddings, EMBEDDINGS)
+    if like is not None and form != "gguf":
+        raise OptionError("it has no effect on this format", option="like", fix="drop it, or export gguf")
     begun = time.monotonic()
     source, out = Path(directory), Path(os.path.abspath(out))
     manifest = validate_packed(source)
-    config = read_config(source / CONFIG_NAME)
     headers = read_headers(source)
     with Reader(source, headers) as reader:
-        packed = {path: _opened(reader, path, shapes) for path, shapes in _paths(manifest).items()}
-        specs = {path: _one_spec(path, layer) for path, layer in packed.items()}
-        names = {path: list(_named(config["model_type"], manifest, path, packed[path])) for path in packed}
-        for path, weights in names.items():
-            for name, matrix in weights:
-                target.check_spec(name, specs[path], matrix.shape)
-        stored = file_bytes(source, headers)
-        needed = stored + stored // 50
-        with building(source, out, resume=False, needed_bytes=needed) as partial, all_or_nothing(partial):
-            places = _write(reader, partial, names, progress)
-            copy_sidecars(source, partial, skip=(*OWN_FILES, CARD_NAME, CONFIG_NAME))
-            write_index(partial, places, _total(partial))
-            text = json.dumps(_config(config, manifest, specs), indent=2) + "\n"
-            write_file_atomic(partial / CONFIG_NAME, text.encode())
-            write_file_atomic(partial / CARD_NAME, _card(out.name, manifest).encode())
-            checked = _check(partial, names)
-            publish(partial, out)
+        packed = {path: _opened(reader, path, shapes) for path, shapes in _paths(manifest, form).items()}
+        job = _Job(source=source, out=out, manifest=manifest, reader=reader, packed=packed, progress=progress)
+        if form == "gguf":
+            stored, widths, types, checked = _gguf(job, None if like is None else Path(like), embeddings)
+        else:
+            stored, widths, types, checked = _compressed(job)
     return ExportReport(
         output=str(out),
         form=form,
-        stored_bytes=file_bytes(out, read_headers(out)),
-        packed_bytes=stored,
-        widths=tuple(specs[layer.path].bits for layer in manifest.layers),
+        stored_bytes=stored,
+        packed_bytes=file_bytes(source, headers),
+        widths=widths,
+        types=types,
         checked=checked,
         seconds=time.monotonic() - begun,
     )
 
 
-def _paths(manifest: Manifest) -> dict[str, dict[str, tuple[int, int]]]:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Job:
+    """What every format is made from.
+
+    Attributes:
+        packed: path of a layer, or of a linear outside the experts -> its records.
+    """
+
+    source: Path
+    out: Path
+    manifest: Manifest
+    reader: Reader
+    packed: dict[str, PackedLayer]
+    progress: Progress | None
+
+
+_Done = tuple[int, tuple[int, ...], dict[str, str], int]
+"""Stored bytes, narrowest code of each layer, types by name, matrices that were read back."""
+
+
+def _compressed(job: _Job) -> _Done:
+    """Integers and scales in a directory as the original's."""
+    source, manifest, packed = job.source, job.manifest, job.packed
+    config = read_config(source / CONFIG_NAME)
+    specs = {path: _one_spec(path, layer) for path, layer in packed.items()}
+    names = {path: list(_named(config["model_type"], manifest, path, packed[path])) for path in packed}
+    for path, weights in names.items():
+        for name, matrix in weights:
+            target.check_spec(name, specs[path], matrix.shape)
+    stored = file_bytes(source, job.reader.headers)
+    with (
+        building(source, job.out, resume=False, needed_bytes=stored + stored // 50) as partial,
+        all_or_nothing(partial),
+    ):
+        places = _write(job.reader, partial, names, job.progress)
+        copy_sidecars(source, partial, skip=(*OWN_FILES, CARD_NAME, CONFIG_NAME))
+        write_index(partial, places, _total(partial))
+        text = json.dumps(_config(config, manifest, specs), indent=2) + "\n"
+        write_file_atomic(partial / CONFIG_NAME, text.encode())
+        write_file_atomic(partial / CARD_NAME, _card(job.out.name, manifest).encode())
+        checked = _check(partial, names)
+        publish(partial, job.out)
+    widths = tuple(specs[layer.path].bits for layer in manifest.layers)
+    return file_bytes(job.out, read_headers(job.out)), widths, {}, checked
+
+
+def _gguf(job: _Job, like: Path | None, bits: int) -> _Done:
+    """One file for llama.cpp."""
+    config = read_config(job.source / CONFIG_NAME)
+    config = config.get("text_config") or config
+    rest = None if like is None else gguf_file.Like(like)
+    arch = gguf_facts.architecture(config["model_type"]) if rest is None else rest.architecture
+    table = gguf_facts.names(arch, int(config["num_hidden_layers"]))
+    parts: dict[str, tuple[PackedLayer, str]] = {}
+    for path, layer in job.packed.items():
+        if "" in layer.shapes:
+            parts |= dict.fromkeys(gguf_facts.tensor_names(iter([f"{path}.weight"]), table).values(), (layer, ""))
+        else:
+            named = gguf_file.expert_names(path, list(layer.shapes))
+            parts |= {name: (layer, projection) for projection, name in named.items()}
+    ours = {name: gguf_file.packed_entries(name, layer, which) for name, (layer, which) in parts.items()}
+    if rest is not None:
+        entries = list(rest.entries(ours, bits))
+        for name, (layer, which) in parts.items():
+            rest.check(name, gguf_file.first_matrix(layer, which), 0 if which else None)
+        facts: Callable[[Any], None] = rest.facts
+    else:
+        keys = (name for name in job.reader.headers if not name.endswith(SUFFIXES))
+        entries = [*ours.values(), *gguf_file.beside(job.reader, gguf_facts.tensor_names(keys, table), bits)]
+        facts = partial_of(gguf_facts.add, config=config, directory=job.source)
+    with one_file(job.source, job.out, sum(entry.size for entry in entries)) as unfinished:
+        gguf_file.write(unfinished, arch, facts, entries, job.progress)
+        checked = gguf_file.check(unfinished, parts)
+    widths = tuple(
+        min(spec.bits for expert in job.packed[layer.path].entries for _, spec in expert)
+        for layer in job.manifest.layers
+    )
+    return job.out.stat().st_size, widths, gguf_file.tensor_types(entries), checked
+
+
+def _paths(manifest: Manifest, form: str) -> dict[str, dict[str, tuple[int, int]]]:
     """Path of what is packed -> its shapes, those of a linear under the name ""."""
     for layer in manifest.layers:
         if layer.layout != "grouped":
-            message = f"{layer.path}: compressed-tensors holds no layers of the layout {layer.layout}"
-            raise OptionError(message, option="serve", fix="quantize with --method auto --serve vllm-native")
+            message = f"{layer.path}: {form} holds no layers of the layout {layer.layout}"
+            raise OptionError(message, option="serve", fix=f"quantize with --method auto --serve {FORMS[form]}")
     return {layer.path: layer.named_shapes for layer in manifest.layers} | {
         linear.path: {"": linear.shape} for linear in manifest.dense
     }

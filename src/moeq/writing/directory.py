@@ -46,6 +46,39 @@ def all_or_nothing(partial: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def one_file(source: Path, out: Path, needed_bytes: int) -> Iterator[Path]:
+    """A path beside `out` to write a file to; it gets its name when the block ends well, and goes when it does not.
+
+    Raises:
+        OutputError: `out` exists, lies in the input, or cannot be written.
+        StorageError: there is too little free space.
+    """
+    unfinished = partial_of(out)
+    if out.exists() or out.is_symlink():
+        raise OutputError(f"{out} exists", option="output", fix="choose another name, or remove it")
+    if _overlap(source, out):
+        raise OutputError("the output lies in the input", option="output", fix="choose a place outside the input")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        unfinished.touch()
+    except OSError as error:
+        message = f"cannot write {out}: {error.strerror}"
+        raise OutputError(message, option="output", fix="choose another place") from error
+    try:
+        if free < needed_bytes:
+            message = f"the disk has {free} bytes free, the output needs {needed_bytes}"
+            raise StorageError(message, file=out, fix=f"free {needed_bytes - free} bytes, or write elsewhere")
+        yield unfinished
+        unfinished.rename(out)
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, "?")
+        raise StorageError(f"cannot write {out} ({name})", file=out, fix="free space, or write elsewhere") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def _drop_unbegun(partial: Path) -> None:
     """Remove a directory in which no run has begun."""
     if partial.is_dir() and all(path.name[0] == "." and path.name != JOURNAL_NAME for path in partial.iterdir()):

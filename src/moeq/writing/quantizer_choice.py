@@ -49,11 +49,17 @@ def settled(recipe: Recipe) -> Recipe:
 
 def dataless_quantizer(recipe: Recipe) -> Quantizer:
     """What rounds experts that see no text in a run which has some."""
-    # Trellises are for their own quantizer, which can do without.
-    name = "trellis" if recipe.quantizer == "trellis" else method(recipe.method).dataless
+    # Trellises and blocks are for their own quantizers, which can do without.
+    own = str(recipe.quantizer)
+    name = own if own in ("trellis", "ggml") else method(recipe.method).dataless
     return make_quantizer(name, **quantizer_options(recipe, name))
+
+
+def dense_name(recipe: Recipe) -> str:
+    """The name of what rounds linears outside the experts."""
+    return "ggml" if recipe.serve == "gguf" else DENSE_QUANTIZER
 
 
 def dense_quantizer(recipe: Recipe) -> Quantizer:
     """What rounds linears outside the experts."""
-    return make_quantizer(DENSE_QUANTIZER, gain=recipe.gain)
+    return make_quantizer(dense_name(recipe), gain=recipe.gain)

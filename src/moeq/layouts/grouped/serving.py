@@ -65,7 +65,7 @@ class PackedExperts(ExpertsModule):
         return known
 
     def _made(self, data: Tensor) -> PackedLayer:
-        compiled = trust.compiled(data.device, *subjects("grouped", self.entries))
+        compiled = has_kernels(self.entries) and trust.compiled(data.device, *subjects("grouped", self.entries))
         shapes = list(self.shapes.values())
         return PackedLayer(
             data=data,
@@ -162,7 +162,7 @@ class PackedLinear(nn.Linear):
     def _made(self, data: Tensor, spec: QuantSpec) -> PackedMatrix:
         shape = self.out_features, self.in_features
         entries: Entries = (((0, spec),),)
-        compiled = trust.compiled(data.device, *subjects("linear", entries))
+        compiled = has_kernels(entries) and trust.compiled(data.device, *subjects("linear", entries))
         facts = device_facts(data, entries, [shape]) if compiled else None
         return PackedMatrix(record=data, spec=spec, shape=shape, exact=self.exact, facts=facts, compiled=compiled)
 
@@ -276,6 +276,11 @@ def open_records(path: str, shapes: Shapes, tensors: Mapping[str, Tensor]) -> tu
     """
     data, table = pair(tensors, path)
     return data, parse_table(table, shapes, data.numel(), tensor=path + TABLE_SUFFIX)
+
+
+def has_kernels(entries: Entries) -> bool:
+    """Whether compiled kernels read all of these records; blocks of ggml are for llama.cpp's."""
+    return not any(spec.in_blocks for expert in entries for _, spec in expert)
 
 
 def subjects(layout: str, entries: Entries) -> tuple[str, ...]:
