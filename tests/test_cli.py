@@ -34,7 +34,7 @@ OPTIONS = {
     "measure": f"model output --json --quiet {RECIPE_OPTIONS}",
     "allocate": f"model output --json --quiet --svg {RECIPE_OPTIONS}",
     "pareto": f"model --json --quiet --points --svg {RECIPE_OPTIONS}",
-    "export": "form directory output --json --quiet",
+    "export": "form directory output --json --quiet --like --embeddings",
     "repair": "directory output --json --quiet --calibration --nsamples --seqlen --seed --loss --reference --device "
     "--router-epochs --router-lr --tune",
     "quantize": f"model output --json --quiet --resume --save-recipe {RECIPE_OPTIONS}",

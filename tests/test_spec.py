@@ -115,5 +115,5 @@ def test_specs_and_units_are_values() -> None:
 
 
 def test_ids_on_disk_never_change() -> None:
-    assert LEVELS == ("asym", "asym16", "sym", "half", "vector", "trellis")
+    assert LEVELS == ("asym", "asym16", "sym", "half", "vector", "trellis", "ggml")
     assert table_bytes(16, 3) == 16 * 3 * 4 * 8

@@ -10,6 +10,7 @@ from typing import Any
 
 from moeq.errors import OptionError
 from moeq.layouts.base import part
+from moeq.spec import BITS, TRELLISES, VECTORS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,10 @@ class Method:
         return found
 
 
+OWN_LEVELS = {"vector": tuple(VECTORS), "trellis": tuple(TRELLISES), "ggml": BITS, "ggml-rtn": BITS}
+"""Quantizer -> widths at which it has a level set of its own."""
+AUTO_LEVELS = {bits: ("half" if bits <= 2 else "asym") for bits in BITS}
+"""Width -> what was measured best per stored byte among level sets of single weights."""
 GEMQ = Method(
     unit="matrix",
     cost="fisher",

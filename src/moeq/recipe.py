@@ -10,24 +10,21 @@ from moeq import codec
 from moeq.budget import Budget, parse_size
 from moeq.errors import OptionError
 from moeq.layouts.tiled.shape import MAX_RANK, RESIDUALS, TileOptions, tile_options
-from moeq.methods import METHODS, Method, method
+from moeq.methods import AUTO_LEVELS, METHODS, OWN_LEVELS, Method, method
 from moeq.option_values import by_kind, choose, named_values, numbers, typed, widths
-from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, TRELLISES, VECTORS, WHOLE_ROW, QuantSpec
+from moeq.served import SERVES, Served
+from moeq.spec import BITS, GROUP_SIZES, SCALAR_LEVELS, WHOLE_ROW, QuantSpec
 
 DENSE_KINDS = ("attention", "shared", "dense", "lm_head")
 DENSE_BITS = (16, 8, 6, 4)
 AUTO = "auto"
 JOINING_KINDS = ("attention", "shared", "dense")
 """Linears that may be units of the program. The head is not one: it decides about tokens, and is none of any block."""
-ACCOUNTINGS = ("bytes", "codes")
-MTP = ("keep", "pack", "drop")
+ACCOUNTINGS, MTP = ("bytes", "codes"), ("keep", "pack", "drop")
 UNITS, SCOPES = ("expert", "matrix", "component"), ("global", "layer")
-ROUTER_LOSSES = ("none", "task", "kl")
-TUNES = ("none", "model")
+ROUTER_LOSSES, TUNES = ("none", "task", "kl"), ("none", "model")
 EFFORTS = ("fast", "normal", "best")
 DEFAULT_CANDIDATES = (1, 2, 3, 4)
-SERVES = {"moeq": "", "vllm-native": "layer", "gguf": "kind"}
-"""What will run it -> what gets one width: all experts of a layer, or of a layer their gate, up or down."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +146,7 @@ class Recipe:
                 "auto spends stored bytes, not code bits", option="dense-bits", fix="drop --accounting codes"
             )
         self._check_allocation()
-        if self.alike:
+        if self.served.alike:
             _check_alike(self)
 
     def _check_allocation(self) -> None:
@@ -250,15 +247,15 @@ class Recipe:
         """With the method's own choices where none was made; the quantizer depends on whether there is text."""
         own, row = method(self.method), self.choosing
         known = bool(row.cost or self.cost) and self.plan is None
-        plain = self.levels != "auto" or self.alike
+        plain = self.levels != "auto" or self.served.alike
         with_text = "gptq" if plain and own.quantizer in OWN_LEVELS else own.quantizer
-        usual = GGML if self.serve == "gguf" else with_text if self.text else own.dataless
+        usual = (self.served.quantizer or with_text) if self.text else (self.served.dataless or own.dataless)
         return self.replace(
             quantizer=self.quantizer or usual,
             cost=(self.cost or row.cost) if known else None,
             unit=(self.unit or row.unit) if known else None,
             scope=(self.scope or row.scope) if known else None,
-            shares=(self.shares or ("none" if self.alike else row.shares)) if known else None,
+            shares=(self.shares or ("none" if self.served.alike else row.shares)) if known else None,
             solver=(self.solver or row.solver) if known else None,
             effort=(self.effort or "normal") if own.chooses else None,
             compensate=(own.compensate if self.compensate is None else self.compensate) and self.text is not None,
@@ -266,8 +263,8 @@ class Recipe:
         )
 
     @property
-    def alike(self) -> str:
-        """What gets one width: a "layer", a "kind" of matrix in a layer, or "" if every unit has its own."""
+    def served(self) -> Served:
+        """What the program that will run it can hold."""
         return SERVES[self.serve]
 
     def options_of_cost(self) -> dict[str, Any]:
@@ -288,8 +285,7 @@ class Recipe:
             own = self.choosing.candidates or DEFAULT_CANDIDATES
             if self.has_components:
                 return own
-            own = tuple(bits for bits in own if bits > 1) if self.alike else own
-            own = (2, 3, 4, 5, 6) if self.serve == "gguf" else own
+            own = self.served.candidates or (tuple(bits for bits in own if bits > 1) if self.served.alike else own)
             asked = budget or self.bits or DEFAULT_CANDIDATES[-1] - 0.5
             top = next((width for width in BITS if width > asked), BITS[-1])
             return own + tuple(bits for bits in BITS if own[-1] < bits <= top)
@@ -335,19 +331,19 @@ class Recipe:
         """The level set for a code width: `levels`, or what was measured best per stored byte."""
         if self.levels != "auto":
             return self.levels
-        return {"vllm-native": "sym", "gguf": GGML}.get(self.serve, AUTO_LEVELS[bits])
+        return self.served.levels or AUTO_LEVELS[bits]
 
     def spec(self, bits: int) -> QuantSpec:
         """How a matrix of a code width is stored."""
         if bits in OWN_LEVELS.get(str(self.quantizer), ()):
             size = self.group_size if self.quantizer == "trellis" else WHOLE_ROW
-            return QuantSpec(bits=bits, group_size=size, levels=str(self.quantizer))
+            return QuantSpec(bits=bits, group_size=size, levels=str(self.quantizer).removesuffix("-rtn"))
         layout = method(self.method).records
         return QuantSpec(bits=bits, group_size=self.group_size, levels=self.level_set(bits), layout=layout)
 
     def dense_spec(self, bits: int) -> QuantSpec:
         """How a linear outside the experts is stored at a width."""
-        size = WHOLE_ROW if self.serve == "gguf" else self.group_size
+        size = WHOLE_ROW if self.served.levels == "ggml" else self.group_size
         return QuantSpec(bits=bits, group_size=size, levels=self.level_set(bits))
 
     def component_levels(self, bits: int) -> str:
@@ -365,18 +361,13 @@ class Recipe:
         return yaml.safe_dump(codec.encode(self), sort_keys=False)
 
 
-GGML = "ggml"
-OWN_LEVELS = {"vector": tuple(VECTORS), "trellis": tuple(TRELLISES), GGML: BITS}
-AUTO_LEVELS = {bits: ("half" if bits <= 2 else "asym") for bits in BITS}
-
-
 def _check_alike(recipe: Recipe) -> None:
-    """Refuse what compressed-tensors or GGUF does not hold: integers of 2 bits or more with scales, and no more."""
-    levels, own = ("auto", "ggml" if recipe.serve == "gguf" else "sym"), recipe.serve == "gguf"
+    """Refuse what the program that will run it does not hold."""
+    own = recipe.served.quantizers
     for wrong, option in (
         (method(recipe.method).layout != "grouped" or recipe.has_components, "method"),
-        (recipe.quantizer not in (None, GGML) if own else recipe.quantizer in OWN_LEVELS, "quantizer"),
-        (recipe.levels not in levels, "levels"),
+        (recipe.quantizer not in (None, *own) if own else recipe.quantizer in OWN_LEVELS, "quantizer"),
+        (recipe.levels not in ("auto", recipe.served.levels), "levels"),
         (1 in recipe.candidate_bits(), "candidates"),
         (recipe.mtp == "pack", "mtp"),
     ):

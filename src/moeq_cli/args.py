@@ -59,7 +59,7 @@ def _rounding_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("rounding").add_argument
     add(
         "--quantizer",
-        help="minmax, rtn, hqq, gptq, gptq-mc, trellis, vector "
+        help="minmax, rtn, hqq, gptq, gptq-mc, trellis, vector, ggml, ggml-rtn "
         "(default: trellis for auto and gemq, gptq for others, hqq without calibration text)",
     )
     add("--group-size", type=int, help="inputs per scale: 32, 64, 128 (default) or -1 for whole rows")

@@ -5,13 +5,14 @@ from moeq.quantizers.registry import QUANTIZERS, make_quantizer
 
 
 def test_names() -> None:
-    assert list(QUANTIZERS) == ["minmax", "rtn", "hqq", "gptq", "gptq-mc", "alternating", "trellis", "vector"]
+    names = "minmax rtn hqq ggml ggml-rtn gptq gptq-mc alternating trellis vector"
+    assert list(QUANTIZERS) == names.split()
     needs = {name: make_quantizer(name).needs_hessian for name in QUANTIZERS}
-    assert {name for name, needed in needs.items() if needed} == {"gptq", "gptq-mc", "trellis", "vector"}
+    assert {name for name, needed in needs.items() if needed} == {"ggml", "gptq", "gptq-mc", "trellis", "vector"}
 
 
 def test_unknown_names_list_the_choices() -> None:
-    with pytest.raises(OptionError, match="minmax, rtn, hqq, gptq, gptq-mc"):
+    with pytest.raises(OptionError, match="minmax, rtn, hqq, ggml, ggml-rtn, gptq, gptq-mc"):
         make_quantizer("awq")
 
 

@@ -323,8 +323,8 @@ def _options(recipe: Recipe) -> dict[str, Any]:
         wanted = inspect_signature(COSTS[name]).parameters
         if recipe.has_components and not str(recipe.quantizer).startswith("gptq"):
             options.setdefault("perturb", recipe.quantizer)
-        if recipe.quantizer == "ggml":  # no other rounds to blocks
-            options = {key: "ggml" for key in ("perturb", "quantizer") if key in wanted} | options
+        if recipe.served.dataless:  # making up for errors takes about the same share off at every width
+            options = {key: recipe.served.dataless for key in ("perturb", "quantizer") if key in wanted} | options
         common: dict[str, Any] = {"seed": recipe.seed, "seqlen": recipe.seqlen}
         perturb = options.get("perturb", wanted["perturb"].default if "perturb" in wanted else None)
         common |= quantizer_options(recipe, str(perturb))

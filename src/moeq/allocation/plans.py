@@ -58,7 +58,7 @@ def run(
             part, share = replace(inventory, layers=inventory.layers[len(main.layers) :]), limit - share
             plan = _sized(
                 inventory,
-                replace(plan, experts=plan.experts + _fill(part, draft, share, budget, alike=bool(recipe.alike))),
+                replace(plan, experts=plan.experts + _fill(part, draft, share, budget, alike=recipe.served.alike)),
             )
     except InfeasibleError as error:
         if error.smallest is None:
@@ -112,7 +112,7 @@ def _solved(
         return plan if table is None else replace(plan, costs_hash=table.hash)
     if table is None:
         draft, left = _draft_dense(inventory, draft, recipe, limit)
-        filled = _fill(inventory, draft, left, budget, beside=limit - left, alike=bool(recipe.alike))
+        filled = _fill(inventory, draft, left, budget, beside=limit - left, alike=recipe.served.alike)
         plain = replace(draft, experts=filled, unit=None, cost=None, costs_hash=None, objective=None, bound=None)
         return _sized(inventory, plain)
     assert isinstance(table, CostTable)
@@ -238,7 +238,7 @@ def rules_of(
         candidates=candidates,
         codes=codes,
         dense=dense,
-        alike=recipe.alike,
+        alike=recipe.served.alike,
     )
 
 
@@ -340,7 +340,7 @@ def _uniform(inventory: Inventory, width: int) -> Uniform:
 
 
 def _fill(
-    inventory: Inventory, draft: Plan, limit: int, budget: Budget, beside: int = 0, *, alike: bool = False
+    inventory: Inventory, draft: Plan, limit: int, budget: Budget, beside: int = 0, *, alike: str = ""
 ) -> Uniform:
     """The largest common width that fits, then one more for leading matrices, or layers, while they fit.
 

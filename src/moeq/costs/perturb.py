@@ -29,7 +29,6 @@ from moeq.errors import OptionError, TensorError
 from moeq.format.records import dequantize
 from moeq.model_parts import MoeLayer
 from moeq.quantizers.base import Quantizer
-from moeq.quantizers.ggml import Ggml
 from moeq.quantizers.registry import QUANTIZERS, make_quantizer
 from moeq.spec import QuantSpec
 
@@ -77,8 +76,7 @@ class QuantizerRounder:
 
     def __init__(self, quantizer: Quantizer) -> None:
         self._quantizer = quantizer
-        # Making up for errors takes about the same share off at every width of a block type: nothing to measure.
-        self.needs_hessian = quantizer.needs_hessian and not isinstance(quantizer, Ggml)
+        self.needs_hessian = quantizer.needs_hessian
 
     def round(self, w_NK: Tensor, spec: QuantSpec, hessian_KK: Tensor | None) -> Decode:
         """See `Rounder`."""

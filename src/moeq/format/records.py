@@ -8,8 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from moeq import native
-from moeq.format import blocks
+from moeq import blocks, native
 from moeq.spec import (
     BLOCK,
     WHOLE_ROW,
@@ -99,7 +98,7 @@ def pack_matrix(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, spec
         codes_NK: uint8 codes below 2^bits; for `vector` one for each vector, (N, K / dim).
         scale_NG: float16 scales.
         zero_NG: uint8 for `asym`, float16 for `asym16`, None for `sym` and `half`; for `vector` the codebooks, uint8;
-            for `ggml` this and `scale_NG` are the last two parts of `moeq.format.blocks.Blocks`.
+            for `ggml` this and `scale_NG` are the last two parts of `moeq.blocks.Blocks`.
         spec: how to store it.
 
     Returns:

@@ -13,14 +13,14 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor
 
-from moeq.errors import OptionError
-from moeq.format import blocks
-from moeq.format.blocks import Blocks
+from moeq import blocks
+from moeq.blocks import Blocks
 from moeq.quantizers.base import QuantizedMatrix
 from moeq.quantizers.gain import bounded_gain
-from moeq.quantizers.gptq import BLOCK, STRIP
+from moeq.quantizers.gptq import BLOCK, STRIP, Gptq
 from moeq.quantizers.hessian import Factor, FactorCache, check_inputs
 from moeq.quantizers.levels import SCALE_MAX, check_finite, check_matrix, inverse, store_scale
+from moeq.quantizers.rtn import Rtn
 from moeq.spec import BlockType, QuantSpec
 
 RATIOS: Final = (0.5, 0.6, 0.66, 0.72, 0.78, 0.84, 0.9, 0.95, 1.0)
@@ -30,7 +30,7 @@ STRETCHES: Final = (0.85, 0.9, 0.94, 0.97, 1.0, 1.03, 1.06, 1.1)
 
 
 class Ggml:
-    """Blocks of ggml, for the level set "ggml" and no other.
+    """Blocks of ggml for the level set "ggml"; for all others it is GPTQ, or RTN without a Hessian.
 
     Args:
         damp: damping in units of the Hessian's mean diagonal.
@@ -38,7 +38,7 @@ class Ggml:
         gain: match the gain of rows over the calibration inputs in the end (docs/decisions/0013).
     """
 
-    __slots__ = ("_factors", "gain")
+    __slots__ = ("_factors", "_plain", "_scalar", "gain")
 
     needs_hessian: ClassVar[bool] = True
     options: ClassVar[tuple[str, ...]] = ("gain", "act_order", "damp")
@@ -47,6 +47,8 @@ class Ggml:
     def __init__(self, *, damp: float = 0.01, act_order: bool = True, gain: bool = False) -> None:
         self.gain = gain
         self._factors = FactorCache(damp=damp, act_order=act_order)
+        self._scalar = Gptq(damp=damp, act_order=act_order, gain=gain)
+        self._plain = Rtn(gain=gain)
 
     def quantize(self, w_NK: Tensor, spec: QuantSpec, hessian_KK: Tensor | None) -> QuantizedMatrix:
         """Round `w_NK`; see `moeq.quantizers.base.Quantizer`. Without a Hessian all inputs count alike.
@@ -55,13 +57,13 @@ class Ggml:
             codes; the float16 units of blocks in the place of scales, and factors of groups in that of zeros.
 
         Raises:
-            OptionError: the spec is of another level set, or blocks do not fill the rows.
+            OptionError: blocks do not fill the rows.
             TensorError: the weights are no finite matrix, or the Hessian does not fit them.
             CalibrationError: the Hessian is not finite or cannot be made positive definite.
         """
         if not spec.in_blocks:
-            message = f"ggml has no {spec.bits}-bit codes of the level set {spec.levels}"
-            raise OptionError(message, option="quantizer", fix="use gptq, or --serve gguf")
+            plain = self._plain if hessian_KK is None else self._scalar
+            return plain.quantize(w_NK, spec, hessian_KK)
         check_matrix(w_NK)
         factor = None
         if hessian_KK is not None:
@@ -74,8 +76,10 @@ class Ggml:
         parts = fit(w_NK, kind, weight_K)
         if factor is not None:
             parts = parts._replace(codes_NK=_with_feedback(w_NK, parts, kind, factor))
-        if self.gain and factor is not None and hessian_KK is not None:
-            along_NK = w_NK @ hessian_KK.float().to(w_NK.device)
+        if self.gain:
+            along_NK = w_NK
+            if hessian_KK is not None and factor is not None:
+                along_NK = w_NK @ hessian_KK.float().to(w_NK.device)
             kept_N = (along_NK * blocks.dequantize(parts, kind)).sum(1)
             gain_N = bounded_gain((along_NK * w_NK).sum(1) / kept_N)
             grown_NB = parts.unit_NB.float() * gain_N.unsqueeze(1)
@@ -85,6 +89,24 @@ class Ggml:
             scale_NG=parts.unit_NB.cpu(),
             zero_NG=None if parts.factor_NG is None else parts.factor_NG.cpu(),
         )
+
+
+class GgmlRtn:
+    """The same without any Hessian: scales as above, codes to nearest, all inputs alike."""
+
+    __slots__ = ("_quantizer",)
+
+    needs_hessian: ClassVar[bool] = False
+    options: ClassVar[tuple[str, ...]] = ("gain",)
+    weights_per_second: ClassVar[float] = 6e6
+
+    def __init__(self, *, gain: bool = False) -> None:
+        self._quantizer = Ggml(gain=gain)
+
+    def quantize(self, w_NK: Tensor, spec: QuantSpec, hessian_KK: Tensor | None) -> QuantizedMatrix:
+        """As `Ggml.quantize` without a Hessian."""
+        del hessian_KK
+        return self._quantizer.quantize(w_NK, spec, None)
 
 
 def fit(w_NK: Tensor, kind: BlockType, weight_K: Tensor) -> Blocks:

@@ -6,7 +6,7 @@ from typing import Any, Final
 from moeq.errors import OptionError
 from moeq.quantizers.alternating import Alternating
 from moeq.quantizers.base import Quantizer
-from moeq.quantizers.ggml import Ggml
+from moeq.quantizers.ggml import Ggml, GgmlRtn
 from moeq.quantizers.gptq import Gptq
 from moeq.quantizers.gptq_mc import GptqMc
 from moeq.quantizers.hqq import Hqq
@@ -19,6 +19,7 @@ QUANTIZERS: Final[dict[str, type[Quantizer]]] = {
     "rtn": Rtn,
     "hqq": Hqq,
     "ggml": Ggml,
+    "ggml-rtn": GgmlRtn,
     "gptq": Gptq,
     "gptq-mc": GptqMc,
     "alternating": Alternating,

@@ -170,12 +170,12 @@ def candidates(recipe: Recipe) -> dict[str, Recipe]:
     shared = {name: getattr(recipe, name) for name in SHARED}
     dense = DENSE if recipe.joining() else recipe.dense_bits
     if recipe.effort == "best":
-        if recipe.quantizer is None and recipe.levels == "auto" and not recipe.alike:
+        if recipe.quantizer is None and recipe.levels == "auto" and not recipe.served.alike:
             found["plain-levels"] = replace(main, quantizer="gptq")
         if "," in str(recipe.calibration) or recipe.calibration == "bundled":
             options = ",".join(part for part in (recipe.cost_options, "texts=worst") if part)
             found["worst-text"] = replace(main, cost_options=options)
-        if not recipe.alike:
+        if not recipe.served.alike:
             found["tiled"] = Recipe(
                 method="tileq", rank="auto", allocation="gemq", compensate=True, dense_bits=dense, **shared
             )

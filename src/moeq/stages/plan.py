@@ -172,7 +172,7 @@ def _rounded(decision: Decision) -> list[str]:
 def _constrained(decision: Decision) -> list[str]:
     """What it costs in predicted loss that all experts of a layer are alike; known where costs are."""
     recipe, plan = decision.recipe, decision.plan
-    if not recipe.alike or plan.objective is None or not decision.decided or recipe.costs is None:
+    if not recipe.served.alike or plan.objective is None or not decision.decided or recipe.costs is None:
         return []
     table = load_table(Path(recipe.costs))
     widths = ",".join(str(spec.bits) for spec in table.candidates)

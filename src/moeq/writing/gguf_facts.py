@@ -24,7 +24,7 @@ KEYS: Final = {
     "attention.head_count_kv": ("num_key_value_heads", "num_attention_heads"),
     "attention.key_length": ("head_dim",),
     "attention.value_length": ("head_dim",),
-    "expert_count": ("num_experts",),
+    "expert_count": ("num_experts", "num_local_experts"),
     "expert_used_count": ("num_experts_per_tok",),
     "vocab_size": ("vocab_size",),
 }

@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moeq import blocks
 from moeq.checkpoint.read import Reader
 from moeq.errors import CheckpointError, InternalError, OptionError
-from moeq.format import blocks
 from moeq.format.records import decode_matrix
 from moeq.layouts.grouped.packed import PackedLayer, PackedMatrix
 from moeq.progress import Progress

@@ -50,14 +50,14 @@ def settled(recipe: Recipe) -> Recipe:
 def dataless_quantizer(recipe: Recipe) -> Quantizer:
     """What rounds experts that see no text in a run which has some."""
     # Trellises and blocks are for their own quantizers, which can do without.
-    own = str(recipe.quantizer)
-    name = own if own in ("trellis", "ggml") else method(recipe.method).dataless
+    own = {"trellis": "trellis", "ggml": "ggml-rtn", "ggml-rtn": "ggml-rtn"}
+    name = own.get(str(recipe.quantizer), method(recipe.method).dataless)
     return make_quantizer(name, **quantizer_options(recipe, name))
 
 
 def dense_name(recipe: Recipe) -> str:
     """The name of what rounds linears outside the experts."""
-    return "ggml" if recipe.serve == "gguf" else DENSE_QUANTIZER
+    return recipe.served.dataless or DENSE_QUANTIZER
 
 
 def dense_quantizer(recipe: Recipe) -> Quantizer:

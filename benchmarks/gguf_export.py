@@ -1,0 +1,147 @@
+"""GGUF files of equal size by llama.cpp's own quantizer and by moeq, all run by llama.cpp.
+
+    python benchmarks/gguf_export.py --llama-cpp DIR --scratch DIR [--model DIR] [--calibration FILE] [--kinds Q2_K,...]
+
+DIR is a checkout of llama.cpp with llama-quantize, llama-imatrix and llama-perplexity in build/bin. Its files are made
+from an F16 file of its own converter, with an importance matrix of the calibration text and without. Ours get the same
+text, other linears and the output at 8 bits, embeddings at 4 as llama.cpp's, and experts whatever then fits into a file
+that is no larger. KL to the F16 file is llama.cpp's own figure, over windows of each text.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+import moeq
+from moeq.report.tables import markdown_table
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gguf_sources import CONVERT, run
+
+CONTEXT = 512
+DYNAMIC = (
+    *("--tensor-type", "attn=q8_0", "--tensor-type", "blk\\.[01]\\.ffn_down_exps=q6_k"),
+    *("--tensor-type", "ffn_down_exps=q4_k"),
+)
+"""Choices in the manner of Unsloth's dynamic files: attention at 8 bits, down wider, in the first layers most."""
+
+
+def texts(data: Path, scratch: Path) -> dict[str, Path]:
+    """Name -> a plain file of each text to judge by."""
+    import json
+
+    mixture = scratch / "mixture.txt"
+    lines = (data / "mixture" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    mixture.write_text("\n\n".join(json.loads(line)["text"] for line in lines), encoding="utf-8")
+    return {"wikitext2": data / "wikitext2" / "test.txt", "c4": data / "c4" / "eval.txt", "mixture": mixture}
+
+
+def base_of(programs: Path, first: Path, text: Path, out: Path, chunks: int) -> None:
+    """The original's predictions, as llama.cpp stores them."""
+    run(
+        *(programs / "llama-perplexity", "-m", first, "-f", text, "-c", str(CONTEXT), "-t", "1"),
+        *("--chunks", str(chunks), "--kl-divergence-base", out),
+    )
+
+
+def divergence(programs: Path, file: Path, base: Path) -> float:
+    """Mean KL of a file to the stored predictions."""
+    said = run(
+        *(programs / "llama-perplexity", "-m", file, "-c", str(CONTEXT), "-t", "1"),
+        *("--kl-divergence", "--kl-divergence-base", base),
+    )
+    found = re.search(r"Mean\s+KLD:\s+([\d.]+)", said)
+    assert found is not None, said[-800:]
+    return float(found[1])
+
+
+def theirs(programs: Path, first: Path, scratch: Path, name: str, words: tuple[str, ...], kind: str) -> Path:
+    """A file by llama.cpp's quantizer."""
+    file = scratch / f"{name.replace(' ', '-')}.gguf"
+    run(programs / "llama-quantize", *words, first, file, kind, "1")
+    return file
+
+
+def ours(model: Path, first: Path, scratch: Path, text: str, size: int, method: str, seed: int) -> tuple[Path, float]:
+    """A file by moeq of at most `size` bytes, and bits per expert weight."""
+    options = {
+        "serve": "gguf", "method": method, "calibration": text, "seed": seed, "device": "cpu",
+        "dense_bits": "attention=8,shared=8,dense=8,lm_head=8", "quality": False,
+    }  # fmt: skip
+    if method == "auto":
+        options["effort"] = "fast"
+    beside = 0
+    for name in ("probe", "packed"):
+        packed, file = scratch / name, scratch / f"{name}.gguf"
+        shutil.rmtree(packed, ignore_errors=True)
+        file.unlink(missing_ok=True)
+        inventory = moeq.inspect(model)
+        bits = 8 * (size - beside) / inventory.expert_parameters if beside else 6.0
+        recipe = options if beside else {**options, "method": "uniform", "quantizer": None, "calibration": "none"}
+        recipe = {key: value for key, value in recipe.items() if key != "effort" or beside}
+        report = moeq.quantize(model, packed, bits=bits, **recipe)
+        moeq.export(packed, file, form="gguf", like=first, embeddings=4)
+        beside = file.stat().st_size - report.expert_bytes
+    final = scratch / f"moeq-{method}-{size}-{seed}.gguf"
+    file.rename(final)
+    assert final.stat().st_size <= size, (final.stat().st_size, size)
+    return final, report.expert_bits_per_weight
+
+
+def main() -> None:
+    """Make all files, then judge them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama-cpp", type=Path, required=True)
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--model", type=Path, default=Path("../shared/models/ref-qwen3moe-62m"))
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--calibration", type=Path, required=True, help="a plain text")
+    parser.add_argument("--kinds", default="Q2_K,Q3_K_M,Q4_K_M")
+    parser.add_argument("--methods", default="uniform,auto")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--chunks", type=int, default=32)
+    args = parser.parse_args()
+    args.scratch.mkdir(parents=True, exist_ok=True)
+    programs = args.llama_cpp / "build" / "bin"
+    first, matrix = args.scratch / "F16.gguf", args.scratch / "imatrix.gguf"
+    run(sys.executable, "-c", CONVERT.format(root=str(args.llama_cpp), model=str(args.model), out=str(first)))
+    run(
+        *(programs / "llama-imatrix", "-m", first, "-f", args.calibration, "-o", matrix, "-c", str(CONTEXT)),
+        *("--chunks", "128", "-t", "1"),
+    )
+    bases = {}
+    for name, text in texts(args.data, args.scratch).items():
+        bases[name] = args.scratch / f"{name}.base"
+        base_of(programs, first, text, bases[name], args.chunks)
+    lines = []
+
+    def judge(title: str, file: Path, bits: str) -> None:
+        found = [divergence(programs, file, base) for base in bases.values()]
+        size = file.stat().st_size
+        kinds = sorted({t.tensor_type.name for t in gguf.GGUFReader(file).tensors if "exps" in t.name})
+        row = (title, f"{size:,}", ", ".join(kinds), bits, *(f"{kl:.4f}" for kl in found), f"{np.mean(found):.4f}")
+        lines.append(row)
+        print(*row, flush=True)
+
+    for kind in args.kinds.split(","):
+        with_matrix = ("--imatrix", str(matrix))
+        for title, words in ((kind, ()), (f"{kind} imatrix", with_matrix), (f"{kind} dynamic", with_matrix + DYNAMIC)):
+            file = theirs(programs, first, args.scratch, title, words, kind)
+            judge(title, file, "")
+            if title.endswith("imatrix") or title.endswith("dynamic"):
+                for method in args.methods.split(","):
+                    for seed in map(int, args.seeds.split(",")):
+                        size = file.stat().st_size
+                        made, bits = ours(args.model, first, args.scratch, str(args.calibration), size, method, seed)
+                        judge(f"moeq {method}, seed {seed}, not larger", made, f"{bits:.3f}")
+    header = ("file", "bytes", "types of experts", "expert bits", *bases, "mean KL")
+    print(markdown_table(header, lines))
+
+
+if __name__ == "__main__":
+    main()
