@@ -4,8 +4,8 @@
 
 DIR is a checkout of llama.cpp with llama-quantize, llama-imatrix and llama-perplexity in build/bin. Its files are made
 from an F16 file of its own converter, with an importance matrix of the calibration text and without. Ours get the same
-text, other linears and the output at 8 bits, embeddings at 4 as llama.cpp's, and experts whatever then fits into a file
-that is no larger. KL to the F16 file is llama.cpp's own figure, over windows of each text.
+text, other linears at 5 bits and the output at 8, embeddings at 4 as llama.cpp's, and experts whatever then fits into a
+file that is no larger. KL to the F16 file is llama.cpp's own figure, over windows of each text.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def ours(model: Path, first: Path, scratch: Path, text: str, size: int, method: 
     """A file by moeq of at most `size` bytes, and bits per expert weight."""
     options = {
         "serve": "gguf", "method": method, "calibration": text, "seed": seed, "device": "cpu",
-        "dense_bits": "attention=8,shared=8,dense=8,lm_head=8", "quality": False,
+        "dense_bits": "attention=5,shared=5,dense=5,lm_head=8", "quality": False,
     }  # fmt: skip
     if method == "auto":
         options["effort"] = "fast"

@@ -30,6 +30,7 @@ ELSEWHERE = {
     "make check": "continuous integration",
     "make format": "changes files",
     "make nightly": "minutes",
+    "make test-vllm": "gigabytes, minutes",
     "make sanitize": "minutes; `make nightly`",
     "make docs": "minutes",
     "make wheels": "minutes",

@@ -8,6 +8,7 @@ Legend: N output rows, K input columns, R rows of all groups (N x G), g weights 
 block, S columns of a strip.
 """
 
+import weakref
 from typing import ClassVar, Final
 
 import torch
@@ -92,9 +93,12 @@ class Ggml:
 
 
 class GgmlRtn:
-    """The same without any Hessian: scales as above, codes to nearest, all inputs alike."""
+    """The same without any Hessian: scales as above, codes to nearest, all inputs alike.
 
-    __slots__ = ("_quantizer",)
+    The last answer is remembered: where rows are no whole blocks of 256, several widths mean the same type.
+    """
+
+    __slots__ = ("_last", "_quantizer")
 
     needs_hessian: ClassVar[bool] = False
     options: ClassVar[tuple[str, ...]] = ("gain",)
@@ -102,11 +106,19 @@ class GgmlRtn:
 
     def __init__(self, *, gain: bool = False) -> None:
         self._quantizer = Ggml(gain=gain)
+        self._last: tuple[weakref.ref[Tensor], BlockType, QuantizedMatrix] | None = None
 
     def quantize(self, w_NK: Tensor, spec: QuantSpec, hessian_KK: Tensor | None) -> QuantizedMatrix:
         """As `Ggml.quantize` without a Hessian."""
         del hessian_KK
-        return self._quantizer.quantize(w_NK, spec, None)
+        if not spec.in_blocks or w_NK.ndim != 2:
+            return self._quantizer.quantize(w_NK, spec, None)
+        kind, last = blocks.kind_of(spec, w_NK.shape[1]), self._last
+        if last is not None and last[0]() is w_NK and last[1] == kind:
+            return last[2]
+        found = self._quantizer.quantize(w_NK, spec, None)
+        self._last = weakref.ref(w_NK), kind, found
+        return found
 
 
 def fit(w_NK: Tensor, kind: BlockType, weight_K: Tensor) -> Blocks:

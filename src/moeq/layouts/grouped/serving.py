@@ -4,7 +4,7 @@ Nothing is ever unpacked into memory for good.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Self
 
@@ -21,7 +21,7 @@ from moeq.layouts.grouped import cpu, gpu, reference
 from moeq.layouts.grouped.packed import PackedLayer, PackedMatrix, device_facts
 from moeq.layouts.grouped.stored import Entries, Shapes, parse_table, table_of
 from moeq.layouts.serving import FIX, DeviceCall, ExpertsModule, Layout, OpenedLayer, Tables, first, is_placed, pair
-from moeq.spec import TABLE_COLUMNS, QuantSpec
+from moeq.spec import TABLE_COLUMNS, QuantSpec, stored_bytes
 
 ExpertsKernel = Callable[[nn.Module, PackedLayer, Tensor, Tensor, Tensor], Tensor | None]
 LinearKernel = Callable[[Tensor, PackedMatrix], Tensor | None]
@@ -214,6 +214,21 @@ class OpenedRecords(OpenedLayer):
         """The matrix (N, K), float32."""
         matrix = self.layer.matrix(expert, projection)
         return decode_matrix(matrix.record, matrix.spec, matrix.shape)
+
+    def only(self, experts: Sequence[int]) -> Self:
+        """The layer with some experts alone, in this order."""
+        shapes = tuple(self.shapes.values())
+        parts, entries, start = [], [], 0
+        for expert in experts:
+            row = []
+            for (offset, spec), shape in zip(self.entries[expert], shapes, strict=True):
+                size = stored_bytes(spec, shape)
+                parts.append(self.data[offset : offset + size])
+                row.append((start, spec))
+                start += size
+            entries.append(tuple(row))
+        data = self.data if len(experts) == len(self.entries) else torch.cat(parts)
+        return replace(self, data=data, entries=tuple(entries))
 
     def kinds(self) -> Mapping[Hashable, Kinds]:
         """One key for all layers of the same shapes."""
