@@ -1,11 +1,12 @@
 """GGUF files of equal size by llama.cpp's own quantizer and by moeq, all run by llama.cpp.
 
-    python benchmarks/gguf_export.py --llama-cpp DIR --scratch DIR [--model DIR] [--calibration FILE] [--kinds Q2_K,...]
+    python benchmarks/gguf_export.py --llama-cpp DIR --scratch DIR [--model DIR] [--kinds Q2_K,...]
 
 DIR is a checkout of llama.cpp with llama-quantize, llama-imatrix and llama-perplexity in build/bin. Its files are made
-from an F16 file of its own converter, with an importance matrix of the calibration text and without. Ours get the same
-text, other linears at 5 bits and the output at 8, embeddings at 4 as llama.cpp's, and experts whatever then fits into a
-file that is no larger. KL to the F16 file is llama.cpp's own figure, over windows of each text.
+from an F16 file of its own converter, with an importance matrix (128 windows of 512 tokens) and without. Ours get as
+many windows of the same two texts, the output at 8 bits, embeddings at 4 and attention at 4 or 8 (`ATTENTION`) much as
+llama.cpp's file has them, and experts whatever then fits into a file that is no larger. KL to F16 is llama.cpp's
+own figure, over windows of each text.
 """
 
 import argparse
@@ -19,11 +20,14 @@ import numpy as np
 
 import moeq
 from moeq.report.tables import markdown_table
+from moeq.runtime.load import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gguf_sources import CONVERT, run
 
-CONTEXT = 512
+CONTEXT, WINDOWS = 512, 128
+ATTENTION = {"Q2_K imatrix": 4, "Q3_K_M imatrix": 4}
+"""Bits of attention beside a file of llama.cpp's, 8 where nothing is said."""
 DYNAMIC = (
     *("--tensor-type", "attn=q8_0", "--tensor-type", "blk\\.[01]\\.ffn_down_exps=q6_k"),
     *("--tensor-type", "ffn_down_exps=q4_k"),
@@ -39,6 +43,22 @@ def texts(data: Path, scratch: Path) -> dict[str, Path]:
     lines = (data / "mixture" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     mixture.write_text("\n\n".join(json.loads(line)["text"] for line in lines), encoding="utf-8")
     return {"wikitext2": data / "wikitext2" / "test.txt", "c4": data / "c4" / "eval.txt", "mixture": mixture}
+
+
+def calibration(data: Path, model: Path, scratch: Path) -> tuple[str, Path]:
+    """Texts for moeq, and a plain file with about as many tokens of each for llama-imatrix."""
+    import json
+
+    tokenizer = load_tokenizer(model)
+    lines = (data / "mixture" / "calibration.jsonl").read_text(encoding="utf-8").splitlines()
+    both = (
+        (data / "c4" / "calibration.txt").read_text(encoding="utf-8"),
+        "\n\n".join(json.loads(x)["text"] for x in lines),
+    )
+    parts = [tokenizer.decode(tokenizer(text)["input_ids"][: WINDOWS // 2 * CONTEXT]) for text in both]
+    plain = scratch / "calibration.txt"
+    plain.write_text("\n\n".join(parts), encoding="utf-8")
+    return f"{data / 'c4' / 'calibration.txt'}:0.5,{data / 'mixture' / 'calibration.jsonl'}:0.5", plain
 
 
 def base_of(programs: Path, first: Path, text: Path, out: Path, chunks: int) -> None:
@@ -67,14 +87,14 @@ def theirs(programs: Path, first: Path, scratch: Path, name: str, words: tuple[s
     return file
 
 
-def ours(model: Path, first: Path, scratch: Path, text: str, size: int, method: str, seed: int) -> tuple[Path, float]:
+def ours(
+    model: Path, first: Path, scratch: Path, text: str, size: int, method: str, seed: int, attention: int
+) -> tuple[Path, float]:
     """A file by moeq of at most `size` bytes, and bits per expert weight."""
     options = {
         "serve": "gguf", "method": method, "calibration": text, "seed": seed, "device": "cpu",
-        "dense_bits": "attention=5,shared=5,dense=5,lm_head=8", "quality": False,
+        "dense_bits": f"attention={attention},shared=8,dense=8,lm_head=8", "quality": False,
     }  # fmt: skip
-    if method == "auto":
-        options["effort"] = "fast"
     beside = 0
     for name in ("probe", "packed"):
         packed, file = scratch / name, scratch / f"{name}.gguf"
@@ -83,7 +103,6 @@ def ours(model: Path, first: Path, scratch: Path, text: str, size: int, method: 
         inventory = moeq.inspect(model)
         bits = 8 * (size - beside) / inventory.expert_parameters if beside else 6.0
         recipe = options if beside else {**options, "method": "uniform", "quantizer": None, "calibration": "none"}
-        recipe = {key: value for key, value in recipe.items() if key != "effort" or beside}
         report = moeq.quantize(model, packed, bits=bits, **recipe)
         moeq.export(packed, file, form="gguf", like=first, embeddings=4)
         beside = file.stat().st_size - report.expert_bytes
@@ -100,9 +119,8 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=Path("../shared/models/ref-qwen3moe-62m"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--calibration", type=Path, required=True, help="a plain text")
     parser.add_argument("--kinds", default="Q2_K,Q3_K_M,Q4_K_M")
-    parser.add_argument("--methods", default="uniform,auto")
+    parser.add_argument("--methods", default="auto")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--chunks", type=int, default=32)
     args = parser.parse_args()
@@ -110,9 +128,10 @@ def main() -> None:
     programs = args.llama_cpp / "build" / "bin"
     first, matrix = args.scratch / "F16.gguf", args.scratch / "imatrix.gguf"
     run(sys.executable, "-c", CONVERT.format(root=str(args.llama_cpp), model=str(args.model), out=str(first)))
+    both, plain = calibration(args.data, args.model, args.scratch)
     run(
-        *(programs / "llama-imatrix", "-m", first, "-f", args.calibration, "-o", matrix, "-c", str(CONTEXT)),
-        *("--chunks", "128", "-t", "1"),
+        *(programs / "llama-imatrix", "-m", first, "-f", plain, "-o", matrix, "-c", str(CONTEXT)),
+        *("--chunks", str(WINDOWS), "-t", "1"),
     )
     bases = {}
     for name, text in texts(args.data, args.scratch).items():
@@ -137,7 +156,9 @@ def main() -> None:
                 for method in args.methods.split(","):
                     for seed in map(int, args.seeds.split(",")):
                         size = file.stat().st_size
-                        made, bits = ours(args.model, first, args.scratch, str(args.calibration), size, method, seed)
+                        made, bits = ours(
+                            args.model, first, args.scratch, both, size, method, seed, ATTENTION.get(title, 8)
+                        )
                         judge(f"moeq {method}, seed {seed}, not larger", made, f"{bits:.3f}")
     header = ("file", "bytes", "types of experts", "expert bits", *bases, "mean KL")
     print(markdown_table(header, lines))
