@@ -186,8 +186,18 @@ def bits_of(codes: Tensor, bits: int, order: tuple[int, ...] | None = None) -> T
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def stream_of(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes one after the other in int32 words along the last dimension, whatever they cross."""
+    rows = []
+    for row in codes.tolist():
+        number = sum(code << bits * place for place, code in enumerate(row))
+        words = [(number >> 32 * at) & 0xFFFFFFFF for at in range(len(row) * bits // 32)]
+        rows.append([word - 2**32 if word >= 2**31 else word for word in words])
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2", "auto_round", "auto_round:auto_gptq"])
 @pytest.mark.parametrize("ordered", [False, True])
 def test_gptq(bits: int, version: str, ordered: bool, tmp_path: Path) -> None:
     rows, columns, group = 64, 96, 32
@@ -195,17 +205,26 @@ def test_gptq(bits: int, version: str, ordered: bool, tmp_path: Path) -> None:
     zero_NG, scale_NG = torch.randint(1, 2**bits, (rows, 3)), scales(rows, 3).half()
     group_K = torch.randperm(columns) // group if ordered else torch.arange(columns) // group
     wanted = (codes_NK - zero_NG[:, group_K]).float() * scale_NG.float()[:, group_K]
+    packed = stream_of if bits == 3 else bits_of
     tensors = {
-        "a.qweight": bits_of(codes_NK, bits).t(),
-        "a.qzeros": bits_of((zero_NG - int(version == "gptq")).t(), bits),
+        "a.qweight": packed(codes_NK, bits).t(),
+        "a.qzeros": packed((zero_NG - int(version.endswith("gptq"))).t(), bits),
         "a.scales": scale_NG.t(),
         "a.bias": torch.zeros(rows),
         **({"a.g_idx": group_K.int()} if ordered else {}),
     }
     facts = {"quant_method": "gptq", "bits": bits, "checkpoint_format": version}
+    if version.startswith("auto_round"):
+        facts = {"quant_method": "auto-round", "bits": bits, "packing_format": version}
     directory = write(tmp_path / "x", tensors, facts)
     assert torch.equal(whole(directory), wanted)
     assert set(read_headers(directory)) == {"a.weight", "a.bias"}
+
+
+def test_packings_of_auto_round_that_nobody_knows(tmp_path: Path) -> None:
+    facts = {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:fp8"}
+    with pytest.raises(TensorError, match="packing 'auto_round:fp8' is not read"):
+        read_headers(write(tmp_path / "x", {"a.qweight": torch.zeros(4, 4, dtype=torch.int32)}, facts))
 
 
 def test_awq(tmp_path: Path) -> None:
@@ -220,6 +239,8 @@ def test_awq(tmp_path: Path) -> None:
         "a.scales": scale_NG.t(),
     }
     assert torch.equal(whole(write(tmp_path / "x", tensors, {"quant_method": "awq", "bits": 4})), wanted)
+    facts = {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_awq"}
+    assert torch.equal(whole(write(tmp_path / "y", tensors, facts)), wanted)
 
 
 def test_nvfp4_of_modelopt(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from moeq.checkpoint.rounded.auto_round import AutoRound
 from moeq.checkpoint.rounded.awq import Awq
 from moeq.checkpoint.rounded.base import Format, Headers, Read
 from moeq.checkpoint.rounded.compressed import CompressedTensors
@@ -26,6 +27,7 @@ FORMATS: Final[dict[str, Format]] = {
     "gptq": Gptq(),
     "awq": Awq(),
     "gguf": Gguf(),
+    "auto-round": AutoRound(),
 }
 REFUSED: Final = {
     "bitsandbytes": "its codes are tied to its own kernels, and the checkpoint that it was made from has more to give",
