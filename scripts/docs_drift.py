@@ -40,6 +40,7 @@ from moeq.stages.inspect import InspectReport
 from moeq.stages.measure import MeasureReport
 from moeq.stages.pareto import ParetoReport
 from moeq.stages.plan import PlanReport
+from moeq.stages.push import PushReport
 from moeq.stages.quantize_report import QuantizeReport
 from moeq.stages.repair import RepairReport
 from moeq.stages.report import ReportReport
@@ -65,6 +66,7 @@ REPORTS = {
     "pareto": ParetoReport,
     "quantize": QuantizeReport,
     "export": ExportReport,
+    "push": PushReport,
     "repair": RepairReport,
     "eval": EvalResult,
     "generate": GenerateReport,

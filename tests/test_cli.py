@@ -49,6 +49,7 @@ OPTIONS = {
     "--log-requests --device --trust-remote-code",
     "bench": "directory --json --quiet --prompt-tokens --new-tokens --threads --exact-activations",
     "verify": "directory --json --quiet --trust-remote-code",
+    "push": "directory repo --json --quiet --yes --public",
     "doctor": "--json --quiet",
 }
 """Every argument of every verb. Adding one is fine; to rename or remove one breaks scripts of users."""
@@ -159,11 +160,12 @@ def test_a_failure_exits_with_1_and_a_document(verb: str, tmp_path: Path, capsys
         "eval": ["--text", missing],
         "compare": ["--text", missing],
         "generate": ["Once"],
+        "push": ["me/name"],
     }
     first = ["compressed-tensors"] if verb == "export" else []
     document = run(verb, *first, missing, *rest.get(verb, []), capsys=capsys, status=1)
     assert set(document) == {"verb", "json_version", "error", "message"}
-    assert document["error"] == ("PackedError" if verb in ("verify", "report", "export") else "CheckpointError")
+    assert document["error"] == ("PackedError" if verb in ("verify", "report", "export", "push") else "CheckpointError")
     assert str(missing) in document["message"]
     assert cli.main([verb, *first, str(missing), *map(str, rest.get(verb, []))]) == 1
     printed = capsys.readouterr()

@@ -46,6 +46,7 @@ def test_the_public_names_are_frozen() -> None:
         "inspect",
         "load",
         "plan",
+        "push",
         "quantize",
         "stored_bytes",
         "verify",

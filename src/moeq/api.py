@@ -20,6 +20,7 @@ from moeq.stages import export as export_stage
 from moeq.stages import measure as measure_stage
 from moeq.stages import pareto as pareto_stage
 from moeq.stages import plan as plan_stage
+from moeq.stages import push as push_stage
 from moeq.stages import quantize as quantize_stage
 from moeq.stages import repair as repair_stage
 from moeq.stages import report as report_stage
@@ -29,6 +30,7 @@ from moeq.stages.doctor import DoctorReport
 from moeq.stages.export import ExportReport
 from moeq.stages.pareto import ParetoReport
 from moeq.stages.plan import PlanReport
+from moeq.stages.push import PushReport
 from moeq.stages.quantize_report import QuantizeReport
 from moeq.stages.repair import RepairReport
 from moeq.stages.report import ReportReport
@@ -79,6 +81,11 @@ def export(
 ) -> ExportReport:
     """Write a packed checkpoint in a format that other programs run, see `moeq.stages.export.run`."""
     return export_stage.run(resolve_packed(directory), output, form=form, like=like, embeddings=embeddings)
+
+
+def push(directory: str | Path, repo: str, *, upload: bool = False, private: bool = True) -> PushReport:
+    """Put a packed checkpoint on the hub, see `moeq.stages.push.run`."""
+    return push_stage.run(resolve_packed(directory), repo, upload=upload, private=private)
 
 
 def repair(directory: str | Path, output: str | Path, *, calibration: str | Path, **options: Any) -> RepairReport:

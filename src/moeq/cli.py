@@ -42,6 +42,7 @@ from moeq.stages import inspect as inspect_stage
 from moeq.stages import measure as measure_stage
 from moeq.stages import pareto as pareto_stage
 from moeq.stages import plan as plan_stage
+from moeq.stages import push as push_stage
 from moeq.stages import quantize as quantize_stage
 from moeq.stages import repair as repair_stage
 from moeq.stages import report as report_stage
@@ -288,6 +289,11 @@ def _doctor(_: argparse.Namespace) -> Any:
     return doctor_stage.run()
 
 
+def _push(args: argparse.Namespace) -> Any:
+    directory = resolve_packed(args.directory)
+    return push_stage.run(directory, args.repo, upload=args.yes, private=not args.public)
+
+
 VERBS: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Any], str]]] = {
     "plan": (_plan, cli_text.plan),
     "inspect": (_inspect, cli_text.inspect),
@@ -305,6 +311,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Any], str]
     "report": (_report, cli_text.report),
     "bench": (_bench, cli_text.bench),
     "verify": (_verify, cli_text.verify),
+    "push": (_push, cli_text.push),
     "doctor": (_doctor, cli_text.doctor),
 }
 

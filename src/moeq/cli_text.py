@@ -18,6 +18,7 @@ from moeq.stages.inspect import InspectReport
 from moeq.stages.measure import MeasureReport
 from moeq.stages.pareto import ParetoReport
 from moeq.stages.plan import PlanReport
+from moeq.stages.push import PushReport
 from moeq.stages.quantize_report import QuantizeReport
 from moeq.stages.repair import RepairReport
 from moeq.stages.report import ReportReport
@@ -155,6 +156,17 @@ def export(report: ExportReport) -> str:
         f"{human_bytes(report.packed_bytes)}\nlayers: {widths}; {report.checked} matrices read back\n"
         + (f"llama-cli -m {report.output}" if report.form == "gguf" else f"vllm serve {report.output}")
     )
+
+
+def push(report: PushReport) -> str:
+    """Text of `moeq push`."""
+    what = f"{len(report.files)} files, {human_bytes(report.total_bytes)}"
+    lines = [f"{name}  {human_bytes(size)}" for name, size in report.files.items()]
+    lines += [f"warning: {warning}" for warning in report.warnings]
+    if report.uploaded:
+        return "\n".join([*lines, f"put {what} into {report.repo}: {report.url}"])
+    who = "private" if report.private else "public"
+    return "\n".join([*lines, f"would put {what} into {report.repo} ({who} if it is new); --yes does it"])
 
 
 def repair(report: RepairReport) -> str:

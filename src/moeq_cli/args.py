@@ -104,6 +104,7 @@ EXAMPLES = {
     "generate": 'moeq generate OLMoE-2.5bit "The old man looked at the sea and"',
     "run": "moeq run OLMoE-2.5bit",
     "serve": "moeq serve OLMoE-2.5bit --port 8000",
+    "push": "moeq push OLMoE-2.5bit me/OLMoE-1B-7B-2.5bit --yes",
     "report": "moeq report OLMoE-2.5bit OLMoE-3bit -o report.html",
     "bench": "moeq bench OLMoE-2.5bit",
     "verify": "moeq verify OLMoE-2.5bit",
@@ -233,6 +234,12 @@ def _using_verbs(verb: Verb) -> None:
     run.add_argument("model", help="packed checkpoint or any model transformers loads")
     run.add_argument("--system", metavar="TEXT", help="what the model is told before everything else")
     _speaking_arguments(run, 512, 0.7)
+
+    push = verb("push", "put a packed checkpoint on the hub; without --yes say what would be put there")
+    push.add_argument("directory", help="what quantize wrote")
+    push.add_argument("repo", help="owner/name on the hub")
+    push.add_argument("--yes", action="store_true", help="upload; else nothing leaves this machine")
+    push.add_argument("--public", action="store_true", help="everybody may see a repository that is made for it")
 
     serve = verb("serve", "serve a model through OpenAI's interface (/v1/chat/completions, /v1/completions)")
     serve.add_argument("model", help="packed checkpoint or any model transformers loads")
