@@ -225,3 +225,13 @@ def test_nothing_stays_of_what_failed(packed: Path, tmp_path: Path, monkeypatch:
 def test_the_command(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["export", "gguf", str(packed), str(tmp_path / "m.gguf")]) == 0
     assert f"llama-cli -m {tmp_path / 'm.gguf'}" in capsys.readouterr().out
+
+
+def test_a_plan_says_what_one_width_for_a_kind_costs(source: Path, tmp_path: Path) -> None:
+    """Where other linears share the budget too."""
+    options = {"method": "gemq", "cost": "weight-error", "serve": "gguf", "dense_bits": "attention=auto"}
+    costs = tmp_path / "costs"
+    moeq.measure(source, **options, calibration="none", size="5.6MB").save(costs)
+    said = " ".join(moeq.plan(source, **options, calibration="none", costs=costs, size="5.6MB").warnings)
+    found = re.search(r"one width for gate, for up and for down of a layer costs ([\d.]+) % of predicted loss", said)
+    assert found, said

@@ -15,7 +15,7 @@ from moeq.artifacts import CostTable, Inventory, Plan
 from moeq.costs.component_table import ComponentTable, Table, load_table
 from moeq.costs.registry import make_cost
 from moeq.errors import ArtifactError, OptionError
-from moeq.methods import method
+from moeq.methods import OWN_LEVELS, method
 from moeq.progress import Progress
 from moeq.quantizers.registry import QUANTIZERS
 from moeq.recipe import Recipe
@@ -113,13 +113,18 @@ def _check_apart(recipe: Recipe) -> None:
 def _with_quantizer(recipe: Recipe, asked: str | None, specs: Iterable[QuantSpec]) -> Recipe:
     """With the quantizer that specs ask for: codes of trellises and of codebooks are chosen by those of the same name.
 
+    Blocks of ggml have two, one of them for runs without text.
+
     Raises:
         OptionError: another one was asked for.
     """
     own = next((spec.levels for spec in specs if spec.levels in QUANTIZERS), None)
-    if own is not None and asked not in (None, own):
+    makers = [name for name in OWN_LEVELS if name.removesuffix("-rtn") == own]
+    if own is not None and asked not in (None, own, *makers):
         message = f"{asked} does not choose codes of the level set {own}, which this plan or these costs have"
         raise OptionError(message, option="quantizer", fix=f"leave it away, or give {own}")
+    if makers:
+        own = asked or (makers[0] if recipe.text else makers[-1])
     return recipe.replace(quantizer=own)
 
 

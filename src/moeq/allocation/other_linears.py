@@ -87,7 +87,8 @@ def linear_cost(recipe: Recipe, options: Mapping[str, Any]) -> LinearCost:
             option="dense-bits",
             fix="drop --round-context, or choose a width",
         )
-    return make_linear_cost(str(recipe.cost), dense_quantizer(recipe), **options)
+    own = {name: value for name, value in options.items() if name != "quantizer"}  # linears have their own
+    return make_linear_cost(str(recipe.cost), dense_quantizer(recipe), **own)
 
 
 def rows(table: CostTable, inventory: Inventory, recipe: Recipe) -> tuple[Row, ...]:

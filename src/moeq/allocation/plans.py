@@ -247,8 +247,12 @@ def widest_bytes(inventory: Inventory, recipe: Recipe) -> int:
     return _draft(inventory, recipe).expert_bytes
 
 
-def plan_within(inventory: Inventory, table: CostTable | ComponentTable, recipe: Recipe, limit: int) -> Plan:
+def plan_within(
+    inventory: Inventory, table: CostTable | ComponentTable, recipe: Recipe, limit: int, *, freely: bool = False
+) -> Plan:
     """The plan whose expert matrices, and linears that join, take at most `limit` bytes, by a settled recipe's rules.
+
+    `freely` leaves out that units get one width together.
 
     Raises:
         InfeasibleError: nothing fits; it says the smallest limit that would.
@@ -260,6 +264,8 @@ def plan_within(inventory: Inventory, table: CostTable | ComponentTable, recipe:
     widths = tuple(spec.bits for spec in table.candidates)
     chosen = widths if recipe.candidates is None else recipe.candidate_bits()
     rules = rules_of(recipe, chosen, other_linears.rows(table, inventory, recipe))
+    if freely:
+        rules = replace(rules, alike="")
     return _named(inventory, _within(inventory, draft, table, recipe, limit, rules))
 
 

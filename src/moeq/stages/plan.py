@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeq.allocation import decide, measuring, plans
+from moeq.allocation import decide, measuring, other_linears, plans
 from moeq.arch.meta import build_meta_model
 from moeq.arch.mtp import mtp_tensors
+from moeq.artifacts import CostTable
 from moeq.calibration.opening import block_paths
 from moeq.calibration.tokens import Domain
 from moeq.checkpoint.read import read_headers
@@ -175,13 +176,14 @@ def _constrained(decision: Decision) -> list[str]:
     if not recipe.served.alike or plan.objective is None or not decision.decided or recipe.costs is None:
         return []
     table = load_table(Path(recipe.costs))
-    widths = ",".join(str(spec.bits) for spec in table.candidates)
-    freely = recipe.replace(serve="moeq", levels="sym", candidates=widths)
-    free = plans.plan_within(decision.inventory, table, freely, plan.expert_bytes)
+    assert isinstance(table, CostTable)
+    beside = other_linears.chosen_bytes(table, decision.inventory, recipe, plan)
+    free = plans.plan_within(decision.inventory, table, recipe, plan.expert_bytes + beside, freely=True)
     if not free.objective:
         return []
     more = 100 * (plan.objective / free.objective - 1)
-    return [f"--serve {recipe.serve}: one width for a layer costs {more:.1f} % of predicted loss at the same bytes"]
+    what = {"layer": "a layer", "kind": "gate, for up and for down of a layer"}[recipe.served.alike]
+    return [f"--serve {recipe.serve}: one width for {what} costs {more:.1f} % of predicted loss at the same bytes"]
 
 
 def _warnings(decision: Decision) -> tuple[str, ...]:
