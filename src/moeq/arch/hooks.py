@@ -18,6 +18,9 @@ EXPERTS_IMPLEMENTATION = "moeq"
 HANDLER = "moeq"
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 _GATES_BY_SILU = "_moeq_gates_by_silu"
+SIZES = (24, 32, 48, 64, 96, 128, 192, 256, 384)
+LARGE = 128
+"""Numbers of rows that `filled_up` gives; above the last one multiples of `LARGE`."""
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -135,6 +138,19 @@ def by_expert(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat.clamp(max=num_experts), minlength=num_experts + 1)
     return order, counts[:num_experts].tolist()
+
+
+def filled_up(x_SK: Tensor) -> Tensor:
+    """x with rows of zeros behind, so that few numbers of rows occur; for products of 16-bit numbers on a CPU.
+
+    oneDNN, which multiplies these, makes code for each number of rows. That takes longer than most products and 0.7 MB,
+    and experts have tokens of any number.
+    """
+    rows = x_SK.shape[0]
+    if x_SK.device.type != "cpu" or x_SK.dtype == torch.float32:
+        return x_SK
+    wanted = next((size for size in SIZES if size >= rows), -(-rows // LARGE) * LARGE)
+    return x_SK if wanted == rows else nn.functional.pad(x_SK, (0, 0, 0, wanted - rows))
 
 
 def combine(parts: list[Tensor], order: Tensor, top_k_weights: Tensor, hidden_states: Tensor) -> Tensor:

@@ -4,20 +4,16 @@ Legend: T tokens, k experts per token, S tokens of one expert, H hidden, I exper
 """
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from moeq.arch import hooks
 from moeq.model_parts import MoeLayer
 
 ReadMatrix = Callable[[int, str], Tensor]
 """(expert, projection) -> weights (N, K)."""
-
-ROWS: Final = 32
-"""A compiled 16-bit product takes about 0.7 MB and several milliseconds to make, and up to 1024 are kept."""
 
 
 class _ReadMatmul(torch.autograd.Function):
@@ -36,10 +32,7 @@ class _ReadMatmul(torch.autograd.Function):
 
 
 def _product(x_SK: Tensor, w_KN: Tensor) -> Tensor:
-    """x w. For 16-bit products on a CPU, torch compiles code for each number of rows it meets: let it meet few."""
-    rows = x_SK.shape[0]
-    missing = -rows % ROWS if x_SK.device.type == "cpu" and x_SK.dtype != torch.float32 else 0
-    return (functional.pad(x_SK, (0, 0, 0, missing)) @ w_KN)[:rows] if missing else x_SK @ w_KN
+    return (hooks.filled_up(x_SK) @ w_KN)[: x_SK.shape[0]]
 
 
 class SourceExperts(nn.Module):

@@ -122,7 +122,7 @@ def _decode_and_multiply(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
     """x W^T, (S, N), for many rows of x: a tile of W is decoded by all threads, then multiplied by torch."""
     rows, columns = matrix.shape
     dtype = product_dtype(x_SK.dtype)
-    x = x_SK.to(dtype)
+    x = hooks.filled_up(x_SK.to(dtype))
     step = max(64, TILE_BYTES // (columns * dtype.itemsize) // 64 * 64)
     y_SN = x.new_empty(x.shape[0], rows)
     for start in range(0, rows, step):
@@ -131,7 +131,7 @@ def _decode_and_multiply(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
             matrix.record, matrix.spec, matrix.shape, dtype, rows=(start, stop), threads=torch.get_num_threads()
         )
         torch.mm(x, w_nK.T, out=y_SN[:, start:stop])
-    return y_SN.to(x_SK.dtype)
+    return y_SN[: x_SK.shape[0]].to(x_SK.dtype)
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
