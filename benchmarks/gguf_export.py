@@ -94,8 +94,8 @@ def theirs(programs: Path, first: Path, scratch: Path, name: str, words: tuple[s
 def ours(model: Path, first: Path, scratch: Path, text: str, size: int, seed: int) -> tuple[Path, float]:
     """A file by moeq of at most `size` bytes, and bits per expert weight.
 
-    The program's budget is one of the packed checkpoint, whose tables of tokens have 16 bits: it is moved until the file
-    is as large as wanted. Costs are measured once.
+    The program's budget is one of the packed checkpoint, whose tables of tokens have 16 bits: it is moved until the
+    file is as large as wanted. Costs are measured once.
     """
     options = {
         "serve": "gguf", "method": "auto", "effort": "fast", "calibration": text, "seed": seed, "device": "cpu",
