@@ -73,7 +73,7 @@ def base_of(programs: Path, first: Path, text: Path, out: Path, chunks: int) -> 
 
 def divergence(programs: Path, file: Path, base: Path) -> float:
     """Mean KL of a file to the stored predictions."""
-    for _ in range(3):  # the program now and then ends before its last lines are written
+    for _ in range(9):  # the program now and then ends before its last lines are written
         said = run(
             *(programs / "llama-perplexity", "-m", file, "-c", str(CONTEXT), "-t", "1"),
             *("--kl-divergence", "--kl-divergence-base", base),
