@@ -71,7 +71,7 @@ def test_a_record_outside_the_blob(offset):
         ((1, 2, 1), 8, "records take"),
         ((0, 1, 2), 0, "illegal spec.*group-size"),
         ((0, 1, 2), 2**62, "illegal spec.*group-size"),
-        ((1, 0, 3), 6, "expert 1 has an illegal spec.*level set 6"),
+        ((1, 0, 3), 7, "expert 1 has an illegal spec.*level set 7"),
         ((1, 0, 3), 4, "expert 1 has an illegal spec.*codebooks"),
         ((1, 0, 3), -1, "level set -1"),
     ],

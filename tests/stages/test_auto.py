@@ -170,7 +170,7 @@ def test_every_candidate_can_be_served(effort: str) -> None:
     recipe = Recipe(method="auto", bits=3, calibration="bundled", serve="vllm-native", effort=effort).settled()
     found = auto.candidates(recipe)
     assert list(found)[-1] == "uniform"
-    assert all(each.alike for each in found.values())
+    assert all(each.served.alike for each in found.values())
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from moeq.allocation import components, other_linears, program, tile_forms
+from moeq.allocation import block_types, components, other_linears, program, tile_forms
 from moeq.artifacts import CostTable, Inventory, Plan, expert_bytes
 from moeq.budget import Budget
 from moeq.costs.component_table import ComponentTable
-from moeq.errors import ArtifactError, BudgetError, InfeasibleError, OptionError
+from moeq.errors import ArtifactError, BudgetError, InfeasibleError
 from moeq.recipe import Recipe
-from moeq.spec import BITS, EXPERT, QuantSpec, TensorInfo, Unit, block_type, stored_bytes
+from moeq.spec import BITS, EXPERT, QuantSpec, TensorInfo, Unit, stored_bytes
 from moeq.writing import arrangement, compressed_tensors
 
 SIZE_SLACK = 128
@@ -66,31 +66,9 @@ def run(
         # What a part lacks, the whole lacks in proportion.
         missing = -(-(error.smallest - share) * inventory.expert_parameters // part.expert_parameters)
         raise _too_small(inventory, draft, budget, missing) from error
-    plan = _named(inventory, plan)
+    plan = block_types.named(inventory, plan)
     plan.validate()
     return plan
-
-
-def _named(inventory: Inventory, plan: Plan) -> Plan:
-    """The plan with the width that a block type has instead of the one that was asked for, where the shape has none."""
-    if not any(spec.in_blocks for spec in plan.specs):
-        return plan
-
-    def named(index: int, shape: tuple[int, int]) -> int:
-        spec = plan.specs[index]
-        if not spec.in_blocks:
-            return index
-        return plan.specs.index(replace(spec, bits=block_type(spec.bits, shape[1]).bits))
-
-    experts = tuple(
-        tuple(
-            tuple(named(index, layer.shapes[name]) for index, name in zip(expert, layer.projections, strict=True))
-            for expert in row
-        )
-        for row, layer in zip(plan.experts, inventory.layers, strict=True)
-    )
-    dense = {linear.path: linear.shape for linear in inventory.dense}
-    return replace(plan, experts=experts, dense={path: named(index, dense[path]) for path, index in plan.dense.items()})
 
 
 def _solved(
@@ -170,7 +148,7 @@ def _draft(inventory: Inventory, recipe: Recipe) -> Plan:
             compressed_tensors.check_spec(str(unit), recipe.spec(BITS[-1]), shape)
     dense = _dense_specs(inventory, recipe)
     if recipe.serve == "gguf":
-        _check_blocks(inventory, dense)
+        block_types.check(inventory, dense)
     if recipe.has_components:
         longest = -1.2345678901234567e-300
         spectral = components.draft(inventory, recipe, dense)
@@ -194,17 +172,6 @@ def _draft(inventory: Inventory, recipe: Recipe) -> Plan:
             draft, unit="matrix", cost=recipe.cost, costs_hash=HASH_LENGTH * "0", objective=longest, bound=longest
         )
     return _sized(inventory, other_linears.packed(inventory, draft, recipe))
-
-
-def _check_blocks(inventory: Inventory, dense: Mapping[str, QuantSpec]) -> None:
-    """Raise OptionError unless blocks of ggml fill the rows of every matrix."""
-    shapes = {str(unit): shape for unit, shape in inventory.units()}
-    shapes |= {linear.path: linear.shape for linear in inventory.dense if linear.path in dense}
-    for name, (_, columns) in shapes.items():
-        try:
-            block_type(BITS[-1], columns)
-        except OptionError as error:
-            raise OptionError(f"{name}: {error.message}", option=error.option, fix=str(error.fix)) from error
 
 
 def _sized(inventory: Inventory, plan: Plan) -> Plan:
@@ -266,7 +233,7 @@ def plan_within(
     rules = rules_of(recipe, chosen, other_linears.rows(table, inventory, recipe))
     if freely:
         rules = replace(rules, alike="")
-    return _named(inventory, _within(inventory, draft, table, recipe, limit, rules))
+    return block_types.named(inventory, _within(inventory, draft, table, recipe, limit, rules))
 
 
 def _within(
