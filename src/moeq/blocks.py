@@ -64,8 +64,9 @@ def groups(parts: Blocks, kind: BlockType) -> tuple[Tensor, Tensor | None]:
 
 def values(codes: Tensor, kind: BlockType) -> Tensor:
     """What codes stand for before scales, float32."""
-    if kind.name == "IQ4_NL":
-        return torch.tensor(NONLINEAR, dtype=torch.float32, device=codes.device)[codes.long()]
+    table = levels(kind)
+    if table is not None:
+        return table.to(codes.device)[codes.long()]
     return codes.float() - CENTER.get(kind.name, 0)
 
 
@@ -116,14 +117,6 @@ def _halves(stored: Tensor) -> Tensor:
     return torch.cat([stored & 15, stored >> 4], dim=-1)
 
 
-def _bits(flags: Tensor) -> Tensor:
-    """Bits as bytes along the last dimension but one, lowest first: (..., 8, n) of 0 and 1 -> (..., n)."""
-    out = flags[..., 0, :].clone()
-    for at in range(1, flags.shape[-2]):
-        out |= flags[..., at, :] << at
-    return out
-
-
 def _spread(stored: Tensor, count: int, width: int) -> Tensor:
     """(..., n) -> (..., count, n): fields of `width` bits, lowest first."""
     return torch.stack([stored >> (at * width) & ((1 << width) - 1) for at in range(count)], dim=-2)
@@ -154,7 +147,7 @@ def _unpack_iq4_nl(stored: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 def _pack_q5_0(codes: Tensor, unit: Tensor, _: Tensor | None) -> Tensor:
-    high = _bits((codes >> 4).view(-1, 4, 8).transpose(1, 2))
+    high = _join((codes >> 4).view(-1, 4, 8).transpose(1, 2), 1)
     return torch.cat([unit, high, _pairs(codes & 15)], dim=1)
 
 
@@ -184,7 +177,7 @@ def _from_twos(stored: Tensor) -> Tensor:
 
 def _pack_q3_k(codes: Tensor, unit: Tensor, factor: Tensor | None) -> Tensor:
     assert factor is not None
-    high = _bits((codes >> 2).view(-1, 8, 32))
+    high = _join((codes >> 2).view(-1, 8, 32), 1)
     low = factor[:, :8] & 15 | (factor[:, 8:] & 15) << 4
     upper = _join((factor >> 4).view(-1, 4, 4), 2)
     return torch.cat([high, _twos(codes & 3), low, upper, unit], dim=1)
@@ -226,7 +219,7 @@ def _unpack_q4_k(stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _pack_q5_k(codes: Tensor, unit: Tensor, factor: Tensor | None) -> Tensor:
     assert factor is not None
-    high = _bits((codes >> 4).view(-1, 8, 32))
+    high = _join((codes >> 4).view(-1, 8, 32), 1)
     low = _pairs((codes & 15).view(-1, 4, 64)).flatten(1)
     return torch.cat([unit, _pack_sixes(factor), high, low], dim=1)
 
