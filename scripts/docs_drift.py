@@ -36,6 +36,7 @@ from moeq.stages.compare import CompareReport
 from moeq.stages.doctor import Device, DoctorReport, Route
 from moeq.stages.export import ExportReport
 from moeq.stages.generate import GenerateReport
+from moeq.stages.imatrix import ImatrixReport
 from moeq.stages.inspect import InspectReport
 from moeq.stages.measure import MeasureReport
 from moeq.stages.pareto import ParetoReport
@@ -66,6 +67,7 @@ REPORTS = {
     "pareto": ParetoReport,
     "quantize": QuantizeReport,
     "export": ExportReport,
+    "imatrix": ImatrixReport,
     "push": PushReport,
     "repair": RepairReport,
     "eval": EvalResult,

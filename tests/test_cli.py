@@ -29,17 +29,19 @@ RECIPE_OPTIONS = (
     "--progressive --serve"
 )
 OPTIONS = {
-    "plan": f"model --json --quiet --save-plan {RECIPE_OPTIONS}",
+    "plan": f"model --json --quiet --save-plan --workers {RECIPE_OPTIONS}",
     "inspect": "model --json --quiet",
-    "measure": f"model output --json --quiet {RECIPE_OPTIONS}",
+    "measure": f"model output --json --quiet --ray --workers {RECIPE_OPTIONS}",
     "allocate": f"model output --json --quiet --svg {RECIPE_OPTIONS}",
     "pareto": f"model --json --quiet --points --svg {RECIPE_OPTIONS}",
     "export": "form directory output --json --quiet --like --embeddings",
+    "imatrix": "model output --json --quiet --calibration --nsamples --seqlen --seed --like --device",
     "repair": "directory output --json --quiet --calibration --nsamples --seqlen --seed --loss --reference --device "
     "--router-epochs --router-lr --tune",
-    "quantize": f"model output --json --quiet --resume --save-recipe {RECIPE_OPTIONS}",
+    "quantize": f"model output --json --quiet --resume --save-recipe --ray --workers {RECIPE_OPTIONS}",
     "eval": "model --json --quiet --text --reference --pairs --seqlen --max-tokens --batch-size --device "
-    "--trust-remote-code --preset --tasks --num-fewshot --limit --task-path --chat-template",
+    "--trust-remote-code --preset --tasks --num-fewshot --limit --task-path --chat-template "
+    "--ray --workers",
     "compare": "models --json --quiet --text --reference --pairs --seqlen --max-tokens --batch-size --speed --no-speed "
     "--device --trust-remote-code",
     "report": "directories --json --quiet -o --output --compared",
@@ -155,6 +157,7 @@ def test_a_failure_exits_with_1_and_a_document(verb: str, tmp_path: Path, capsys
         "allocate": [tmp_path / "plan", "--bits", "3"],
         "pareto": ["--costs", missing, "--method", "gemq"],
         "export": [tmp_path / "out"],
+        "imatrix": [tmp_path / "out", "--calibration", missing],
         "repair": [tmp_path / "out", "--calibration", missing],
         "quantize": [tmp_path / "out", "--bits", "3"],
         "eval": ["--text", missing],

@@ -40,6 +40,7 @@ def test_the_public_names_are_frozen() -> None:
         "measure",
         "pareto",
         "export",
+        "imatrix",
         "repair",
         "report",
         "evaluate",

@@ -10,6 +10,7 @@ from moeq.artifacts import CostTable, EvalResult, Inventory, Plan
 from moeq.checkpoint.locate import resolve_packed
 from moeq.costs.component_table import ComponentTable
 from moeq.defaults import filled
+from moeq.fleet import HERE, Fleet
 from moeq.progress import Progress
 from moeq.recipe import Recipe
 from moeq.stages import allocate as allocate_stage
@@ -17,6 +18,7 @@ from moeq.stages import compare as compare_stage
 from moeq.stages import doctor as doctor_stage
 from moeq.stages import evaluate as evaluate_stage
 from moeq.stages import export as export_stage
+from moeq.stages import imatrix as imatrix_stage
 from moeq.stages import measure as measure_stage
 from moeq.stages import pareto as pareto_stage
 from moeq.stages import plan as plan_stage
@@ -28,6 +30,7 @@ from moeq.stages import verify as verify_stage
 from moeq.stages.compare import CompareReport
 from moeq.stages.doctor import DoctorReport
 from moeq.stages.export import ExportReport
+from moeq.stages.imatrix import ImatrixReport
 from moeq.stages.pareto import ParetoReport
 from moeq.stages.plan import PlanReport
 from moeq.stages.push import PushReport
@@ -38,9 +41,17 @@ from moeq.stages.verify import VerifyReport
 
 
 def quantize(
-    model: str | Path, output: str | Path, *, resume: bool = False, progress: Progress | None = None, **options: Any
+    model: str | Path,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    fleet: Fleet = HERE,
+    **options: Any,
 ) -> QuantizeReport:
     """Quantize a checkpoint; options are those of `moeq.Recipe` (and of `moeq quantize`).
+
+    `fleet` is who does the work: `moeq.integrations.ray_fleet.RayFleet`, or this process.
 
     Example:
         >>> moeq.quantize("models/olmoe", "olmoe-3bit", bits=3, calibration="text.txt")  # doctest: +SKIP
@@ -48,12 +59,13 @@ def quantize(
     Raises:
         MoeqError: of the kind that says what is wrong.
     """
-    return quantize_stage.run(model, output, Recipe(**filled(model, options)), resume=resume, progress=progress)
+    recipe = Recipe(**filled(model, options))
+    return quantize_stage.run(model, output, recipe, resume=resume, progress=progress, fleet=fleet)
 
 
-def plan(model: str | Path, **options: Any) -> PlanReport:
-    """What `quantize` with the same options would do; reads no weights."""
-    return plan_stage.run(model, Recipe(**filled(model, options)))
+def plan(model: str | Path, *, workers: int | None = None, **options: Any) -> PlanReport:
+    """What `quantize` with the same options would do, also with so many workers; reads no weights."""
+    return plan_stage.run(model, Recipe(**filled(model, options)), workers)
 
 
 def measure(model: str | Path, *, progress: Progress | None = None, **options: Any) -> CostTable | ComponentTable:
@@ -81,6 +93,11 @@ def export(
 ) -> ExportReport:
     """Write a packed checkpoint in a format that other programs run, see `moeq.stages.export.run`."""
     return export_stage.run(resolve_packed(directory), output, form=form, like=like, embeddings=embeddings)
+
+
+def imatrix(model: str | Path, output: str | Path, *, calibration: str | Path, **options: Any) -> ImatrixReport:
+    """Write an importance matrix for llama.cpp's quantizer; options are those of `moeq.stages.imatrix.run`."""
+    return imatrix_stage.run(model, output, calibration=str(calibration), **options)
 
 
 def push(directory: str | Path, repo: str, *, upload: bool = False, private: bool = True) -> PushReport:

@@ -6,13 +6,14 @@ stdout carries results (one JSON document with --json), stderr progress and erro
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import shlex
 import shutil
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from moeq.checkpoint.write import write_file_atomic
 from moeq.cli_chat import converse
 from moeq.cli_progress import shown
 from moeq.defaults import filled
-from moeq.errors import InternalError, MoeqError, OutputError
+from moeq.errors import InternalError, MoeqError, OptionError, OutputError
+from moeq.fleet import HERE, Fleet
 from moeq.layouts import trust
 from moeq.recipe import Recipe
 from moeq.recipe_file import load_recipe
@@ -38,6 +40,7 @@ from moeq.stages import doctor as doctor_stage
 from moeq.stages import evaluate as evaluate_stage
 from moeq.stages import export as export_stage
 from moeq.stages import generate as generate_stage
+from moeq.stages import imatrix as imatrix_stage
 from moeq.stages import inspect as inspect_stage
 from moeq.stages import measure as measure_stage
 from moeq.stages import pareto as pareto_stage
@@ -73,20 +76,39 @@ def _check_file(option: str, file: str | None) -> None:
         raise OutputError("no file can be written there", file=file, option=option, fix="give a file name")
 
 
+@contextlib.contextmanager
+def _fleet(args: argparse.Namespace) -> Iterator[Fleet]:
+    """Who does the work."""
+    if args.ray is None:
+        if args.workers is not None:
+            raise OptionError("there are no workers without --ray", option="workers", fix="add --ray")
+        yield HERE
+        return
+    try:
+        found = importlib.import_module("moeq.integrations.ray_fleet")
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise OptionError("Ray is not installed", option="ray", fix="pip install 'moeq[ray]'") from error
+    gpus = float(str(args.device or "auto").startswith("cuda"))
+    with found.RayFleet(args.ray, args.workers, gpus) as fleet:
+        yield fleet
+
+
 def _plan(args: argparse.Namespace) -> Any:
     recipe = _recipe(args)
     _check_file("save-plan", args.save_plan)
     if args.save_plan is not None:
         plan = decisions.draft(args.model, recipe).plan
         write_file_atomic(Path(args.save_plan), codec.canonical(plan.to_dict()) + b"\n")
-    return plan_stage.run(args.model, recipe)
+    return plan_stage.run(args.model, recipe, args.workers)
 
 
 def _measure(args: argparse.Namespace) -> Any:
     recipe = _recipe(args)
     _check_file("output", args.output)
-    with shown(quiet=args.quiet) as progress:
-        table = measure_stage.run(args.model, recipe, progress, output=Path(args.output))
+    with _fleet(args) as fleet, shown(quiet=args.quiet) as progress:
+        table = measure_stage.run(args.model, recipe, progress, output=Path(args.output), fleet=fleet)
     return measure_stage.report(table, args.output)
 
 
@@ -112,20 +134,33 @@ def _pareto(args: argparse.Namespace) -> Any:
     return report
 
 
+def _text(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("calibration", "nsamples", "seqlen", "seed")}
+
+
 def _repair(args: argparse.Namespace) -> Any:
     with shown(quiet=args.quiet) as progress:
         return repair_stage.run(
             args.directory,
             args.output,
-            calibration=args.calibration,
-            nsamples=args.nsamples,
-            seqlen=args.seqlen,
-            seed=args.seed,
+            **_text(args),
             tune=args.tune,
             loss=args.loss,
             reference=args.reference,
             lr=args.router_lr,
             epochs=args.router_epochs or 1,
+            device=args.device,
+            progress=progress,
+        )
+
+
+def _imatrix(args: argparse.Namespace) -> Any:
+    with shown(quiet=args.quiet) as progress:
+        return imatrix_stage.run(
+            args.model,
+            args.output,
+            **_text(args),
+            like=args.like,
             device=args.device,
             progress=progress,
         )
@@ -148,9 +183,9 @@ def _quantize(args: argparse.Namespace) -> Any:
     _check_file("save-recipe", args.save_recipe)
     words = [word for word in args.words if word not in ("--json", "--quiet", "--resume")]
     command = shlex.join(["moeq", *words])
-    with shown(quiet=args.quiet) as progress:
+    with _fleet(args) as fleet, shown(quiet=args.quiet) as progress:
         report = quantize_stage.run(
-            args.model, args.output, recipe, resume=args.resume, command=command, progress=progress
+            args.model, args.output, recipe, resume=args.resume, command=command, progress=progress, fleet=fleet
         )
     if args.save_recipe is not None:
         saved = recipe.replace(quantizer=report.quantizer)
@@ -159,7 +194,7 @@ def _quantize(args: argparse.Namespace) -> Any:
 
 
 def _eval(args: argparse.Namespace) -> Any:
-    with shown(quiet=args.quiet) as progress:
+    with _fleet(args) as fleet, shown(quiet=args.quiet) as progress:
         return evaluate_stage.run(
             args.model,
             args.text,
@@ -176,6 +211,7 @@ def _eval(args: argparse.Namespace) -> Any:
             batch_size=args.batch_size,
             device=args.device,
             trust_remote_code=args.trust_remote_code,
+            fleet=fleet,
             progress=lambda done, total: progress("windows", done, total),
             questions=lambda done, total: progress("sequences", done, total),
             compiled=lambda done, total: progress("kernels", done, total),
@@ -302,6 +338,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Any], str]
     "pareto": (_pareto, cli_text.pareto),
     "quantize": (_quantize, cli_text.quantize),
     "export": (_export, cli_text.export),
+    "imatrix": (_imatrix, cli_text.imatrix),
     "repair": (_repair, cli_text.repair),
     "eval": (_eval, cli_text.evaluate),
     "compare": (_compare, cli_text.compare),

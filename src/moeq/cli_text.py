@@ -14,10 +14,11 @@ from moeq.stages.compare import CompareReport
 from moeq.stages.doctor import Device, DoctorReport
 from moeq.stages.export import ExportReport
 from moeq.stages.generate import GenerateReport
+from moeq.stages.imatrix import ImatrixReport
 from moeq.stages.inspect import InspectReport
 from moeq.stages.measure import MeasureReport
 from moeq.stages.pareto import ParetoReport
-from moeq.stages.plan import PlanReport
+from moeq.stages.plan import PlanReport, Workers
 from moeq.stages.push import PushReport
 from moeq.stages.quantize_report import QuantizeReport
 from moeq.stages.repair import RepairReport
@@ -56,12 +57,22 @@ def plan(report: PlanReport) -> str:
         f"memory     about {human_bytes(report.ram_bytes)} while quantizing",
         f"time       very roughly {report.seconds / 60:.1f} min on two CPU cores",
         *(f"  --effort {name}: {seconds / 60:.1f} min" for name, seconds in report.efforts.items()),
+        *(() if report.workers is None else (_workers(report.workers),)),
         f"quantized  {', '.join(report.quantized)}",
         f"untouched  {', '.join(report.untouched)}",
         f"plan       {report.plan_hash[:16]}",
         *(f"warning: {text}" for text in report.warnings),
     ]
     return "\n".join(lines)
+
+
+def _workers(found: Workers) -> str:
+    """What work that is spread takes."""
+    more = f"; more than {found.useful} would wait" if found.count > found.useful else ""
+    return (
+        f"spread     over {found.count} workers: very roughly {found.seconds / 60:.1f} min, about "
+        f"{human_bytes(found.ram_bytes)} each, {human_bytes(found.moved_bytes)} through shared files{more}"
+    )
 
 
 def inspect(report: InspectReport) -> str:
@@ -75,6 +86,14 @@ def inspect(report: InspectReport) -> str:
         f"weight files {human_bytes(report.stored_bytes)}, experts {report.expert_bits_per_weight:.4f} bits per weight",
     ]
     return "\n".join(lines)
+
+
+def imatrix(report: ImatrixReport) -> str:
+    """Text of `moeq imatrix`."""
+    return (
+        f"wrote {report.output}: {report.tensors} tensors of {report.architecture}\n"
+        f"{report.tokens:,} tokens of {report.calibration}, at least {report.fewest} for each expert"
+    )
 
 
 def measure(report: MeasureReport) -> str:
@@ -171,7 +190,7 @@ def push(report: PushReport) -> str:
 
 def repair(report: RepairReport) -> str:
     """Text of `moeq repair`."""
-    what = "routers and norms" if report.tune == "model" else "routers"
+    what = "routers, norms and scales" if report.tune == "model" else "routers"
     lines = [
         f"wrote {report.output}: {report.parameters:,} weights of {what} tuned in {report.steps:,} steps, "
         f"{len(report.changed)} tensors changed",

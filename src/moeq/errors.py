@@ -19,6 +19,7 @@
     |- PackedError            a packed checkpoint is inconsistent or was tampered with
     |- ResumeError            a journal does not match what is asked for now
     |- StorageError           the disk is full or refuses to write
+    |- WorkerError            processes that work was spread over died, or cannot be reached
     `- InternalError          a bug of moeq's, or an error below it that nobody foresaw
 
 Each message names what is at fault (file, tensor or option) and says the fix. One thing is no error, because answers
@@ -26,6 +27,7 @@ stay right: `KernelWarning`.
 """
 
 from pathlib import Path
+from typing import Any
 
 
 class MoeqError(Exception):
@@ -62,6 +64,17 @@ class MoeqError(Exception):
         if fix:
             parts.append(f"Fix: {fix}")
         super().__init__(". ".join(part.rstrip(".") for part in parts) + ".")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors of workers travel: they are put together again from what they say, not made anew."""
+        return _received, (type(self), self.args, self.__dict__)
+
+
+def _received(kind: type[MoeqError], args: tuple[Any, ...], facts: dict[str, Any]) -> MoeqError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(facts)
+    return error
 
 
 class OptionError(MoeqError):
@@ -143,6 +156,10 @@ class ResumeError(MoeqError):
 
 class StorageError(MoeqError):
     """The disk is full or refuses to write."""
+
+
+class WorkerError(MoeqError):
+    """A process that does a part of the work died again and again, or nobody is there to work."""
 
 
 class InternalError(MoeqError):

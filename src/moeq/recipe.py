@@ -63,9 +63,9 @@ class Recipe:
         context: path of a packed checkpoint of this model whose activations and gradients costs are measured on.
         round_context: costs are those of rounding the context's weights once more (GEMQ's loop read literally).
         router: loss that routers are tuned with after packing: "none", "task" or "kl".
-        router_epochs, router_lr: passes over the calibration text, and learning rate of routers.
+        router_epochs, router_lr: passes over the calibration text, and rate of what is trained.
         serve: one of `SERVES`; what it cannot run is not made.
-        tune: what is trained after packing besides: "model", norms, biases and routers by "kl", or "none".
+        tune: what is trained after packing besides: "model", scales, norms, biases, routers by "kl", or "none".
         quality: measure quality on held-out windows of the calibration text, if the original is small.
         rank: components of the tiled low-rank factors; "auto" takes what the budget leaves, None a small share if any.
         allocation: for the tiled layout, the method whose unit, cost and solver choose the residuals' widths.
@@ -107,7 +107,7 @@ class Recipe:
     round_context: bool = False
     router: str | None = None
     router_epochs: int = 1
-    router_lr: float = 1e-4
+    router_lr: float | None = None
     serve: str = "moeq"
     tune: str = "none"
     quality: bool = True
@@ -168,7 +168,7 @@ class Recipe:
             raise OptionError(f"routers are tuned by kl, not {self.router}", option="tune", fix="drop --router")
         if self.effort is not None and not method(self.method).chooses:
             raise OptionError(f"method {self.method} tries nothing", option="effort", fix="use --method auto")
-        if not 0 < self.router_lr <= 1:
+        if self.router_lr is not None and not 0 < self.router_lr <= 1:
             raise OptionError(f"{self.router_lr} is no learning rate", option="router-lr", fix="the usual is 0.0001")
         if self.round_context and self.context is None and self.progressive is None:
             raise OptionError(

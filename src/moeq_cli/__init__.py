@@ -18,8 +18,8 @@ __all__ = ["build_parser", "main"]
 
 INTERRUPTED: Final = 130
 """The exit status after Ctrl-C, as shells have it."""
-BARS: Final = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-"""There is one display, and it is ours."""
+BARS: Final = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+"""There is one display, and it is ours; and nobody is told of anything."""
 CACHES: Final = {"LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 """torch keeps code for each of the last 1024 shapes of a product, twice: megabytes for every length of a prompt, and
 for every number of tokens that an expert meets in calibration (benchmarks/serve.md, benchmarks/peers.md)."""

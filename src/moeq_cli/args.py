@@ -50,7 +50,7 @@ def _calibration_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seqlen", type=int, help="tokens of a sequence (default 512)")
     add("--routing", help="whose statistics see a token: natural (default), all, or r for top-k x r")
     add("--quality", action=argparse.BooleanOptionalAction, help="measure small models on held-out text (default on)")
-    add("--tune", help="train after packing: none (default), or model: norms, biases and routers, by kl")
+    add("--tune", help="train after packing: none (default), or model: scales, norms, biases and routers, by kl")
     add("--router", help="tune routers after packing: none, task (next-token loss) or kl (to the original)")
     _tuning_arguments(add)
 
@@ -83,7 +83,7 @@ def _allocation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _tuning_arguments(add: Callable[..., argparse.Action]) -> None:
     add("--router-epochs", type=int, help="passes over the calibration text (default 1)")
-    add("--router-lr", type=float, help="learning rate of routers (default 0.0001)")
+    add("--router-lr", type=float, help="learning rate (default 0.0001, of the model 0.00015)")
 
 
 START = """start with:
@@ -98,6 +98,7 @@ EXAMPLES = {
     "allocate": "moeq allocate OLMoE plan.json --costs costs.json --bits 2.5 --svg widths.svg",
     "pareto": "moeq pareto OLMoE --costs costs.json --points 40",
     "export": "moeq export compressed-tensors OLMoE-4bit OLMoE-4bit-ct",
+    "imatrix": "moeq imatrix OLMoE OLMoE-imatrix.gguf --calibration web.txt,code.jsonl",
     "repair": "moeq repair OLMoE-2.5bit OLMoE-tuned --tune model --reference OLMoE --calibration web.txt",
     "eval": "moeq eval OLMoE-2.5bit --text wiki.txt --reference OLMoE",
     "compare": "moeq compare OLMoE-2.5bit OLMoE-3bit --text wiki.txt web.txt --reference OLMoE",
@@ -150,6 +151,7 @@ def _making_verbs(verb: Verb) -> None:
     plan = verb("plan", "say what quantize would do, and its size, memory and time; reads no weights")
     plan.add_argument("model", help="local directory or hub id")
     plan.add_argument("--save-plan", metavar="FILE", help="write the plan for quantize --plan")
+    plan.add_argument("--workers", type=int, help="say also what quantize --ray takes with so many workers")
     _recipe_arguments(plan)
 
     inspect = verb("inspect", "say what a checkpoint, packed or not, holds")
@@ -161,11 +163,13 @@ def _making_verbs(verb: Verb) -> None:
     quantize.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     quantize.add_argument("--save-recipe", metavar="FILE", help="write all options, defaults included, as YAML")
     _recipe_arguments(quantize)
+    _worker_arguments(quantize)
 
     measure = verb("measure", "measure what each width would cost each expert, for allocate and pareto")
     measure.add_argument("model", help="local directory or hub id")
     measure.add_argument("output", metavar="COSTS", help="file to write")
     _recipe_arguments(measure)
+    _worker_arguments(measure)
 
     allocate = verb("allocate", "spend a budget by measured costs")
     allocate.add_argument("model", help="local directory or hub id")
@@ -173,6 +177,11 @@ def _making_verbs(verb: Verb) -> None:
     allocate.add_argument("--svg", metavar="FILE", help="write a heat map of the widths")
     _recipe_arguments(allocate)
 
+    _other_making_verbs(verb)
+
+
+def _other_making_verbs(verb: Verb) -> None:
+    """From costs to curves, and from a packed checkpoint to others."""
     pareto = verb("pareto", "solve many budgets by one table of costs")
     pareto.add_argument("model", help="local directory or hub id")
     pareto.add_argument("--points", type=int, default=20, help="budgets (default 20)")
@@ -188,18 +197,46 @@ def _making_verbs(verb: Verb) -> None:
     export.add_argument("--like", metavar="FILE", help="gguf: file by llama.cpp's converter to take the rest from")
     export.add_argument("--embeddings", type=int, default=8, help="gguf: bits of tables of tokens, or 16 (default 8)")
 
+    imatrix = verb("imatrix", "write an importance matrix for llama-quantize --imatrix, block by block")
+    imatrix.add_argument("model", help="local directory or hub id")
+    imatrix.add_argument("output", help="file to write")
+    _text_arguments(imatrix)
+    imatrix.add_argument("--like", metavar="GGUF", help="file by llama.cpp's converter, for families without own names")
+    imatrix.add_argument("--device", default="auto", help="auto (default), cpu or cuda[:n]")
+
     repair = verb("repair", "tune the routers of a packed checkpoint, or all that is small in it")
     repair.add_argument("directory", help="what quantize wrote")
     repair.add_argument("output", help="directory to make")
-    repair.add_argument("--calibration", required=True, metavar="TEXTS", help=TEXTS)
-    repair.add_argument("--nsamples", type=int, default=128, help="sequences (default 128)")
-    repair.add_argument("--seqlen", type=int, default=512, help="tokens of a sequence (default 512)")
-    repair.add_argument("--seed", type=int, default=0, help="seed of the text's order (default 0)")
-    repair.add_argument("--tune", choices=("routers", "model"), default="routers", help="model: norms and biases too")
+    _text_arguments(repair)
+    repair.add_argument(
+        "--tune", choices=("routers", "model"), default="routers", help="model: scales, norms, biases too"
+    )
     repair.add_argument("--loss", choices=("task", "kl"), help="task (default for routers), or kl to --reference")
     repair.add_argument("--reference", metavar="MODEL", help="the original: for kl, and to report overlap")
     repair.add_argument("--device", default="auto", help="auto (default), cpu or cuda[:n]")
     _tuning_arguments(repair.add_argument)
+
+
+def _text_arguments(parser: argparse.ArgumentParser) -> None:
+    """The calibration text of verbs that cannot do without one."""
+    add = parser.add_argument
+    add("--calibration", required=True, metavar="TEXTS", help=TEXTS)
+    add("--nsamples", type=int, default=128, help="sequences (default 128)")
+    add("--seqlen", type=int, default=512, help="tokens of a sequence (default 512)")
+    add("--seed", type=int, default=0, help="seed of the text's order (default 0)")
+
+
+def _worker_arguments(parser: argparse.ArgumentParser) -> None:
+    """Who does the work: nothing that the result depends on."""
+    add = parser.add_argument_group("several processes or machines (extra ray)").add_argument
+    add(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="spread work over Ray: local (default), auto, host:port",
+    )
+    add("--workers", type=int, help="pieces of work that go on at a time (default: one for each core)")
 
 
 def _measuring_verbs(verb: Verb) -> None:
@@ -215,6 +252,7 @@ def _measuring_verbs(verb: Verb) -> None:
     add("--limit", type=int, help="questions of each task at most, to try out")
     add("--task-path", metavar="DIR", help="further task files, whose data may be here")
     add("--chat-template", action="store_true", help="questions go through the chat template")
+    _worker_arguments(evaluate)
 
     compare = verb("compare", "measure checkpoints side by side, also those of other tools")
     compare.add_argument("models", metavar="MODEL", nargs="+", help="packed checkpoints or any that transformers loads")

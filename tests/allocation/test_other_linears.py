@@ -254,6 +254,7 @@ def run(*words: object, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.nightly
 def test_the_command_line_goes_all_the_way(
     demo_dir: Path, costs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -152,7 +152,13 @@ def every(ops: Sequence[ttir.Op], name: str) -> Iterator[ttir.Op]:
             yield from every(region, name)
 
 
-@pytest.mark.parametrize("name", CASES)
+OFTEN = ("dots", "trellises")
+"""Cases that every run compiles; the others are for the night."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.nightly) for name in CASES]
+)
 def test_kernel_compiles_for_an_h100(name: str) -> None:
     source, case = source_of(CASES[name]), CASES[name]
     import triton

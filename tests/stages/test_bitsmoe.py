@@ -174,6 +174,7 @@ def test_feedback_lowers_the_error_of_the_answers(
     assert kls[1] < 1.1 * kls[0]
 
 
+@pytest.mark.nightly
 def test_plans_need_their_costs(demo_dir: Path, costs: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     moeq.allocate(demo_dir, method="bitsmoe", bits=2.5, costs=str(costs)).save(plan)

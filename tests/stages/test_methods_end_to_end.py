@@ -166,7 +166,9 @@ def test_measured_costs_survive_a_kill(
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes() or path.name == "README.md", path.name
 
 
-@pytest.mark.parametrize("when", ["rewrite", "updated", "verify"])
+@pytest.mark.parametrize(
+    "when", ["rewrite", *(pytest.param(when, marks=pytest.mark.nightly) for when in ("updated", "verify"))]
+)
 def test_router_tuning_survives_a_kill(
     when: str, demo_dir: Path, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

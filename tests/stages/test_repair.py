@@ -18,7 +18,9 @@ from moeq.layouts.validate import validate_packed, verify_files
 from moeq.recipe import Recipe
 from moeq.repair.tune import TuneOptions
 from moeq.report.card import ROUTERS_KEPT, ROUTERS_TUNED
+from moeq.runtime import attach
 from moeq.runtime.load import load_any
+from moeq.spec import LEVELS, QuantSpec, sections
 from moeq.stages import repair, verify
 from moeq.writing import calibration_text as choices
 from moeq.writing import routers as tuning
@@ -140,7 +142,7 @@ def test_kl_to_the_original(rough_tiny: Path, tiny_dir: Path, text: Path, tmp_pa
 
 
 def test_the_whole_model_is_tuned_by_kl(rough_tiny: Path, tiny_dir: Path, text: Path, tmp_path: Path) -> None:
-    """Norms and routers change, packed bytes do not; what was held out is better off."""
+    """Norms, routers and scales change, codes do not; what was held out is better off."""
     options = {**SIZES, "nsamples": 8, "lr": 3e-3, "epochs": 3}
     report = repair.run(
         rough_tiny, tmp_path / "out", calibration=str(text), tune="model", reference=tiny_dir, **options
@@ -149,8 +151,17 @@ def test_the_whole_model_is_tuned_by_kl(rough_tiny: Path, tiny_dir: Path, text: 
     assert report.loss_after < report.loss_before
     names = set(report.changed)
     assert any("layernorm" in name for name in names)
-    assert not any(".experts." in name for name in names)
-    assert "Routers and norms" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert any(name.endswith("experts.moeq_data") for name in names)
+    assert any(name.endswith("q_proj.moeq_data") for name in names)
+    old, new = (attach.map_packed(sorted(path.glob("*.safetensors"))) for path in (rough_tiny, tmp_path / "out"))
+    for linear in read_manifest(rough_tiny).dense:
+        width, group_size, levels = old[f"{linear.path}.moeq_table"][0, 0, 1:].tolist()
+        spec = QuantSpec(bits=width, group_size=group_size, levels=LEVELS[levels])
+        codes = sum(size for _, _, size in sections(spec, linear.shape).planes)
+        before, after = (tensors[f"{linear.path}.moeq_data"] for tensors in (old, new))
+        assert torch.equal(before[:codes], after[:codes])
+        assert not torch.equal(before, after)
+    assert "Routers, norms and scales" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert moeq.verify(tmp_path / "out").logits_finite
 
 

@@ -62,7 +62,7 @@ def recipe(quantizer: str, calibration: Path) -> Recipe:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantizer", ["hqq", "gptq"])
+@pytest.mark.parametrize("quantizer", [pytest.param("hqq", marks=pytest.mark.nightly), "gptq"])
 def test_killed_at_five_points(quantizer: str, demo_dir: Path, calibration_text: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     quantize.run(demo_dir, whole, recipe(quantizer, calibration_text))

@@ -15,6 +15,7 @@ from moeq.artifacts import CostTable, Inventory, Plan
 from moeq.costs.component_table import ComponentTable, Table, load_table
 from moeq.costs.registry import make_cost
 from moeq.errors import ArtifactError, OptionError
+from moeq.fleet import HERE, Fleet
 from moeq.methods import OWN_LEVELS, method
 from moeq.progress import Progress
 from moeq.quantizers.registry import QUANTIZERS
@@ -160,7 +161,9 @@ def sidecars_of(
     return sidecars
 
 
-def decide(first: Decision, partial: Path, progress: Progress | None, context: str | None = None) -> Decision:
+def decide(
+    first: Decision, partial: Path, progress: Progress | None, context: str | None = None, fleet: Fleet = HERE
+) -> Decision:
     """Measure the costs, unless an interrupted run did, and make the plan.
 
     Args:
@@ -168,6 +171,7 @@ def decide(first: Decision, partial: Path, progress: Progress | None, context: s
         partial: the output's directory, where measured costs are kept until it is complete.
         progress: called as work is done.
         context: packed checkpoint to measure on, instead of the recipe's own.
+        fleet: who measures.
     """
     bits = plans.spendable_bits(
         first.inventory,
@@ -180,7 +184,7 @@ def decide(first: Decision, partial: Path, progress: Progress | None, context: s
     path = partial / COSTS_NAME
     table = _measured(path, what)
     if table is None:
-        table = measuring.table(what, progress, scratch=partial, output=path)
+        table = measuring.table(what, progress, scratch=partial, output=path, fleet=fleet)
         if isinstance(table, CostTable):
             table.save(path)
     return draft(first.source, first.recipe, table)

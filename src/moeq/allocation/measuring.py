@@ -22,13 +22,14 @@ from moeq.calibration.spill import SpillPool
 from moeq.calibration.tap import Hear
 from moeq.calibration.tokens import TokenBatch, first_samples
 from moeq.checkpoint.read import Reader
-from moeq.costs.base import Asked, Cost, LayerCosts, LayerView, LinearView
+from moeq.costs.base import Asked, Cost, LayerCosts, LayerView, LinearView, WeightsCost
 from moeq.costs.component_table import ComponentFacts, ComponentTable, ProjectionCosts, write_table
 from moeq.costs.options import check_choice, check_number
 from moeq.costs.registry import COSTS, make_cost
 from moeq.costs.spectral_energy import SpectralEnergy
 from moeq.costs.stand_ins import noise_ratio, stand_in
 from moeq.errors import OptionError
+from moeq.fleet import HERE, Fleet
 from moeq.format.manifest import read_manifest
 from moeq.model_parts import DenseLinear, MatrixSource
 from moeq.progress import Progress
@@ -125,7 +126,11 @@ def subject(
 
 
 def table(
-    what: Subject, progress: Progress | None = None, scratch: Path | None = None, output: Path | None = None
+    what: Subject,
+    progress: Progress | None = None,
+    scratch: Path | None = None,
+    output: Path | None = None,
+    fleet: Fleet = HERE,
 ) -> CostTable | ComponentTable:
     """Measure; see `run`.
 
@@ -134,12 +139,21 @@ def table(
         progress: called as work is done.
         scratch: where activations may be spilled; the system's temporary directory by default.
         output: where costs of components are written.
+        fleet: who measures.
     """
     recipe, tokens = what.recipe, what.tokens
     how = _combination(recipe)
     if tokens is None or len(tokens.domains) < 2 or how == "pooled":
-        return _pooled(what, progress, scratch, output)
-    tables = [_pooled(replace(what, tokens=batch), progress, scratch, None) for batch in by_text(tokens)]
+        return _pooled(what, progress, scratch, output, fleet)
+    if fleet is HERE or recipe.has_components:
+        tables = [_pooled(replace(what, tokens=batch), progress, scratch, None) for batch in by_text(tokens)]
+    else:
+        batches = list(by_text(tokens))
+        tables = []
+        for found in fleet.spread(partial(_of_text, what, scratch), batches):
+            tables.append(found)
+            if progress is not None:
+                progress("texts", len(tables), len(batches))
     names = tuple(domain.name for domain in tokens.domains)
     shares = [tokens.domain_N.count(number) / len(tokens.domain_N) for number in range(len(names))]
     components = [table for table in tables if isinstance(table, ComponentTable)]
@@ -150,8 +164,12 @@ def table(
     return replace(combined(matrices, names, shares, how), provenance=what.provenance)
 
 
+def _of_text(what: Subject, scratch: Path | None, tokens: TokenBatch) -> CostTable | ComponentTable:
+    return _pooled(replace(what, tokens=tokens), None, scratch, None)
+
+
 def _pooled(
-    what: Subject, progress: Progress | None, scratch: Path | None, output: Path | None
+    what: Subject, progress: Progress | None, scratch: Path | None, output: Path | None, fleet: Fleet = HERE
 ) -> CostTable | ComponentTable:
     """One table of all tokens."""
     recipe, inventory = what.recipe, what.inventory
@@ -161,29 +179,21 @@ def _pooled(
     linears = other_linears.linear_cost(recipe, _options(recipe)) if joined else None
     candidates = tuple(map(stand_in, what.candidates)) if _stands_in(recipe) else what.candidates
     with Reader(what.source, what.headers) as reader:
-
-        def view(layer: int) -> LayerView:
-            shape = inventory.layers[layer]
-
-            def read(expert: int, projection: str) -> torch.Tensor:
-                return reader.matrix(shape.sources[projection], expert, shape.shapes[projection])
-
-            return LayerView(
-                index=layer,
-                layer=shape,
-                read=read,
-                candidates=candidates,
-                unit=str(recipe.unit),
-                device=device,
-            )
-
+        view = partial(_view, what, reader, candidates, device)
         views = [_linear_view(reader, linear, recipe, device) for linear in joined]
         if cost.needs == "weights":
             for each in views:
                 assert linears is not None
                 linears.visit(each, None)
-            for layer in range(len(inventory.layers)):
-                cost.visit(view(layer), None)
+            layers = range(len(inventory.layers))
+            away = fleet is not HERE and isinstance(cost, WeightsCost)
+            parts = fleet.spread(partial(_of_layer, what, candidates), layers) if away else None
+            for layer in layers:
+                if parts is None:
+                    cost.visit(view(layer), None)
+                else:
+                    assert isinstance(cost, WeightsCost)
+                    cost.take(next(parts))
                 if progress is not None:
                     progress("layers", layer + 1, len(inventory.layers))
         else:
@@ -193,6 +203,27 @@ def _pooled(
         return _write(what, cost, output)
     num_tokens = 0 if what.tokens is None else what.tokens.ids_NT.numel()
     return _with_linears(_assemble(what, cost.result()), what, {} if linears is None else linears.result(num_tokens))
+
+
+def _view(
+    what: Subject, reader: Reader, candidates: tuple[QuantSpec, ...], device: torch.device, index: int
+) -> LayerView:
+    layer = what.inventory.layers[index]
+
+    def read(expert: int, projection: str) -> torch.Tensor:
+        return reader.matrix(layer.sources[projection], expert, layer.shapes[projection])
+
+    return LayerView(
+        index=index, layer=layer, read=read, candidates=candidates, unit=str(what.recipe.unit), device=device
+    )
+
+
+def _of_layer(what: Subject, candidates: tuple[QuantSpec, ...], index: int) -> Cost | SpectralEnergy:
+    """The recipe's cost after it saw the weights of one layer."""
+    cost, _ = _make(what.recipe)
+    with Reader(what.source, what.headers) as reader:
+        cost.visit(_view(what, reader, candidates, pick_device(what.recipe.device), index), None)
+    return cost
 
 
 def _linear_view(reader: Reader, linear: DenseLinear, recipe: Recipe, device: torch.device) -> LinearView:

@@ -57,6 +57,13 @@ def attach_handler(experts: nn.Module, handler: nn.Module) -> None:
     experts.config._experts_implementation = EXPERTS_IMPLEMENTATION  # type: ignore[union-attr]
 
 
+def alone(experts: nn.Module) -> nn.Module:
+    """The experts without their handler, for `activation` and `finish` elsewhere; what it holds is shared."""
+    found = copy(experts)
+    found._modules = {name: module for name, module in experts._modules.items() if name != HANDLER}
+    return found
+
+
 def activation(experts: nn.Module, expert: int | Tensor, gate_SI: Tensor | None, up_SI: Tensor) -> Tensor:
     """The input of the down projection, (S, I): the family's own gating of the first products.
 

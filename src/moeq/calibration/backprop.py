@@ -92,7 +92,7 @@ class Backprop:
             labels: "text" predicts the next token (empirical Fisher); "sampled" draws what to predict from
                 the model's own distribution (true Fisher).
             seed: of the drawing. The same seed draws the same tokens, whatever the sizes of batches.
-            linears: module path of a linear in a block -> who is told of its calls; only with gradients.
+            linears: module path of a linear in a block -> who is told of its calls.
 
         Raises:
             OptionError: sequences of fewer than two tokens, or unknown labels.

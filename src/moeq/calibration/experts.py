@@ -4,8 +4,8 @@ Legend: T tokens of the run, S tokens of one expert, H hidden, I expert width, N
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moeq.arch import hooks
+from moeq.calibration import crew
+from moeq.calibration.crew import Asked, Crew, Done
 from moeq.calibration.stream import Capture
 from moeq.calibration.workers import in_order
 from moeq.format.records import dequantize
@@ -64,6 +66,7 @@ class ExpertsTask:
         sink: takes what was rounded, in storage order.
         device: where the work is done.
         compensate: down is fitted to what rounded gate and up answer, before it is rounded.
+        crew: who rounds, None for threads of this process; `read` and `round` can then be pickled.
     """
 
     layer: MoeLayer
@@ -72,6 +75,7 @@ class ExpertsTask:
     sink: Sink
     device: torch.device
     compensate: bool = False
+    crew: Crew | None = None
 
 
 def grouped(layer: MoeLayer, specs: Sequence[Sequence[QuantSpec]], quantizer: Quantizer) -> Round:
@@ -83,22 +87,27 @@ def grouped(layer: MoeLayer, specs: Sequence[Sequence[QuantSpec]], quantizer: Qu
         quantizer: rounds a matrix given the second moments of its inputs; threads call it.
     """
 
-    def work(expert: int, given: dict[str, Tensor], hessian_KK: Tensor) -> dict[str, Rounded]:
-        mine = dict(zip(layer.projections, specs[expert], strict=True))
-        names, weights = list(given), list(given.values())
-        alike = len({mine[name] for name in names}) == 1
-        if alike and _rows_are_apart(mine[names[0]]):
-            parts = _in_one_go(weights, mine[names[0]], quantizer, hessian_KK)
-        else:
-            parts = [
-                quantizer.quantize(weight, mine[name], hessian_KK) for name, weight in zip(names, weights, strict=True)
-            ]
-        return {
-            name: Rounded(stored=part, decode=partial(_decoded, part, mine[name]))
-            for name, part in zip(names, parts, strict=True)
-        }
+    return partial(_grouped, layer, specs, quantizer)
 
-    return work
+
+def _grouped(
+    layer: MoeLayer,
+    specs: Sequence[Sequence[QuantSpec]],
+    quantizer: Quantizer,
+    expert: int,
+    given: dict[str, Tensor],
+    hessian_KK: Tensor,
+) -> dict[str, Rounded]:
+    mine = dict(zip(layer.projections, specs[expert], strict=True))
+    names, weights = list(given), list(given.values())
+    if len({mine[name] for name in names}) == 1 and _rows_are_apart(mine[names[0]]):
+        parts = _in_one_go(weights, mine[names[0]], quantizer, hessian_KK)
+    else:
+        parts = [quantizer.quantize(w, mine[name], hessian_KK) for name, w in zip(names, weights, strict=True)]
+    return {
+        name: Rounded(stored=part, decode=partial(_decoded, part, mine[name]))
+        for name, part in zip(names, parts, strict=True)
+    }
 
 
 def _rows_are_apart(spec: QuantSpec) -> bool:
@@ -138,14 +147,6 @@ class _Route:
     weight_S: Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Done:
-    """One expert's rounded matrices by projection, and its answers to its tokens, chunk by chunk, not weighted."""
-
-    rounded: dict[str, Rounded]
-    answers: list[Tensor]
-
-
 def quantize_experts(task: ExpertsTask, experts: nn.Module, capture: Capture) -> tuple[Tensor, list[int]]:
     """Round every expert of a layer and compute what the rounded experts answer.
 
@@ -165,17 +166,31 @@ def quantize_experts(task: ExpertsTask, experts: nn.Module, capture: Capture) ->
         width = capture.stats_Tk.shape[-1]
         seen_by = [chosen // width for chosen in _choices(capture.stats_Tk, num_experts)]
 
-    def work(expert: int) -> _Done:
-        seen = torch.arange(num_tokens) if seen_by is None else seen_by[expert]
-        tokens = routes[expert].token_S
-        return _quantize_expert(task, experts, expert, capture.x_TH, _fill_up(seen, num_tokens), tokens)
-
+    asked = [
+        Asked(
+            expert=expert,
+            seen=_fill_up(torch.arange(num_tokens) if seen_by is None else seen_by[expert], num_tokens),
+            routed=route.token_S,
+        )
+        for expert, route in enumerate(routes)
+    ]
+    results: Iterator[Done]
+    if task.crew is None:
+        work = partial(_quantize_expert, task, experts, capture.x_TH)
+        results = in_order(lambda expert: work(asked[expert]), num_experts, task.device)
+    else:
+        alone = partial(_quantize_expert, replace(task, sink=_nothing, crew=None), hooks.alone(experts))
+        results = crew.rounded(task.crew, alone, capture.x_TH, asked)
     y_TH = torch.zeros(capture.x_TH.shape, dtype=torch.float32)
-    for expert, done in enumerate(in_order(work, num_experts, task.device)):
-        for projection, quantized in done.rounded.items():
-            task.sink(expert, projection, quantized.stored)
+    for expert, done in enumerate(results):
+        for projection, stored in done.stored.items():
+            task.sink(expert, projection, stored)
         _add_answers(y_TH, routes[expert], done.answers)
     return y_TH.to(capture.x_TH.dtype), [len(route.token_S) for route in routes]
+
+
+def _nothing(*_: Any) -> None:
+    """The sink of who only rounds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -250,10 +265,9 @@ def _fill_up(seen: Tensor, num_tokens: int) -> Tensor:
     return torch.cat([seen, borrowed])
 
 
-def _quantize_expert(
-    task: ExpertsTask, experts: nn.Module, expert: int, x_TH: Tensor, seen: Tensor, routed: Tensor
-) -> _Done:
-    """Round one expert's matrices with the tokens `seen`, answer the `routed` ones."""
+def _quantize_expert(task: ExpertsTask, experts: nn.Module, x_TH: Tensor, asked: Asked) -> Done:
+    """Round one expert's matrices with the tokens that its statistics see, answer the routed ones."""
+    expert, seen, routed = asked.expert, asked.seen, asked.routed
     projections = task.layer.projections
     source = {name: task.read(expert, name).to(task.device) for name in projections}
     down_HI = source.pop("down")
@@ -277,7 +291,7 @@ def _quantize_expert(
     if not shared:
         z_SI = _inner(experts, expert, x_TH, routed, weights, task.device)
     answers = _answers(experts, expert, z_SI, rounded["down"].decode(x_TH.dtype).to(task.device))
-    return _Done(rounded={name: rounded[name] for name in projections}, answers=answers)
+    return Done(stored={name: rounded[name].stored for name in projections}, answers=answers)
 
 
 def _compensated(

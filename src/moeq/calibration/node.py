@@ -75,7 +75,7 @@ class Pass:
         micro_batch_tokens: tokens that one block sees at once, but at least one sequence.
         visit: told what the experts were asked; None if nobody wants to know.
         gradients: tell it on the way back, with gradients, instead of on the way forth.
-        linears: module path -> who is told of this linear's calls, on the way back.
+        linears: module path -> who is told of this linear's calls, on the way back if there is one.
         tick: called whenever a block is done.
     """
 
@@ -198,11 +198,11 @@ class Step:
         taps: dict[int, tuple[nn.Module, ExpertsTap]] = {}
         ears = []
         try:
-            if listen and shared.gradients:
+            if listen:
                 for path, hear in shared.linears.items():
                     if path.startswith(self.path + "."):
                         linear = block.get_submodule(path.removeprefix(self.path + "."))
-                        ears.append(hear_calls(linear, partial(self._hear, path, hear)))
+                        ears.append(hear_calls(linear, partial(self._hear, path, hear), gradients=shared.gradients))
             if listen and self._shared.visit is not None:
                 for index, layer in enumerate(shared.layers):
                     if layer.path.startswith(self.path + "."):
@@ -224,7 +224,7 @@ class Step:
             shared.loader.unload(self.path)
 
     def _hear(self, path: str, hear: Hear, heard: Heard) -> None:
-        if not is_finite(heard.grad_TN):
+        if heard.grad_TN is not None and not is_finite(heard.grad_TN):
             raise CalibrationError("the gradients at a linear are not finite", tensor=path, fix="compute in float32")
         hear(heard)
 

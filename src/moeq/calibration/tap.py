@@ -43,19 +43,27 @@ class Heard:
 
     Attributes:
         x_TK: its inputs.
-        grad_TN: gradient of each sequence's loss (mean over its predicted tokens) with respect to its outputs.
+        grad_TN: gradient of each sequence's loss (mean over its predicted tokens) with respect to its outputs; None
+            when no gradients were asked for.
     """
 
     x_TK: Tensor
-    grad_TN: Tensor
+    grad_TN: Tensor | None
 
 
 Hear = Callable[[Heard], None]
-"""Told of every call of a linear, during the backward pass."""
+"""Told of every call of a linear, during the backward pass if there is one."""
 
 
-def hear_calls(linear: nn.Module, hear: Hear) -> RemovableHandle:
-    """Tell `hear` of every call of `linear` that the loss depends on; removing the handle ends it."""
+def hear_calls(linear: nn.Module, hear: Hear, *, gradients: bool = True) -> RemovableHandle:
+    """Tell `hear` of every call of `linear`, with gradients of those that the loss depends on; the handle ends it."""
+
+    def passing(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        hear(Heard(x_TK=x.detach().reshape(-1, x.shape[-1]), grad_TN=None))
+
+    if not gradients:
+        return linear.register_forward_pre_hook(passing, with_kwargs=True)
 
     def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = args[0] if args else kwargs["input"]

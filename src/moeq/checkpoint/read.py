@@ -74,11 +74,15 @@ class Reader:
     """
 
     def __init__(self, directory: Path, headers: Mapping[str, TensorInfo] | None = None) -> None:
+        self._files: dict[str, int] = {}
         self._directory = directory
         self._headers = dict(headers) if headers is not None else read_headers(directory)
         self._lock = threading.Lock()
-        self._files: dict[str, int] = {}
         self._closed = False
+
+    def __reduce__(self) -> tuple[type["Reader"], tuple[Path, dict[str, TensorInfo]]]:
+        """Another process opens the files again."""
+        return Reader, (self._directory, self._headers)
 
     @property
     def headers(self) -> Mapping[str, TensorInfo]:
@@ -92,6 +96,12 @@ class Reader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        """Those that another process opened are closed by nobody else."""
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
 
     def close(self) -> None:
         """Close all files; no thread may be reading any more."""

@@ -7,7 +7,7 @@ Legend: T tokens, H hidden, k experts per token, N output rows, K input columns,
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from moeq.calibration.tap import Asked, Heard
 from moeq.model_parts import MoeLayer
 from moeq.spec import QuantSpec
 
-__all__ = ["Asked", "Cost", "Heard", "LayerCosts", "LayerView", "LinearCost", "LinearView", "ReadMatrix"]
+__all__ = ["Asked", "Cost", "Heard", "LayerCosts", "LayerView", "LinearCost", "LinearView", "ReadMatrix", "WeightsCost"]
 
 ReadMatrix = Callable[[int, str], Tensor]
 """(expert, projection) -> weights (N, K)."""
@@ -85,6 +85,15 @@ class Cost(Protocol):
 
     def result(self) -> list[LayerCosts]:
         """The costs of all layers, by layer index; called once, after the last visit."""
+        ...
+
+
+@runtime_checkable
+class WeightsCost(Cost, Protocol):
+    """A cost that needs weights alone, and whose layers may therefore be seen by several processes."""
+
+    def take(self, other: Any) -> None:
+        """Take over what another one, made with the same options, saw of other layers."""
         ...
 
 

@@ -162,6 +162,10 @@ class ComponentTable:
         self.facts = ComponentFacts.from_dict(data, file=path)
         self._check()
 
+    def __reduce__(self) -> tuple[type["ComponentTable"], tuple[Path]]:
+        """Another process opens the file again; it is not its to remove."""
+        return ComponentTable, (self.path,)
+
     @property
     def hash(self) -> str:
         """sha256 of the file."""

@@ -98,6 +98,7 @@ class FisherLinears:
     def visit(self, view: LinearView, heard: Heard | None) -> None:
         """Add one call; see `moeq.costs.base.LinearCost`."""
         assert heard is not None, "needs gradients"
+        assert heard.grad_TN is not None, "needs gradients"
         if view.block != self._block:
             self._block = view.block
             self._rounded.clear()

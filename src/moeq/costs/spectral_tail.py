@@ -234,6 +234,10 @@ class SpectralTail:
                 self._gaussian[spec, columns] = gaussian_error(self._quantizer, spec, columns)
         return [self._gaussian[spec, columns] for spec in candidates]
 
+    def take(self, other: "SpectralTail") -> None:
+        """See `moeq.costs.base.WeightsCost`."""
+        self._layers.update(other._layers)
+
     def result(self) -> list[LayerCosts]:
         """Costs and statistics of every unit.
 

@@ -55,6 +55,10 @@ class WeightError:
         sums = rows.reshape(view.num_units, -1, rows.shape[1]).sum(1)
         self._layers[view.index] = _Measured(errors_UC=sums[:, 1:], energy_U=sums[:, 0])
 
+    def take(self, other: "WeightError") -> None:
+        """See `moeq.costs.base.WeightsCost`."""
+        self._layers.update(other._layers)
+
     def result(self) -> list[LayerCosts]:
         """Costs, and the statistic `energy`, ||W||^2 of each unit."""
         return [self._costs(self._layers[index]) for index in sorted(self._layers)]

@@ -56,6 +56,11 @@ class DivergenceSum:
             self._sums.append(sums.tolist())
             self._counts.append(len(targets_P))
 
+    def take(self, other: "DivergenceSum") -> None:
+        """Add what another one counted, after what this one did."""
+        self._sums += other._sums
+        self._counts += other._counts
+
     def result(self) -> Divergence:
         """The means over everything added."""
         kl, agree, nll, reference_nll = zip(*self._sums, strict=True)

@@ -50,15 +50,37 @@ def perplexity(
     Raises:
         CalibrationError: there is nothing to predict.
     """
-    sums: list[float] = []
-    counts: list[int] = []
-    with evaluating(model):
-        for _, ids_BT in batches(windows, batch_size):
-            logits_BTV = model(input_ids=ids_BT.to(device_of(model)), use_cache=False).logits
-            log_probs_BP = target_log_probs(logits_BTV[:, :-1], ids_BT[:, 1:])
-            sums += (-log_probs_BP.double().sum(dim=1)).tolist()
-            counts += [ids_BT.shape[1] - 1] * len(ids_BT)
-            if progress is not None:
-                progress(len(sums), len(windows))
-    nll, stderr = mean_and_stderr(sums, counts)
-    return Perplexity(value=perplexity_of(nll), nll=nll, nll_stderr=stderr, tokens=sum(counts))
+    sums = PerplexitySum()
+    sums.add(model, windows, batch_size=batch_size, progress=progress)
+    return sums.result()
+
+
+class PerplexitySum:
+    """Adds up windows."""
+
+    def __init__(self) -> None:
+        self._counts: list[int] = []
+        self._sums: list[float] = []
+
+    def add(
+        self, model: nn.Module, windows: Sequence[Tensor], *, batch_size: int = 1, progress: Progress | None = None
+    ) -> None:
+        """Count windows; see `perplexity`."""
+        with evaluating(model):
+            for _, ids_BT in batches(windows, batch_size):
+                logits_BTV = model(input_ids=ids_BT.to(device_of(model)), use_cache=False).logits
+                log_probs_BP = target_log_probs(logits_BTV[:, :-1], ids_BT[:, 1:])
+                self._sums += (-log_probs_BP.double().sum(dim=1)).tolist()
+                self._counts += [ids_BT.shape[1] - 1] * len(ids_BT)
+                if progress is not None:
+                    progress(len(self._sums), len(windows))
+
+    def take(self, other: "PerplexitySum") -> None:
+        """Add what another one counted, after what this one did."""
+        self._sums += other._sums
+        self._counts += other._counts
+
+    def result(self) -> Perplexity:
+        """The mean over everything added."""
+        nll, stderr = mean_and_stderr(self._sums, self._counts)
+        return Perplexity(value=perplexity_of(nll), nll=nll, nll_stderr=stderr, tokens=sum(self._counts))

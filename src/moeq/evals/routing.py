@@ -34,7 +34,7 @@ class OverlapSum:
     """Adds up batches; `add` is a consumer of `moeq.evals.reference.compare`."""
 
     def __init__(self) -> None:
-        self._shares: list[float] = []
+        self._shares: list[list[float]] = []
         self._tokens: list[int] = []
 
     def add(self, expected: Observation, actual: Observation, ids_BT: Tensor) -> None:
@@ -57,14 +57,22 @@ class OverlapSum:
                 fix="compare with the model that this one was made from",
             )
         if not self._shares:
-            self._shares, self._tokens = [0.0] * layers[0], [0] * layers[0]
+            self._shares, self._tokens = [[] for _ in range(layers[0])], [0] * layers[0]
         for layer, (wanted_BTk, chosen_BTk) in enumerate(zip(expected.routing, actual.routing, strict=True)):
-            self._shares[layer] += _shared(wanted_BTk.to(chosen_BTk.device), chosen_BTk)
+            self._shares[layer].append(_shared(wanted_BTk.to(chosen_BTk.device), chosen_BTk))
             self._tokens[layer] += ids_BT.numel()
+
+    def take(self, other: "OverlapSum") -> None:
+        """Add what another one counted."""
+        if not self._shares:
+            self._shares, self._tokens = [[] for _ in other._shares], [0] * len(other._tokens)
+        for layer, shares in enumerate(other._shares):
+            self._shares[layer] += shares
+        self._tokens = [mine + theirs for mine, theirs in zip(self._tokens, other._tokens, strict=True)]
 
     def result(self) -> RouterOverlap:
         """The means over everything added."""
-        layers = tuple(share / tokens for share, tokens in zip(self._shares, self._tokens, strict=True))
+        layers = tuple(math.fsum(shares) / tokens for shares, tokens in zip(self._shares, self._tokens, strict=True))
         return RouterOverlap(value=math.fsum(layers) / len(layers), layers=layers)
 
 

@@ -1,7 +1,7 @@
 """All measurements of one model in one EvalResult."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from moeq.calibration.tokens import Tokenizer, token_hash, windows
 from moeq.errors import CalibrationError
 from moeq.evals.divergence import DivergenceSum
 from moeq.evals.forward import Progress
-from moeq.evals.perplexity import perplexity
+from moeq.evals.perplexity import PerplexitySum
 from moeq.evals.reference import compare
 from moeq.evals.routing import OverlapSum
 from moeq.evals.tasks import MinimalPair, minimal_pairs
@@ -60,6 +60,7 @@ def evaluate(
     *,
     subject: str,
     reference: Baseline | None = None,
+    measured: Callable[[Sequence[Tensor]], "Sums"] | None = None,
     progress: Progress | None = None,
 ) -> EvalResult:
     """Measure a model.
@@ -73,6 +74,7 @@ def evaluate(
         suite: what to measure.
         subject: name or path of the model, for reports.
         reference: what to compare to.
+        measured: counts windows instead of this process, which then needs `model` for pairs only.
         progress: called with (sequences done, sequences) over all measurements.
 
     Raises:
@@ -81,7 +83,6 @@ def evaluate(
         OptionError, ArtifactError: model, reference and windows do not belong together.
     """
     rows = windows(tokenizer, suite.text, suite.seqlen, max_tokens=suite.max_tokens)
-    check_vocabulary(model, rows)
     total = len(rows) + 2 * len(suite.pairs)
     provenance: dict[str, Any] = {
         "text": suite.source,
@@ -95,11 +96,12 @@ def evaluate(
     def report(offset: int) -> Progress | None:
         return None if progress is None else lambda done, _: progress(offset + done, total)
 
-    if reference is None:
-        measured = perplexity(model, rows, batch_size=suite.batch_size, progress=report(0))
-        metrics, tokens = {"perplexity": measured.value}, measured.tokens
+    if measured is None:
+        check_vocabulary(model, rows)
+        baseline = None if reference is None else reference.model
+        metrics, tokens = sums_of(model, baseline, rows, suite.batch_size, report(0)).metrics()
     else:
-        metrics, tokens = compare_all(model, reference.model, rows, suite.batch_size, report(0))
+        metrics, tokens = measured(rows).metrics()
     if suite.pairs:
         accuracy = minimal_pairs(model, tokenizer, suite.pairs, progress=report(len(rows)))
         metrics["blimp"] = accuracy.accuracy
@@ -125,21 +127,61 @@ def check_vocabulary(model: Any, rows: Sequence[Tensor]) -> None:
         )
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sums:
+    """What was counted of some windows: against a reference, or without one."""
+
+    alone: PerplexitySum = field(default_factory=PerplexitySum)
+    divergences: DivergenceSum | None = None
+    overlaps: OverlapSum | None = None
+
+    def take(self, other: "Sums") -> None:
+        """Add what others counted of the windows that follow."""
+        self.alone.take(other.alone)
+        if self.divergences is None or self.overlaps is None:
+            self.divergences, self.overlaps = other.divergences, other.overlaps
+        elif other.divergences is not None and other.overlaps is not None:
+            self.divergences.take(other.divergences)
+            self.overlaps.take(other.overlaps)
+
+    def metrics(self) -> tuple[dict[str, float], int]:
+        """Metrics by name, and predicted tokens."""
+        if self.divergences is None or self.overlaps is None:
+            measured = self.alone.result()
+            return {"perplexity": measured.value}, measured.tokens
+        divergence = self.divergences.result()
+        metrics = {
+            "perplexity": divergence.perplexity,
+            "reference_perplexity": divergence.reference_perplexity,
+            "kl": divergence.kl,
+            "top1_agreement": divergence.top1_agreement,
+            "router_overlap": self.overlaps.result().value,
+        }
+        if divergence.kl_stderr is not None:
+            metrics["kl_stderr"] = divergence.kl_stderr
+        return metrics, divergence.tokens
+
+
+def sums_of(
+    model: nn.Module,
+    reference: nn.Module | Path | None,
+    rows: Sequence[Tensor],
+    batch_size: int,
+    progress: Progress | None,
+) -> Sums:
+    """Count windows, in one pass of both models if there is a reference."""
+    sums = Sums()
+    if reference is None:
+        sums.alone.add(model, rows, batch_size=batch_size, progress=progress)
+        return sums
+    sums.divergences, sums.overlaps = DivergenceSum(), OverlapSum()
+    consumers = [sums.divergences.add, sums.overlaps.add]
+    compare(model, reference, rows, consumers, routing=True, batch_size=batch_size, progress=progress)
+    return sums
+
+
 def compare_all(
     model: nn.Module, reference: nn.Module | Path, rows: Sequence[Tensor], batch_size: int, progress: Progress | None
 ) -> tuple[dict[str, float], int]:
     """Everything that needs a reference, from one pass of both models: metrics by name, and predicted tokens."""
-    divergences, overlaps = DivergenceSum(), OverlapSum()
-    consumers = [divergences.add, overlaps.add]
-    compare(model, reference, rows, consumers, routing=True, batch_size=batch_size, progress=progress)
-    divergence = divergences.result()
-    metrics = {
-        "perplexity": divergence.perplexity,
-        "reference_perplexity": divergence.reference_perplexity,
-        "kl": divergence.kl,
-        "top1_agreement": divergence.top1_agreement,
-        "router_overlap": overlaps.result().value,
-    }
-    if divergence.kl_stderr is not None:
-        metrics["kl_stderr"] = divergence.kl_stderr
-    return metrics, divergence.tokens
+    return sums_of(model, reference, rows, batch_size, progress).metrics()

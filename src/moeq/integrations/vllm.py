@@ -34,7 +34,7 @@ from moeq.kernels.facts import Kinds
 from moeq.layouts.grouped.serving import PackedLinear as Linear
 from moeq.layouts.grouped.serving import open_records
 from moeq.layouts.known_answers import Gated
-from moeq.layouts.serving import FIX, ExpertsModule, OpenedLayer, layout
+from moeq.layouts.serving import FIX, ExpertsModule, layout
 from moeq.layouts.validate import SUFFIXES
 from moeq.runtime.attach import map_packed
 
@@ -188,7 +188,7 @@ class Experts(FusedMoEMethodBase):
         tensors = self._config.tensors()
         opened = layout(self._entry.layout).open(self._entry, tensors)
         own = self._own(layer)
-        mine = _part(opened, own)
+        mine = opened.only(own)
         device = get_current_vllm_config().device_config.device
         device = torch.device(device) if isinstance(device, str) else device
         module = layout(self._entry.layout).module(self._entry)
@@ -221,12 +221,6 @@ class Experts(FusedMoEMethodBase):
     ) -> Tensor:
         """(T, H), (T, k), (T, k) -> (T, H): this rank's part of the sum."""
         return experts_op(x, topk_weights, topk_ids, self._name)
-
-
-def _part(opened: OpenedLayer, own: list[int]) -> OpenedLayer:
-    """A layer with these experts alone, where its layout can do without the others; else the whole."""
-    only = getattr(opened, "only", None)
-    return opened if only is None else only(own)
 
 
 class Packed(LinearMethodBase):

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +14,7 @@ from moeq.artifacts import Inventory, Plan
 from moeq.checkpoint.read import Reader
 from moeq.costs.component_table import ComponentTable
 from moeq.errors import TensorError
+from moeq.fleet import HERE, Fleet
 from moeq.format.records import decode_matrix, dequantize, pack_matrix
 from moeq.layouts.tiled.shape import TileOptions
 from moeq.model_parts import DenseLinear, MatrixSource
@@ -50,6 +52,7 @@ class Job:
         compensate: down is fitted to what rounded gate and up answer (docs/decisions/0030).
         tiles: choices of the tiled layout.
         seed: of everything random.
+        fleet: who rounds.
         noted: unit -> digest of its rounded weights, filled for a few units of each layer; what
             `verify` compares the reloaded model with.
     """
@@ -67,6 +70,7 @@ class Job:
     compensate: bool = False
     tiles: TileOptions = field(default_factory=TileOptions)
     seed: int = 0
+    fleet: Fleet = HERE
     noted: dict[Unit, str] = field(default_factory=dict)
 
     def settle(self, unit: Unit, rounded: QuantizedMatrix) -> Tensor:
@@ -105,7 +109,10 @@ class Job:
 
     def matrices(self, layer: int) -> Callable[[int, str], Tensor]:
         """(expert, projection) -> the source weights (N, K) of a layer."""
-        return lambda expert, name: self.matrix(Unit(layer=layer, expert=expert, projection=name))
+        return partial(self._of_layer, layer)
+
+    def _of_layer(self, layer: int, expert: int, name: str) -> Tensor:
+        return self.matrix(Unit(layer=layer, expert=expert, projection=name))
 
     def dense_record(self, linear: DenseLinear) -> tuple[Tensor, QuantSpec]:
         """The matrix record of a linear outside the experts."""

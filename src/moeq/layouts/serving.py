@@ -41,6 +41,18 @@ class DeviceCall:
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+class Loose(nn.Module, ABC):
+    """Packed weights while their scales are trained: a child of the module over them, with float32 parameters.
+
+    The bytes stay as they are; the module multiplies as if the parameters were in them, rounded.
+    """
+
+    @abstractmethod
+    def blob(self) -> Tensor:
+        """The bytes with the parameters in them: uint8, as many as before, on the CPU."""
+        ...
+
+
 class ExpertsModule(nn.Module, ABC):
     """The handler attached to a family's experts module (`moeq.arch.hooks`).
 
@@ -48,10 +60,12 @@ class ExpertsModule(nn.Module, ABC):
 
     Attributes:
         exact: whether kernels keep activations in floats: always, never, or (None) unless few tokens are computed.
+        loose: what is trained of its bytes, None unless they are.
     """
 
     exact: bool | None
     data: Tensor | None
+    loose: Loose | None
 
     @property
     @abstractmethod
@@ -68,6 +82,10 @@ class ExpertsModule(nn.Module, ABC):
     def weights(self, expert: int, projection: str) -> Tensor:
         """What the bytes of one expert's projection decode to, float32 on the CPU: what a writer noted."""
         ...
+
+    def loosen(self) -> Loose | None:
+        """Let scales be trained from now on, by the torch reference; None where a layout has none that can be."""
+        return None
 
     @abstractmethod
     def chosen_bytes(self, experts: Sequence[int]) -> int:
@@ -93,6 +111,11 @@ class OpenedLayer(ABC):
     def dense(self, expert: int, projection: str) -> Tensor:
         """The matrix (N, K) that an expert multiplies with, float32."""
         ...
+
+    def only(self, experts: Sequence[int]) -> "OpenedLayer":
+        """The layer with some experts alone, in this order; the whole layer where experts share their bytes."""
+        del experts
+        return self
 
     @abstractmethod
     def kinds(self) -> Mapping[Hashable, Kinds]:

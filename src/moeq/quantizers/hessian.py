@@ -124,6 +124,10 @@ class _Last(threading.local):
 
     known: tuple[weakref.ref[Tensor], Tensor, Factor] | None = None
 
+    def __reduce__(self) -> tuple[type["_Last"], tuple[()]]:
+        """Another process begins with nothing."""
+        return _Last, ()
+
 
 class FactorCache:
     """Remembers the factor of each thread's last Hessian: gate and up share theirs.

@@ -2,7 +2,8 @@
 
 Experts that were rounded answer differently, so the routers' old preferences are no longer the best ones. Their
 parameters are a few hundredths of a percent of the model: they keep their 16 bits, and tuning them costs no byte. So do
-norms and biases, which set how large what goes in and out of rounded matrices is.
+norms and biases, which set how large what goes in and out of rounded matrices is, and the scales of the rounded
+matrices themselves, which are trained as gains (`moeq.layouts.serving.Loose`).
 
 What is trained on some sequences is judged by others, of every text: if one of these is worse off, all stays as it was.
 
@@ -32,8 +33,8 @@ Progress = Callable[[int, int], None]
 """Called with (sequences done, sequences), the measuring of the loss before and after included."""
 
 LOSSES = ("task", "kl")
-RATES = {"routers": 1e-4, "model": 3e-4}
-"""What may be trained, routers alone or with all parameters that are vectors (norms, biases) -> its usual rate.
+RATES = {"routers": 1e-4, "model": 1.5e-4}
+"""What may be trained, routers alone or with all that is small (norms, biases, scales) -> its usual rate.
 
 That of "model" falls to nothing in the end: steps of one sequence each would else leave their noise behind.
 """

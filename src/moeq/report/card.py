@@ -80,7 +80,7 @@ class RouterFacts:
     """What tuning after packing did.
 
     Attributes:
-        what: what was trained: "routers", or "model", routers, norms and biases.
+        what: what was trained: "routers", or "model", routers, norms, biases and scales.
         loss: what was lowered: "task" or "kl".
         loss_before: mean loss on the calibration tokens before (for "model", on those that were held out).
         loss_after: the same with the tuned weights as they are stored.

@@ -14,8 +14,9 @@ from moeq.checkpoint.mapped import map_file
 from moeq.errors import PackedError
 from moeq.format import manifest
 from moeq.kernels.facts import Kinds
+from moeq.layouts.base import DATA_SUFFIX
 from moeq.layouts.grouped.serving import PackedLinear, open_records
-from moeq.layouts.serving import FIX, layout
+from moeq.layouts.serving import FIX, ExpertsModule, Loose, layout
 from moeq.layouts.validate import SUFFIXES
 from moeq.spec import stored_bytes
 
@@ -125,6 +126,25 @@ def packed_modules(
             yield layer.path, find(model, layer.path).get_submodule(hooks.HANDLER)
     for linear in dense:
         yield linear.path, find(model, linear.path)
+
+
+def loosen(
+    model: nn.Module, layers: Iterable[manifest.PackedLayer], dense: Iterable[manifest.PackedLinear]
+) -> dict[str, tuple[Loose, ...]]:
+    """Let the scales of all packed modules be trained: name of a blob -> what its bytes are made of, in order."""
+    found: dict[str, list[nn.Module]] = {}
+    for layer in layers:
+        paths = tuple(member_paths(layer)) if layer.members else ()
+        modules = [find(model, path) for path in paths] or [find(model, layer.path).get_submodule(hooks.HANDLER)]
+        found[layer.path] = modules
+    found |= {linear.path: [find(model, linear.path)] for linear in dense}
+    loosened = {path + DATA_SUFFIX: tuple(_loose(module) for module in modules) for path, modules in found.items()}
+    return {name: tuple(p for p in parts if p is not None) for name, parts in loosened.items() if None not in parts}
+
+
+def _loose(module: nn.Module) -> Loose | None:
+    assert isinstance(module, ExpertsModule | PackedLinear)
+    return module.loosen()
 
 
 def _bind_members(model: nn.Module, layer: manifest.PackedLayer, tensors: dict[str, Tensor]) -> None:

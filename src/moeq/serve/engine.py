@@ -14,8 +14,9 @@ from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moeq.runtime.growing import growing_cache
 from moeq.runtime.load import context_length
 from moeq.runtime.prefix import common, kept
 from moeq.serve.choosing import Chooser, Choosing, Likely, likely
@@ -246,4 +247,4 @@ class Engine:
             job.read = job.reused = kept(best[1], best[0], ids)
             if job.read:
                 return best[1]
-        return DynamicCache(config=self.model.config)
+        return growing_cache(self.model)

@@ -22,6 +22,7 @@ from moeq.errors import OptionError
 from moeq.layouts.grouped.serving import PackedLinear
 from moeq.layouts.serving import ExpertsModule
 from moeq.runtime import load
+from moeq.runtime.growing import growing_cache
 
 Progress = Callable[[str, int, int], None]
 
@@ -104,7 +105,7 @@ def _measure(
     prefill = []
     for round_ in range(2):  # the first one reads pages from disk
         started = time.perf_counter()
-        first = model(input_ids=prompt, use_cache=True)
+        first = model(input_ids=prompt, past_key_values=growing_cache(model), use_cache=True)
         prefill.append(time.perf_counter() - started)
         progress("prefill", round_ + 1, 2)
     cache, token = first["past_key_values"], first["logits"][:, -1:].argmax(-1)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from moeq.arch.gguf_source import open_source
 from moeq.errors import OptionError
 from moeq.runtime.ahead import Told
+from moeq.runtime.growing import growing_cache
 from moeq.runtime.load import context_length, load_any, load_tokenizer
 from moeq.runtime.prefix import kept
 
@@ -186,7 +187,7 @@ class Chat:
             done = self._model.generate(
                 ids_1T,
                 attention_mask=torch.ones_like(ids_1T),
-                past_key_values=self._cache,
+                past_key_values=growing_cache(self._model) if self._cache is None else self._cache,
                 return_dict_in_generate=True,
                 streamer=pieces,
                 **self._sampling.arguments(self._tokenizer),

@@ -20,6 +20,7 @@ from moeq.evals.tasks import minimal_pairs, read_pairs
 from moeq.notebook import Shows, Table
 from moeq.progress import Progress
 from moeq.report.tables import human_bytes
+from moeq.runtime.growing import growing_cache
 from moeq.runtime.load import load_any, load_tokenizer, set_exact
 from moeq.stages import inspect
 from moeq.stages.evaluate import baseline_of
@@ -188,7 +189,7 @@ def decoding(model: PreTrainedModel) -> float:
     set_exact(model, None)
     vocabulary = model.get_input_embeddings().num_embeddings
     ids_1T = torch.randint(0, vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(model.device)
-    steps, cache = [], None
+    steps, cache = [], growing_cache(model)
     with torch.inference_mode():
         for _ in range(STEPS + 1):
             started = time.perf_counter()

@@ -8,6 +8,7 @@ import torch
 from moeq.arch.gguf_source import open_source
 from moeq.errors import OptionError
 from moeq.runtime.ahead import Told
+from moeq.runtime.growing import growing_cache
 from moeq.runtime.load import load_any, load_tokenizer
 from moeq.stages.chat import Pieces, Sampling, Show
 
@@ -56,6 +57,7 @@ def run(
         output = loaded.generate(
             ids.to(loaded.device),
             attention_mask=torch.ones_like(ids).to(loaded.device),
+            past_key_values=growing_cache(loaded),
             streamer=None if show is None else Pieces(tokenizer, show),
             **sampling.arguments(tokenizer),
         )

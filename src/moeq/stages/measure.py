@@ -12,12 +12,17 @@ from moeq.arch.inventory import read_inventory
 from moeq.artifacts import CostTable
 from moeq.checkpoint.write import write_file_atomic
 from moeq.costs.component_table import ComponentTable
+from moeq.fleet import HERE, Fleet
 from moeq.progress import Progress
 from moeq.recipe import Recipe
 
 
 def run(
-    model: str | Path, recipe: Recipe, progress: Progress | None = None, output: Path | None = None
+    model: str | Path,
+    recipe: Recipe,
+    progress: Progress | None = None,
+    output: Path | None = None,
+    fleet: Fleet = HERE,
 ) -> CostTable | ComponentTable:
     """Measure the recipe's cost.
 
@@ -27,6 +32,7 @@ def run(
         progress: called as work is done.
         output: where the costs are to be written; those of components are written anyway, by default to a temporary
             file.
+        fleet: who measures: layers where weights are enough, else the texts.
 
     Raises:
         OptionError: the method has no cost, or an option is wrong.
@@ -34,7 +40,7 @@ def run(
     """
     source = open_source(model)
     inventory, headers = read_inventory(source, trust_remote_code=recipe.trust_remote_code)
-    found = table(subject(source, inventory, headers, recipe), progress, output=output)
+    found = table(subject(source, inventory, headers, recipe), progress, output=output, fleet=fleet)
     if output is not None and isinstance(found, CostTable):
         write_file_atomic(output, codec.canonical(found.to_dict()) + b"\n")
     return found

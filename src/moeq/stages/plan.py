@@ -13,6 +13,8 @@ from moeq.calibration.tokens import Domain
 from moeq.checkpoint.read import read_headers
 from moeq.checkpoint.rounded.registry import FORMATS
 from moeq.costs.component_table import load_table
+from moeq.costs.registry import make_cost
+from moeq.errors import OptionError
 from moeq.notebook import Shows, Table
 from moeq.quantizers.registry import QUANTIZERS
 from moeq.recipe import Recipe
@@ -26,8 +28,29 @@ from moeq.writing.quantizer_choice import chosen_quantizer
 
 READ_WRITE_BYTES_PER_SECOND = 0.5e9
 """A modest disk; only for the rough time estimate."""
+ALONE = 0.05
+"""What one process does by itself while others round, of the time that one core takes for all (docs/scale.md)."""
 BASE_RAM = 600 * 2**20
 """The interpreter with torch and transformers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workers:
+    """What a run with --ray would need; estimates (docs/scale.md).
+
+    Attributes:
+        count: workers of one core each.
+        seconds: of rounding and writing, measuring of costs included.
+        ram_bytes: of one worker.
+        moved_bytes: what workers read and write in files that all see: weights, inputs, results.
+        useful: workers that have something to do all the time; more change nothing.
+    """
+
+    count: int
+    seconds: float
+    ram_bytes: int
+    moved_bytes: int
+    useful: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +69,7 @@ class PlanReport(Shows):
         disk_bytes: what the output directory will take.
         seconds: rough estimate on two CPU cores.
         efforts: of method auto: effort -> rough seconds; empty for others.
+        workers: what it takes when work is spread, None if nobody asked.
         warnings: what the user should know before starting.
     """
 
@@ -73,6 +97,7 @@ class PlanReport(Shows):
     disk_bytes: int
     seconds: float
     efforts: dict[str, float]
+    workers: Workers | None
     warnings: tuple[str, ...]
 
     def tables(self) -> Iterator[Table]:
@@ -82,8 +107,13 @@ class PlanReport(Shows):
         )
 
 
-def run(model: str | Path, recipe: Recipe) -> PlanReport:
+def run(model: str | Path, recipe: Recipe, workers: int | None = None) -> PlanReport:
     """Everything `moeq quantize` decides before it reads weights.
+
+    Args:
+        model: local directory or hub id.
+        recipe: all options.
+        workers: how many there would be with --ray.
 
     Raises:
         CheckpointError, BudgetError, OptionError: as `moeq quantize` would.
@@ -124,6 +154,7 @@ def run(model: str | Path, recipe: Recipe) -> PlanReport:
         disk_bytes=decision.disk_bytes,
         seconds=_moving_seconds(decision) + (expected[recipe.effort or auto.USUAL] if expected else _seconds(decision)),
         efforts=expected,
+        workers=None if workers is None else _workers(decision, workers),
         warnings=_warnings(decision),
     )
 
@@ -142,6 +173,41 @@ def _ram(decision: Decision) -> int:
     )
     # Inputs, answers and two streams of hidden states; one Hessian with its factors; one expert; one block.
     return BASE_RAM + tokens * hidden * 14 + 5 * 4 * widest**2 + 24 * largest + block + scratch
+
+
+def _workers(decision: Decision, count: int) -> Workers:
+    """Experts of a layer are rounded side by side where there is text, layers where there is none."""
+    if count < 1:
+        raise OptionError(f"{count} is too small", option="workers", fix="give 1 or more")
+    inventory, recipe = decision.inventory, decision.recipe
+    layers = inventory.layers
+    seconds = 2 * _seconds(decision)  # on one core
+    largest = max(rows * columns for layer in layers for rows, columns in layer.shapes.values())
+    expert = max(sum(rows * columns for rows, columns in layer.shapes.values()) for layer in layers)
+    ram = BASE_RAM + 24 * largest
+    moved = 2 * inventory.expert_parameters  # weights, read once by one worker or another
+    if not QUANTIZERS[str(recipe.quantizer)].needs_hessian:
+        pieces = len(layers)
+        moved += decision.plan.expert_bytes
+    else:
+        pieces = min(layer.num_experts for layer in layers)
+        widest = max(columns for layer in layers for _, columns in layer.shapes.values())
+        ram += 5 * 4 * widest**2 + 4 * expert
+        tokens, hidden = recipe.nsamples * recipe.seqlen, layers[0].shapes["down"][0]
+        answers = sum(layer.top_k for layer in layers)
+        # Inputs are read by every worker; codes come back a byte each, answers as they are.
+        moved += inventory.expert_parameters + 2 * tokens * hidden * (answers + count * len(layers))
+    rounds = -(-pieces // count) / pieces
+    spread = seconds * rounds
+    if not decision.decided and recipe.cost is not None:
+        spread += auto.MEASURING * seconds / (count if make_cost(recipe.cost).needs == "weights" else 1)
+    return Workers(
+        count=count,
+        seconds=_moving_seconds(decision) + spread + ALONE * seconds,
+        ram_bytes=ram,
+        moved_bytes=moved,
+        useful=pieces,
+    )
 
 
 def _moving_seconds(decision: Decision) -> float:

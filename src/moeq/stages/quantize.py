@@ -18,6 +18,7 @@ from moeq.arch.inventory import read_inventory
 from moeq.calibration.tokens import TokenBatch
 from moeq.checkpoint.write import FileDigest, write_file_atomic
 from moeq.errors import MoeqError, OptionError
+from moeq.fleet import HERE, Fleet
 from moeq.format.manifest import read_manifest, write_manifest
 from moeq.progress import Progress
 from moeq.recipe import Recipe
@@ -50,6 +51,7 @@ def run(
     resume: bool = False,
     command: str = "",
     progress: Progress | None = None,
+    fleet: Fleet = HERE,
 ) -> QuantizeReport:
     """Quantize a checkpoint.
 
@@ -66,11 +68,13 @@ def run(
         resume: go on with an unfinished run of the same input, options and version.
         command: the command line, for the model card.
         progress: called as work is done.
+        fleet: who measures and rounds; the bytes do not depend on it.
 
     Raises:
         MoeqError: of the kind that says what is wrong.
     """
-    budgets, once = recipe.progressive_bits(), _Once(model=model, resume=resume, command=command, progress=progress)
+    once = _Once(model=model, resume=resume, command=command, progress=progress, fleet=fleet)
+    budgets = recipe.progressive_bits()
     if auto.tries(recipe):
         return _best(once, out, recipe)
     if not budgets:
@@ -103,11 +107,19 @@ class _Once:
     resume: bool
     command: str
     progress: Progress | None
+    fleet: Fleet
 
     def __call__(self, out: str | Path, recipe: Recipe, context: str | None = None) -> QuantizeReport:
         """As `run`, for one budget; costs are measured on `context` instead of the recipe's own."""
         return _once(
-            self.model, out, recipe, resume=self.resume, command=self.command, progress=self.progress, context=context
+            self.model,
+            out,
+            recipe,
+            resume=self.resume,
+            command=self.command,
+            progress=self.progress,
+            fleet=self.fleet,
+            context=context,
         )
 
     def kept(self, path: Path, source: Path, stage: Recipe) -> QuantizeReport:
@@ -155,6 +167,7 @@ def _once(
     resume: bool,
     command: str,
     progress: Progress | None,
+    fleet: Fleet,
     context: str | None = None,
 ) -> QuantizeReport:
     """One checkpoint."""
@@ -166,9 +179,9 @@ def _once(
     tokens, rest = tokens_for(decision.source, recipe, quantizer)
     with directory.building(decision.source, out, resume=resume, needed_bytes=decision.disk_bytes) as partial:
         if not decision.decided:
-            decision = decide(decision, partial, progress, context)
+            decision = decide(decision, partial, progress, context, fleet)
         clock.stop("allocate")
-        job, journal, counts = pack(decision, partial, quantizer, tokens, device, progress)
+        job, journal, counts = pack(decision, partial, quantizer, tokens, device, progress, fleet)
         clock.stop("pack")
         _write_rest(decision, partial, journal.finished, tokens, counts)
         router = tune_packed(decision, partial, journal, tokens, device, progress)

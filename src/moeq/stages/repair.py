@@ -31,7 +31,7 @@ from moeq.writing.routers import Retuned, inventory_of, retune, teaching, update
 REFERENCE_BYTES = 2**30
 """Originals up to this size are loaded to compare predictions on held-out windows."""
 CARD_NAME = "README.md"
-WHO = {"routers": "The routers", "model": "Routers and norms"}
+WHO = {"routers": "The routers", "model": "Routers, norms and scales"}
 BESIDE_BYTES = 2**16
 """Upper bound of what manifest and model card grow by."""
 
@@ -99,7 +99,7 @@ def run(
         nsamples: sequences to train on.
         seqlen: tokens of a sequence.
         seed: of the order of the documents.
-        tune: "routers", or "model": norms and biases too.
+        tune: "routers", or "model": scales, norms and biases too.
         loss: "task" or "kl"; None is "task" for routers and "kl" for more.
         reference: the original; for "kl", and to compare with it.
         lr: learning rate; None is the usual one.

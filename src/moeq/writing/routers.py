@@ -23,13 +23,14 @@ from moeq.errors import OptionError
 from moeq.evals import suite
 from moeq.evals.perplexity import perplexity
 from moeq.format.manifest import Manifest, read_manifest, write_manifest
+from moeq.layouts.serving import Loose
 from moeq.layouts.validate import validate_packed
 from moeq.progress import Progress
 from moeq.repair import store
 from moeq.repair.router import decoder_blocks, find_routers, find_vectors
 from moeq.repair.tune import RATES, Teacher, Tuned, TuneOptions, held_out_of, tune
 from moeq.report.card import RouterFacts
-from moeq.runtime import load
+from moeq.runtime import attach, load
 from moeq.writing.decision import Decision
 
 ROUTERS = "routers"
@@ -110,9 +111,9 @@ def tune_packed(
     if recipe.router == "none":
         return None
     assert tokens is not None
-    options = TuneOptions(loss=str(recipe.router), lr=recipe.router_lr, epochs=recipe.router_epochs)
-    if recipe.tune == "model":
-        options = replace(options, what="model", lr=RATES["model"])
+    what = "model" if recipe.tune == "model" else "routers"
+    lr = RATES[what] if recipe.router_lr is None else recipe.router_lr
+    options = TuneOptions(what=what, loss=str(recipe.router), lr=lr, epochs=recipe.router_epochs)
     note = journal.notes.get(ROUTERS)
     if note is not None:
         write_manifest(partial, updated(read_manifest(partial), {}, tokens, options))
@@ -168,11 +169,16 @@ def retune(
     paths = [layer.path for layer in manifest.layers if layer.attached]
     routers = find_routers(model, paths)
     places = store.places(model, routers, read_headers(directory))
+    blobs: dict[str, tuple[Loose, ...]] = {}
     if options.what == "model":
         vectors = find_vectors(model)
         places |= store.places(model, vectors, read_headers(directory), strict=False)
         routers |= {name: vectors[name] for name in places if name in vectors}
     before = _measure(model, original, rows)
+    if options.what == "model":
+        blobs = attach.loosen(model, [layer for layer in manifest.layers if layer.attached], manifest.dense)
+        ours = {id(parameter) for parts in blobs.values() for part in parts for parameter in part.parameters()}
+        routers |= {name: parameter for name, parameter in model.named_parameters() if id(parameter) in ours}
     tuned = tune(
         model,
         routers,
@@ -185,7 +191,8 @@ def retune(
         progress=None if progress is None else lambda done, total: progress("tuning", done, total),
     )
     after = _measure(model, original, rows)
-    tensors = {places[name].tensor: places[name].stored(weight) for name, weight in tuned.weights.items()}
+    tensors = {place.tensor: place.stored(tuned.weights[name]) for name, place in places.items()}
+    tensors |= {name: torch.cat([part.blob() for part in parts]) for name, parts in blobs.items()}
     return Retuned(
         tensors=store.changed(directory, tensors),
         facts=_facts(tuned, options, before, after),

@@ -18,6 +18,7 @@ from moeq.kernels.facts import Kinds, entry_kinds
 from moeq.layouts import trust
 from moeq.layouts.base import DATA_SUFFIX, TABLE_SUFFIX
 from moeq.layouts.grouped import cpu, gpu, reference
+from moeq.layouts.grouped.loose import LooseRecords
 from moeq.layouts.grouped.packed import PackedLayer, PackedMatrix, device_facts
 from moeq.layouts.grouped.stored import Entries, Shapes, parse_table, table_of
 from moeq.layouts.serving import FIX, DeviceCall, ExpertsModule, Layout, OpenedLayer, Tables, first, is_placed, pair
@@ -35,9 +36,11 @@ class PackedExperts(ExpertsModule):
     """Experts of the layout "grouped"."""
 
     data: Tensor | None
+    loose: LooseRecords | None
 
     def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
         super().__init__()
+        self.register_module("loose", None)
         self.shapes = shapes
         self.entries: Entries = ()
         self.exact: bool | None = None
@@ -83,7 +86,15 @@ class PackedExperts(ExpertsModule):
 
     def forward(self, experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, H), (T, k), (T, k) -> (T, H)."""
+        if self.loose is not None:
+            linear = self.loose.linear
+            return reference.experts(experts, self.layer, hidden_states, top_k_index, top_k_weights, linear=linear)
         return first(EXPERTS, experts, self.layer, hidden_states, top_k_index, top_k_weights)
+
+    def loosen(self) -> LooseRecords:
+        """Scales, and zeros where there are some."""
+        self.loose = LooseRecords(self.layer.data, self.entries, list(self.shapes.values()))
+        return self.loose
 
     def chosen_bytes(self, experts: Sequence[int]) -> int:
         """Bytes of the records of these experts."""
@@ -131,9 +142,11 @@ class PackedLinear(nn.Linear):
     """A linear layer over packed weights. It is an nn.Linear for whoever looks for one, as peft's adapters do."""
 
     data: Tensor | None
+    loose: LooseRecords | None
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: there are no weights to make
+        self.register_module("loose", None)
         self._is_hf_initialized = True  # transformers has nothing to fill in
         self.in_features = linear.in_features
         self.out_features = linear.out_features
@@ -180,10 +193,16 @@ class PackedLinear(nn.Linear):
     def forward(self, hidden_states: Tensor, *_: Any) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         flat = hidden_states.reshape(-1, self.in_features)
-        out = first(LINEAR, flat, self.matrix)
+        out = first(LINEAR, flat, self.matrix) if self.loose is None else self.loose.linear(flat, self.matrix)
         if self.bias is not None:
             out = out + self.bias
         return out.view(*hidden_states.shape[:-1], self.out_features)
+
+    def loosen(self) -> LooseRecords:
+        """As `ExpertsModule.loosen`."""
+        matrix = self.matrix
+        self.loose = LooseRecords(matrix.record, (((0, matrix.spec),),), [matrix.shape])
+        return self.loose
 
     def extra_repr(self) -> str:
         """Shape and width, for print(model)."""

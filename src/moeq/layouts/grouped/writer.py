@@ -3,14 +3,17 @@
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
+from moeq.calibration.crew import Crew
 from moeq.calibration.experts import ExpertsTask, Round, grouped, quantize_experts
 from moeq.calibration.spill import SpillPool
 from moeq.calibration.stream import Capture
+from moeq.fleet import HERE
 from moeq.layouts.grouped.stored import build_table
 from moeq.layouts.job import Job
 from moeq.layouts.layer_writer import Blob, Calibrated, LayerWriter
@@ -109,13 +112,16 @@ def round_records(
         start = starts[expert, projection]
         blob[start : start + part.numel()] = part
 
+    # Whatever else rounds is not made to travel.
+    away = job.fleet is not HERE and rounding is None
     task = ExpertsTask(
         layer=shape,
-        read=job.matrices(layer),
+        read=replace(job, fleet=HERE).matrices(layer),
         round=rounding or grouped(shape, specs, job.quantizer),
         sink=sink,
         device=job.device,
         compensate=job.compensate,
+        crew=Crew(fleet=job.fleet, directory=job.partial) if away else None,
     )
     y_TH, counts = quantize_experts(task, experts, capture)
     return y_TH, blob, counts

@@ -6,6 +6,7 @@ answer is added up in the basis of the outputs, and that sum is mapped back once
 Legend: T tokens, k experts per token, S tokens of one expert, H hidden, I expert width, R directions, n components.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -163,8 +164,18 @@ def spectral_tables(layer: SpectralLayer) -> SpectralTables | None:
     return SpectralTables(table=torch.from_numpy(table), starts=torch.from_numpy(starts), order=torch.from_numpy(order))
 
 
+Components = Callable[[int, str], tuple[Callable[[torch.dtype], Tensor], Tensor | None]]
+"""(expert, projection) -> its components (n, I) in a dtype, and what they are multiplied by, (n,)."""
+
+
 def experts(
-    module: nn.Module, layer: SpectralLayer, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    module: nn.Module,
+    layer: SpectralLayer,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    components: Components | None = None,
 ) -> Tensor:
     """The routed experts of one layer.
 
@@ -174,10 +185,12 @@ def experts(
         hidden_states: (T, H).
         top_k_index: (T, k).
         top_k_weights: (T, k).
+        components: the layer's by default.
 
     Returns:
         (T, H) in the dtype of `hidden_states`.
     """
+    find = components or (lambda expert, projection: (partial(layer.factor, expert, projection), None))
     order, counts = hooks.by_expert(top_k_index, layer.num_experts)
     tokens = order // top_k_index.shape[-1]
     inputs = {"gate": product(hidden_states, partial(layer.basis, "gate"))}
@@ -191,9 +204,9 @@ def experts(
     parts, sums = [], []
     for expert, span in hooks.spans(counts):
         chosen = tokens[span]
-        gate_SI, up_SI = (_inner(layer, expert, name, inputs[name][chosen]) for name in ("gate", "up"))
+        gate_SI, up_SI = (_inner(layer, expert, name, inputs[name][chosen], find) for name in ("gate", "up"))
         inner_SI = hooks.activation(module, expert, gate_SI, up_SI)
-        sum_SR = _outer(layer, expert, inner_SI)
+        sum_SR = _outer(layer, expert, inner_SI, find)
         if hooks.answers_plainly(module):
             sums.append(sum_SR)
         else:  # a bias, or a norm of every expert's answer: it has to be known before it is weighted
@@ -208,15 +221,19 @@ def experts(
     return product(acc_TR.to(hidden_states.dtype), down)
 
 
-def _inner(layer: SpectralLayer, expert: int, projection: str, h_SR: Tensor) -> Tensor:
+def _inner(layer: SpectralLayer, expert: int, projection: str, h_SR: Tensor, find: Components) -> Tensor:
     """Gate or up of one expert, (S, I)."""
     order = layer.order(expert, projection)
     h_Sn = h_SR.index_select(1, order) if len(order) else h_SR[:, :0]  # which it refuses if there are no directions
-    return product(h_Sn, lambda dtype: layer.factor(expert, projection, dtype).T)
+    factor, gain_n = find(expert, projection)
+    return product(h_Sn if gain_n is None else h_Sn * gain_n.to(h_Sn.dtype), lambda dtype: factor(dtype).T)
 
 
-def _outer(layer: SpectralLayer, expert: int, inner_SI: Tensor) -> Tensor:
+def _outer(layer: SpectralLayer, expert: int, inner_SI: Tensor, find: Components) -> Tensor:
     """One expert's answers in the basis of the outputs, (S, R)."""
-    part_Sn = product(inner_SI, partial(layer.factor, expert, "down"))
+    factor, gain_n = find(expert, "down")
+    part_Sn = product(inner_SI, factor)
+    if gain_n is not None:
+        part_Sn = part_Sn * gain_n.to(part_Sn.dtype)
     empty_SR = part_Sn.new_zeros(len(part_Sn), layer.entries["down"].rank)
     return empty_SR.index_copy(1, layer.order(expert, "down"), part_Sn)

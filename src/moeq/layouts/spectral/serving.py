@@ -14,6 +14,7 @@ from moeq.layouts import trust
 from moeq.layouts.base import DATA_SUFFIX, TABLE_SUFFIX
 from moeq.layouts.serving import DeviceCall, ExpertsModule, Layout, OpenedLayer, Tables, first, pair
 from moeq.layouts.spectral import cpu, gpu, reference
+from moeq.layouts.spectral.loose import LooseComponents
 from moeq.layouts.spectral.reference import SpectralLayer, read_layer, spectral_tables
 from moeq.layouts.spectral.shape import SpectralShape, basis_bytes
 from moeq.layouts.spectral.stored import parse_spectral_table
@@ -28,9 +29,11 @@ class SpectralExperts(ExpertsModule):
     """Experts of the layout "spectral"."""
 
     data: Tensor | None
+    loose: LooseComponents | None
 
     def __init__(self, shape: SpectralShape) -> None:
         super().__init__()
+        self.register_module("loose", None)
         self.shape = shape
         self.exact: bool | None = None
         self._layer: SpectralLayer | None = None
@@ -68,7 +71,15 @@ class SpectralExperts(ExpertsModule):
 
     def forward(self, experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, H), (T, k), (T, k) -> (T, H)."""
+        if self.loose is not None:
+            arguments = hidden_states, top_k_index, top_k_weights
+            return reference.experts(experts, self.layer, *arguments, components=self.loose.components)
         return first(EXPERTS, experts, self.layer, hidden_states, top_k_index, top_k_weights)
+
+    def loosen(self) -> LooseComponents:
+        """One gain for each component; bases stay."""
+        self.loose = LooseComponents(self.layer)
+        return self.loose
 
     def chosen_bytes(self, experts: Sequence[int]) -> int:
         """Bytes of all bases, and of the components of an expert on average."""

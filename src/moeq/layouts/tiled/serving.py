@@ -12,6 +12,7 @@ from moeq.format.manifest import PackedLayer as Entry
 from moeq.format.records import decode_matrix
 from moeq.kernels.facts import Kinds
 from moeq.layouts import trust
+from moeq.layouts.grouped.loose import LooseRecords
 from moeq.layouts.grouped.packed import PackedLayer, device_facts
 from moeq.layouts.grouped.serving import OpenedRecords, check_records, open_records, subjects
 from moeq.layouts.grouped.stored import Entries, table_of
@@ -33,9 +34,11 @@ class TiledExperts(ExpertsModule):
 
     data: Tensor | None
     side_data: Tensor | None
+    loose: LooseRecords | None
 
     def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
         super().__init__()
+        self.register_module("loose", None)
         self.shapes = shapes
         self.entries: Entries = ()
         self.tiles: dict[str, TileEntry] = {}
@@ -103,7 +106,16 @@ class TiledExperts(ExpertsModule):
 
     def forward(self, experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, H), (T, k), (T, k) -> (T, H)."""
+        if self.loose is not None:
+            linear = self.loose.linear
+            return reference.experts(experts, self.layer, hidden_states, top_k_index, top_k_weights, linear=linear)
         return first(EXPERTS, experts, self.layer, hidden_states, top_k_index, top_k_weights)
+
+    def loosen(self) -> LooseRecords:
+        """Scales of the residuals; what experts share stays."""
+        residual = self.layer.residual
+        self.loose = LooseRecords(residual.data, self.entries, list(self.shapes.values()))
+        return self.loose
 
     def chosen_bytes(self, experts: Sequence[int]) -> int:
         """Bytes of the residuals of these experts, and of all sides."""
