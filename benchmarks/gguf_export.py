@@ -3,7 +3,8 @@
     python benchmarks/gguf_export.py --llama-cpp DIR --scratch DIR [--model DIR] [--kinds Q2_K,...]
 
 DIR is a checkout of llama.cpp with llama-quantize, llama-imatrix and llama-perplexity in build/bin. Its files are made
-from an F16 file of its own converter, with an importance matrix (128 windows of 512 tokens) and without. Ours get as
+from an F16 file of its own converter, without an importance matrix, with its own (128 windows of 512 tokens), and with
+one by `moeq imatrix`. Ours get as
 many windows of the same two texts, the output at 8 bits and embeddings at 4 as llama.cpp's files of 2 bits have them;
 attention and experts get what then fits into a file that is no larger, by one program. KL to F16 is llama.cpp's own
 figure, over windows of each text.
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="Q2_K,Q3_K_M,Q4_K_M")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--chunks", type=int, default=32)
+    parser.add_argument("--theirs", action="store_true", help="files by llama-quantize alone")
     args = parser.parse_args()
     args.scratch.mkdir(parents=True, exist_ok=True)
     programs = args.llama_cpp / "build" / "bin"
@@ -147,6 +149,9 @@ def main() -> None:
         *(programs / "llama-imatrix", "-m", first, "-f", plain, "-o", matrix, "-c", str(CONTEXT)),
         *("--chunks", str(WINDOWS), "-t", "1"),
     )
+    own = args.scratch / "imatrix-of-moeq.gguf"
+    own.unlink(missing_ok=True)
+    moeq.imatrix(args.model, own, calibration=both, nsamples=WINDOWS, seqlen=CONTEXT, device="cpu")
     bases = {}
     for name, text in texts(args.data, args.scratch).items():
         bases[name] = args.scratch / f"{name}.base"
@@ -163,10 +168,11 @@ def main() -> None:
 
     for kind in args.kinds.split(","):
         with_matrix = ("--imatrix", str(matrix))
-        for title, words in ((kind, ()), (f"{kind} imatrix", with_matrix), (f"{kind} dynamic", with_matrix + DYNAMIC)):
+        rows = ((kind, ()), (f"{kind} imatrix", with_matrix), (f"{kind} imatrix of moeq", ("--imatrix", str(own))))
+        for title, words in (*rows, (f"{kind} dynamic", with_matrix + DYNAMIC)):
             file = theirs(programs, first, args.scratch, title, words, kind)
             judge(title, file, "")
-            if title.endswith("imatrix") or title.endswith("dynamic"):
+            if title.endswith(("imatrix", "dynamic")) and not args.theirs:
                 for seed in map(int, args.seeds.split(",")):
                     made, bits = ours(args.model, first, args.scratch, both, file.stat().st_size, seed)
                     judge(f"moeq, seed {seed}, not larger", made, f"{bits:.3f}")

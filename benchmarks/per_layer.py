@@ -26,7 +26,15 @@ CANDIDATES: dict[str, Row] = {
     "codebooks": {"method": "uniform", "quantizer": "vector", "group_size": -1},
     "tiled": {"method": "tileq"},
     "spectral": {"method": "bitsmoe", "scope": "layer", "cost_options": "texts=pooled"},
+    "trellis, widths by costs inside the layer": {"method": "auto", "effort": "fast", "scope": "layer"},
+    "spectral, compensated": {
+        "method": "bitsmoe",
+        "scope": "layer",
+        "cost_options": "texts=pooled",
+        "compensate": True,
+    },
 }
+"""Spectral layers choose widths inside the layer in any case; grouped ones do so where it is said."""
 
 
 def key_of(row: Row) -> Any:

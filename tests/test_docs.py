@@ -39,6 +39,7 @@ ELSEWHERE = {
     "pip install .": "minutes; `make nightly`",
     "pip install '.[vllm]'": "gigabytes; the format is read by transformers in tests/stages/test_export.py",
     "pip install '.[serve]'": "installed with the rest",
+    "pip install '.[ray]'": "installed with the rest",
     "pip install '.[report]'": "installed with the rest",
     "pip install '.[eval]'": "installed with the rest",
 }

@@ -113,3 +113,15 @@ def test_links_do_not_hide_that_input_and_output_overlap(places: tuple[Path, Pat
         with pytest.raises(OutputError, match="overlaps"):
             output.prepare(source, out, resume=False, needed_bytes=1)
     assert not any(source.iterdir())
+
+
+def test_what_a_killed_run_left_beside_its_files_is_not_published(places: tuple[Path, Path]) -> None:
+    """Inputs that were written for other processes lie in a directory, which a kill leaves behind."""
+    source, out = places
+    partial = output.partial_of(out)
+    (partial / ".moeq-crew-0" / "deep").mkdir(parents=True)
+    (partial / ".moeq-crew-0" / "inputs.pt").write_bytes(b"1")
+    for name in (JOURNAL_NAME, ".moeq-costs"):
+        (partial / name).write_text("kept", encoding="utf-8")
+    assert output.prepare(source, out, resume=True, needed_bytes=1) == partial
+    assert sorted(path.name for path in partial.iterdir()) == sorted([".moeq-costs", JOURNAL_NAME])

@@ -106,6 +106,9 @@ def prepare(source: Path, out: Path, *, resume: bool, needed_bytes: int) -> Path
     try:
         check_free(source, out, partial, resume)
         partial.mkdir(parents=True, exist_ok=True)
+        for path in partial.iterdir():  # what a killed run spilled, or wrote for other processes
+            if path.name.startswith(".moeq-") and path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise OutputError(
