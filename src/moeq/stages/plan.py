@@ -29,7 +29,7 @@ from moeq.writing.quantizer_choice import chosen_quantizer
 READ_WRITE_BYTES_PER_SECOND = 0.5e9
 """A modest disk; only for the rough time estimate."""
 ALONE = 0.05
-"""What one process does by itself while others round, of the time that one core takes for all (docs/scale.md)."""
+"""What one process does by itself, of the time that one core takes for all: a guess (docs/scale.md)."""
 BASE_RAM = 600 * 2**20
 """The interpreter with torch and transformers."""
 
@@ -194,9 +194,10 @@ def _workers(decision: Decision, count: int) -> Workers:
         widest = max(columns for layer in layers for _, columns in layer.shapes.values())
         ram += 5 * 4 * widest**2 + 4 * expert
         tokens, hidden = recipe.nsamples * recipe.seqlen, layers[0].shapes["down"][0]
-        answers = sum(layer.top_k for layer in layers)
-        # Inputs are read by every worker; codes come back a byte each, answers as they are.
-        moved += inventory.expert_parameters + 2 * tokens * hidden * (answers + count * len(layers))
+        # Of the inputs, which are mapped, a worker reads the rows of its experts; codes come back a byte each, answers
+        # as they are.
+        rows = sum(layer.top_k + min(count, layer.top_k) for layer in layers)
+        moved += inventory.expert_parameters + 2 * tokens * hidden * rows
     rounds = -(-pieces // count) / pieces
     spread = seconds * rounds
     if not decision.decided and recipe.cost is not None:
