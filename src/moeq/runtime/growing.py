@@ -1,8 +1,8 @@
 """A cache of keys and values that grows in place, for whoever decodes token by token.
 
 transformers' own joins what it holds and what is new into a new tensor for every layer and token: with a prompt of 512
-tokens that is a tenth of a token's time on a CPU (benchmarks/cpu.md), and it grows with the context. This one has room
-for more and is otherwise transformers' `DynamicLayer`, so that it can be cut, copied and reordered like one.
+tokens that was a tenth of a token's time on a CPU (benchmarks/llama_cpp.md), and it grows with the context. This one
+has room for more and is otherwise transformers' `DynamicLayer`, so that it can be cut, copied and reordered like one.
 """
 
 from typing import Any, Final
