@@ -17,7 +17,7 @@ from moeq.allocation import other_linears, plans
 from moeq.allocation.domains import COMBINED, ComponentsOfTexts, by_text, combined
 from moeq.artifacts import CostTable, Inventory
 from moeq.calibration.backprop import Labels
-from moeq.calibration.opening import open_stream, packed_matrices
+from moeq.calibration.opening import open_stream, packed_matrices, read_source
 from moeq.calibration.spill import SpillPool
 from moeq.calibration.tap import Hear
 from moeq.calibration.tokens import TokenBatch, first_samples
@@ -209,12 +209,13 @@ def _view(
     what: Subject, reader: Reader, candidates: tuple[QuantSpec, ...], device: torch.device, index: int
 ) -> LayerView:
     layer = what.inventory.layers[index]
-
-    def read(expert: int, projection: str) -> torch.Tensor:
-        return reader.matrix(layer.sources[projection], expert, layer.shapes[projection])
-
     return LayerView(
-        index=index, layer=layer, read=read, candidates=candidates, unit=str(what.recipe.unit), device=device
+        index=index,
+        layer=layer,
+        read=partial(read_source, reader, layer),
+        candidates=candidates,
+        unit=str(what.recipe.unit),
+        device=device,
     )
 
 

@@ -118,14 +118,15 @@ def _open_source(
     wanted = dtype or compute_dtype(skeleton.dtype, device)
     with Reader(directory) as reader:
         for layer in inventory.layers:
-            read = partial(_read_source, reader, layer)
+            read = partial(read_source, reader, layer)
             hooks.attach_handler(hooks.strip_weights(skeleton, layer.path), SourceExperts(layer, read))
         keymap = build_keymap(driver, reader.headers)
         load_prefix(driver, "", keymap, reader.tensor, wanted, skip=block_paths(inventory, driver))
         yield driver, _SourceBlocks(skeleton=skeleton, keymap=keymap, reader=reader, dtype=wanted, device=device)
 
 
-def _read_source(reader: Reader, layer: MoeLayer, expert: int, projection: str) -> Tensor:
+def read_source(reader: Reader, layer: MoeLayer, expert: int, projection: str) -> Tensor:
+    """The source weights (N, K) of an expert's projection."""
     return reader.matrix(layer.sources[projection], expert, layer.shapes[projection])
 
 

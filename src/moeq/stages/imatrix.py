@@ -25,7 +25,7 @@ from moeq.arch.gguf_source import open_source
 from moeq.arch.inventory import read_inventory
 from moeq.artifacts import Inventory
 from moeq.calibration.experts import survey
-from moeq.calibration.opening import open_stream
+from moeq.calibration.opening import open_stream, read_source
 from moeq.calibration.stream import Capture
 from moeq.calibration.tap import Asked, Heard
 from moeq.calibration.tokens import TokenBatch
@@ -153,14 +153,10 @@ def _measured(
 
         def visit(layer: int, experts: nn.Module, asked: Asked) -> None:
             shape = inventory.attached.layers[layer]
-
-            def read(expert: int, projection: str) -> Tensor:
-                return reader.matrix(shape.sources[projection], expert, shape.shapes[projection])
-
             capture = Capture(
                 x_TH=asked.x_TH, index_Tk=asked.index_Tk, weights_Tk=asked.weights_Tk, stats_Tk=asked.index_Tk
             )
-            seen = survey(shape, read, experts, capture, device)
+            seen = survey(shape, partial(read_source, reader, shape), experts, capture, device)
             count_E = torch.tensor(seen.counts, dtype=torch.float64)
             for projection in shape.projections:
                 # An expert that nobody asked has borrowed tokens: they count as one.
