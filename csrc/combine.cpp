@@ -30,12 +30,7 @@ void exact_block(const CombineJob& job, const Zeros& zeros, int64_t block) {
     }
     for (int t = 0; t < job.num_a; t++) {
       const F a = all(job.a[t][row]);
-      for (int j = 0; j < kBlock; j += kLanes) {
-        F here, sum;
-        std::memcpy(&here, w + j, sizeof here);
-        std::memcpy(&sum, sums[t] + j, sizeof sum);
-        store(sums[t] + j, fma(here, a, sum));
-      }
+      for (int j = 0; j < kBlock; j += kLanes) store(sums[t] + j, fma(load(w + j), a, load(sums[t] + j)));
     }
   }
   for (int t = 0; t < job.num_a; t++)

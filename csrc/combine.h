@@ -25,8 +25,6 @@ struct HalfMatrix {
 };
 
 using Combine = void(const CombineJob&);
-// out[row] = row * x, for rows first .. last - 1
-using HalfDots = void(const HalfMatrix& matrix, int64_t first, int64_t last, const float* x, float* out);
 // y[column] += sum over rows of a[row] * w, for columns first .. last - 1
 using HalfCombine = void(const HalfMatrix& matrix, int64_t first, int64_t last, const float* a, float* y);
 // out = x with its numbers in another order, of which those from `plain` on are mixed in blocks by a normalized
@@ -36,7 +34,6 @@ using Rotate = void(const float* x, const uint16_t* order, int64_t columns, int6
 #define MOEQ_DECLARE(isa)   \
   namespace isa {           \
   Combine combine;          \
-  HalfDots half_dots;       \
   HalfCombine half_combine; \
   Rotate rotate;            \
   }

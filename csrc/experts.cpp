@@ -16,41 +16,52 @@
 namespace moeq {
 namespace {
 
+// Matrices that meet the same vectors: these are prepared once, and pieces of all matrices are taken in one go.
 struct LinearTask {
   const LinearJob& job;
   const Run& run;
   Kernels kernels;
   Vectors x;
-  Scratch y;
   std::vector<const Activations*> in;
-  std::vector<float*> out;
-  int64_t each;
+  std::unique_ptr<Scratch> floats;     // answers, where they are wanted in another dtype
+  std::vector<std::vector<float*>> out;  // by matrix and token
+  std::vector<int64_t> stop;             // one past each matrix's last piece
+  int64_t each;                          // rows of a piece
   Phase loading;
   Counter multiplying;
 
   LinearTask(const LinearJob& job, const Run& run)
-      : job(job),
-        run(run),
-        kernels(kernels_of(run.isa)),
-        x(job.tokens, job.matrix.columns),
-        y(job.dtype == Dtype::float32 ? 0 : (size_t)(job.tokens * job.matrix.rows) * sizeof(float)),
-        each(piece_rows(job.matrix.rows, run.threads * kGatePieces)) {
-    float* to = job.dtype == Dtype::float32 ? (float*)job.y : y.floats();
-    for (int64_t t = 0; t < job.tokens; t++) {
-      in.push_back(&x[t]);
-      out.push_back(to + t * job.matrix.rows);
+      : job(job), run(run), kernels(kernels_of(run.isa)), x(job.tokens, job.matrices[0].columns) {
+    for (int64_t t = 0; t < job.tokens; t++) in.push_back(&x[t]);
+    int64_t rows = 0, pieces = 0;
+    for (const Matrix& matrix : job.matrices) rows += matrix.rows;
+    if (job.dtype != Dtype::float32) floats = std::make_unique<Scratch>((size_t)(job.tokens * rows) * sizeof(float));
+    float* next = floats ? floats->floats() : nullptr;
+    each = piece_rows(rows, run.threads * kGatePieces);
+    for (size_t m = 0; m < job.matrices.size(); m++) {
+      const int64_t here = job.matrices[m].rows;
+      float* to = floats ? next : (float*)job.y[m];
+      out.emplace_back();
+      for (int64_t t = 0; t < job.tokens; t++) out.back().push_back(to + t * here);
+      if (floats) next += job.tokens * here;
+      stop.push_back(pieces += num_pieces(here, each));
     }
+  }
+
+  void multiply(size_t m, int64_t piece) {
+    const Matrix& matrix = job.matrices[m];
+    const int64_t first = piece * each, last = std::min(first + each, matrix.rows);
+    product(kernels, run.exact, matrix, first, last, in.data(), out[m].data(), job.tokens);
+    if (!floats) return;
+    for (int64_t t = 0; t < job.tokens; t++)
+      kernels.from_float(out[m][(size_t)t] + first, job.dtype, (char*)job.y[m] + (size_t)(t * matrix.rows + first) * 2, last - first);
   }
 
   void operator()() {
     loading.run(job.tokens, [this](int64_t t) { load(kernels, job.x, job.dtype, x, t); });
-    const int64_t rows = job.matrix.rows;
-    for (int64_t piece; (piece = multiplying.take()) < num_pieces(rows, each);) {
-      const int64_t first = piece * each, last = std::min(first + each, rows);
-      product(kernels, run.exact, job.matrix, first, last, in.data(), out.data(), job.tokens);
-      if (job.dtype == Dtype::float32) continue;
-      for (int64_t t = 0; t < job.tokens; t++)
-        kernels.from_float(out[(size_t)t] + first, job.dtype, (char*)job.y + (size_t)(t * rows + first) * 2, last - first);
+    for (int64_t piece; (piece = multiplying.take()) < stop.back();) {
+      const size_t m = (size_t)(std::upper_bound(stop.begin(), stop.end(), piece) - stop.begin());
+      multiply(m, piece - (m ? stop[m - 1] : 0));
     }
   }
 };
@@ -232,6 +243,7 @@ Matrix matrix_at(const uint8_t* data, int64_t size, int64_t offset, int bits, in
 }
 
 void linear(const LinearJob& job, const Run& run) {
+  require(!job.matrices.empty(), "there is no matrix");
   LinearTask task(job, run);
   on_threads(run.threads, task);
 }

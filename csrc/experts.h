@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "codebook.h"
 #include "decoding.h"
@@ -20,12 +21,12 @@ struct Run {
   bool exact;  // activations as floats instead of 8 bits
 };
 
-// y = x W^T
+// y = x W^T for every W of some that have as many columns.
 struct LinearJob {
-  Matrix matrix;
-  const void* x;  // tokens x columns
-  void* y;        // tokens x rows
-  Dtype dtype;    // of both
+  std::vector<Matrix> matrices;
+  const void* x;         // tokens x columns
+  std::vector<void*> y;  // tokens x rows, for each matrix
+  Dtype dtype;           // of all
   int64_t tokens;
 };
 

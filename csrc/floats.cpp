@@ -1,54 +1,13 @@
-// See combine.h: products with float16 matrices, and rotations.
+// See combine.h: combinations of the rows of float16 matrices, and rotations.
 #include "combine.h"
-#include "lanes.h"
-#include "planes.h"
+#include "halves.h"
 
 namespace moeq::MOEQ_ISA {
 namespace {
 
 constexpr int64_t kWide = 64;  // columns whose sums stay in registers
 
-// Sixteen numbers as floats.
-MOEQ_INLINE F load_halves(const uint16_t* from) {
-  F out;
-#if defined(__F16C__)
-  const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
-  const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + 8)));
-  std::memcpy(&out, &low, sizeof low);
-  std::memcpy((char*)&out + sizeof low, &high, sizeof high);
-#else
-  alignas(64) float some[kLanes];
-  for (int j = 0; j < kLanes; j++) some[j] = half_to_float(from[j]);
-  std::memcpy(&out, some, sizeof out);
-#endif
-  return out;
-}
-
-MOEQ_INLINE F load_floats(const float* from) {
-  F out;
-  std::memcpy(&out, from, sizeof out);
-  return out;
-}
-
 }  // namespace
-
-void half_dots(const HalfMatrix& matrix, int64_t first, int64_t last, const float* x, float* out) {
-  for (int64_t row = first; row < last; row++) {
-    const uint16_t* w = matrix.w + row * matrix.columns;
-    F sum = all(0.0f), more = sum;
-    int64_t j = 0;
-    for (; j + 2 * kLanes <= matrix.columns; j += 2 * kLanes) {
-      sum = fma(load_halves(w + j), load_floats(x + j), sum);
-      more = fma(load_halves(w + j + kLanes), load_floats(x + j + kLanes), more);
-    }
-    alignas(64) float lanes[kLanes];
-    store(lanes, sum + more);
-    for (int half = kLanes / 2; half; half /= 2)
-      for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
-    for (; j < matrix.columns; j++) lanes[0] += half_to_float(w[j]) * x[j];
-    out[row] = lanes[0];
-  }
-}
 
 void half_combine(const HalfMatrix& matrix, int64_t first, int64_t last, const float* a, float* y) {
   int64_t j = first;
@@ -62,10 +21,10 @@ void half_combine(const HalfMatrix& matrix, int64_t first, int64_t last, const f
       s2 = fma(load_halves(w + 2 * kLanes), here, s2);
       s3 = fma(load_halves(w + 3 * kLanes), here, s3);
     }
-    store(y + j, load_floats(y + j) + s0);
-    store(y + j + kLanes, load_floats(y + j + kLanes) + s1);
-    store(y + j + 2 * kLanes, load_floats(y + j + 2 * kLanes) + s2);
-    store(y + j + 3 * kLanes, load_floats(y + j + 3 * kLanes) + s3);
+    store(y + j, load(y + j) + s0);
+    store(y + j + kLanes, load(y + j + kLanes) + s1);
+    store(y + j + 2 * kLanes, load(y + j + 2 * kLanes) + s2);
+    store(y + j + 3 * kLanes, load(y + j + 3 * kLanes) + s3);
   }
   for (; j < last; j++) {
     float sum = 0.0f;

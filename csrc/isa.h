@@ -37,6 +37,9 @@ inline bool has_vnni() {
 #endif
 }
 
+// Files with products are compiled for VNNI where they are for AVX-512.
+inline Isa product_isa(Isa isa) { return isa == Isa::avx512 && !has_vnni() ? Isa::avx2 : isa; }
+
 inline Isa best_isa() {
   static const Isa best = runs(Isa::avx512) ? Isa::avx512 : runs(Isa::avx2) ? Isa::avx2 : Isa::base;
   return best;

@@ -266,18 +266,36 @@ MOEQ_INLINE uint32_t lanes_of(I mask) {
 #endif
 }
 
+// Register by register: a copy of all lanes at once would go through memory, half a register at a time, and wait there.
+MOEQ_INLINE void load_to(const void* from, F1& to) { std::memcpy(&to, from, sizeof to); }
+MOEQ_INLINE void load_to(const void* from, I1& to) { std::memcpy(&to, from, sizeof to); }
+MOEQ_INLINE void store_from(void* to, F1 a) { std::memcpy(to, &a, sizeof a); }
+MOEQ_INLINE void store_from(void* to, I1 a) { std::memcpy(to, &a, sizeof a); }
+#if !defined(__AVX512F__)
+template <class H>
+MOEQ_INLINE void load_to(const void* from, Two<H>& to) {
+  load_to(from, to.low);
+  load_to((const char*)from + sizeof(H), to.high);
+}
+template <class H>
+MOEQ_INLINE void store_from(void* to, Two<H> a) {
+  store_from(to, a.low);
+  store_from((char*)to + sizeof(H), a.high);
+}
+#endif
+
 MOEQ_INLINE I load_int(const void* from) {
   I out;
-  std::memcpy(&out, from, sizeof out);
+  load_to(from, out);
   return out;
 }
 MOEQ_INLINE F load(const float* from) {
   F out;
-  std::memcpy(&out, from, sizeof out);
+  load_to(from, out);
   return out;
 }
-MOEQ_INLINE void store(void* to, I a) { std::memcpy(to, &a, sizeof a); }
-MOEQ_INLINE void store(void* to, F a) { std::memcpy(to, &a, sizeof a); }
+MOEQ_INLINE void store(void* to, I a) { store_from(to, a); }
+MOEQ_INLINE void store(void* to, F a) { store_from(to, a); }
 
 MOEQ_INLINE float sum_lanes(F v) {
   alignas(64) float lanes[kLanes];

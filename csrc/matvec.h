@@ -72,9 +72,19 @@ struct MatvecJob {
   bool exact;  // floats times floats
 };
 
+// The same with any number of vectors, activations in 8 bits.
+struct ManyJob {
+  const Matrix* matrix;
+  int64_t first, last;
+  const Activations* const* x;
+  float* const* out;
+  int64_t count;
+};
+
 // Fills everything that `place` laid out but x, of which columns .. are set to zero, from x.
 using Quantize = void(const Activations&, int64_t columns);
 using Matvec = void(const MatvecJob&);
+using MatvecMany = void(const ManyJob&);
 // inner = silu(inner) * up
 using SiluGate = void(float* inner, const float* up, int64_t count);
 using ToFloat = void(const void* from, Dtype dtype, float* to, int64_t count);

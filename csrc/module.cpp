@@ -2,10 +2,12 @@
 // which checks options; here only what would corrupt memory is checked.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -13,7 +15,9 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "decoding.h"
+#include "dense_calls.h"
 #include "experts.h"
 #include "isa.h"
 #include "layouts.h"
@@ -25,30 +29,9 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 
+using namespace moeq::arguments;
+
 namespace {
-
-using Any = nb::ndarray<nb::c_contig, nb::device::cpu>;
-using ReadOnlyBytes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
-using Bytes = nb::ndarray<uint8_t, nb::c_contig, nb::device::cpu>;
-
-void require(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
-
-moeq::Isa isa_of(const std::string& name) {
-  const moeq::Isa isa = name.empty()          ? moeq::best_isa()
-                        : name == "avx512"    ? moeq::Isa::avx512
-                        : name == "avx2"      ? moeq::Isa::avx2
-                                              : moeq::Isa::base;
-  require(name.empty() || name == "avx512" || name == "avx2" || name == "base", "no such instruction set");
-  require(moeq::runs(isa), "this machine lacks the instruction set");
-  return isa;
-}
-
-moeq::Run run_of(int threads, bool exact, const std::string& isa) {
-  require(threads >= 1 && threads <= 4096, "no such number of threads");
-  return {isa_of(isa), threads, exact};
-}
 
 std::vector<std::string> isas() {
   std::vector<std::string> names;
@@ -56,15 +39,6 @@ std::vector<std::string> isas() {
   if (moeq::runs(moeq::Isa::avx2)) names.push_back("avx2");
   names.push_back("base");
   return names;
-}
-
-moeq::Dtype dtype_of(const Any& w) {
-  if (w.dtype() == nb::dtype<float>()) return moeq::Dtype::float32;
-  const nb::dlpack::dtype dtype = w.dtype();
-  require(dtype.bits == 16 && dtype.lanes == 1, "weights must be float32, bfloat16 or float16");
-  if (dtype.code == (uint8_t)nb::dlpack::dtype_code::Bfloat) return moeq::Dtype::bfloat16;
-  require(dtype.code == (uint8_t)nb::dlpack::dtype_code::Float, "weights must be float32, bfloat16 or float16");
-  return moeq::Dtype::float16;
 }
 
 struct Freed {
@@ -198,18 +172,22 @@ void trellis_columns(int bits, Floats w, ReadOnlyFloats scale, ReadOnlyFloats up
   MOEQ_PICK(chosen, trellis_columns)(job);
 }
 
-void linear(ReadOnlyBytes record, int64_t rows, int bits, int64_t group_size, int levels, Any x, Any y, bool exact,
-            int threads, const std::string& isa) {
-  require(x.ndim() == 2 && y.ndim() == 2 && x.shape(0) == y.shape(0), "x and y are matrices of as many rows");
-  require((int64_t)y.shape(1) == rows, "y has another shape");
+void linear(const std::vector<ReadOnlyBytes>& records, const std::vector<std::array<int64_t, 4>>& forms, Any x,
+            const std::vector<Any>& y, bool exact, int threads, const std::string& isa) {
+  require(x.ndim() == 2 && records.size() == forms.size() && records.size() == y.size(), "there is a form and an answer for each record");
   moeq::LinearJob job{};
-  job.matrix = moeq::matrix_at(record.data(), (int64_t)record.size(), 0, bits, group_size, levels, rows,
-                               (int64_t)x.shape(1));
   job.dtype = dtype_of(x);
-  require(dtype_of(y) == job.dtype, "x and y have different dtypes");
   job.x = x.data();
-  job.y = y.data();
   job.tokens = (int64_t)x.shape(0);
+  for (size_t i = 0; i < records.size(); i++) {
+    const auto& [rows, bits, group_size, levels] = forms[i];
+    require(bits >= 1 && bits <= 8 && levels >= 0 && levels <= 5, "no such matrix");
+    job.matrices.push_back(moeq::matrix_at(records[i].data(), (int64_t)records[i].size(), 0, (int)bits, group_size,
+                                           (int)levels, rows, (int64_t)x.shape(1)));
+    require(y[i].ndim() == 2 && y[i].shape(0) == x.shape(0) && (int64_t)y[i].shape(1) == rows, "y has another shape");
+    require(dtype_of(y[i]) == job.dtype, "x and y have different dtypes");
+    job.y.push_back(y[i].data());
+  }
   const moeq::Run run = run_of(threads, exact, isa);
   const nb::gil_scoped_release unlocked;
   moeq::linear(job, run);
@@ -316,9 +294,8 @@ NB_MODULE(_native, module) {
   module.def("trellis_columns", &trellis_columns, "bits"_a, nb::arg("w").noconvert(), nb::arg("scale").noconvert(),
              nb::arg("upper").noconvert(), nb::arg("codes").noconvert(), nb::arg("error").noconvert(), "isa"_a = "",
              "Round columns one after the other by Viterbi's search, with error feedback.");
-  module.def("linear", &linear, nb::arg("record").noconvert(), "rows"_a, "bits"_a, "group_size"_a, "levels"_a,
-             nb::arg("x").noconvert(), nb::arg("y").noconvert(), "exact"_a, "threads"_a, "isa"_a = "",
-             "y = x W^T for a matrix record, few rows of x.");
+  module.def("linear", &linear, "records"_a, "forms"_a, nb::arg("x").noconvert(), "y"_a, "exact"_a, "threads"_a,
+             "isa"_a = "", "y = x W^T for matrix records that meet the same few rows of x; forms are (rows, bits, group size, levels).");
   module.def("experts", &experts, nb::arg("data").noconvert(), nb::arg("table").noconvert(), "inner"_a,
              nb::arg("x").noconvert(), nb::arg("index").noconvert(), nb::arg("weight").noconvert(),
              nb::arg("y").noconvert(), "exact"_a, "threads"_a, "isa"_a = "",
@@ -333,5 +310,6 @@ NB_MODULE(_native, module) {
              "threads"_a, "isa"_a = "", "As experts, for the layout tiled.");
   module.def("read_bandwidth", &read_bandwidth, nb::arg("data").noconvert(), "threads"_a, "isa"_a = "",
              "Bytes per second of reading a buffer once.");
+  moeq::add_dense(module);
   module.def("borrows_threads", &moeq::borrows_threads, "Whether threads are those of the process's OpenMP runtime.");
 }

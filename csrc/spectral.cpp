@@ -72,8 +72,15 @@ class Projection {
                float* const* out, int64_t count) const {
     if (bits_ == 8) return product(kernels, exact, basis_, first, last, x, out, count);
     for (int64_t row = first; row < last; row += kTileRows)
-      for (int64_t i = 0; i < count; i++)
-        kernels.half_dots(half_, row, std::min(row + kTileRows, last), x[i]->x, out[i]);
+      for (int64_t i = 0; i < count; i += kMaxTokens) {
+        DotsJob job{half_.w, Dtype::float16, half_.columns, row, std::min(row + kTileRows, last), {},
+                    (int)std::min<int64_t>(count - i, kMaxTokens), {}};
+        for (int t = 0; t < job.num_x; t++) {
+          job.x[t] = x[i + t]->x;
+          job.out[t] = out[i + t];
+        }
+        kernels.dots(job);
+      }
   }
 
   // Columns first .. last - 1 of vectors of coordinates; added to y.

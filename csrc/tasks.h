@@ -11,8 +11,10 @@
 #include <vector>
 
 #include "combine.h"
+#include "dense.h"
 #include "experts.h"
 #include "threads.h"
+#include "trellis.h"
 
 namespace moeq {
 
@@ -25,17 +27,18 @@ struct Kernels {
   AddScaled* add_scaled;
   ReadAll* read_all;
   Combine* combine;
-  HalfDots* half_dots;
+  Dots* dots;
+  MatvecMany* many_trellis;
   HalfCombine* half_combine;
   Rotate* rotate;
 };
 
 inline Kernels kernels_of(Isa isa) {
-  // Those of AVX-512 are compiled for VNNI.
-  if (isa == Isa::avx512 && !has_vnni()) isa = Isa::avx2;
+  isa = product_isa(isa);
   return {MOEQ_PICK(isa, quantize),         MOEQ_PICK(isa, matvec),     MOEQ_PICK(isa, silu_gate),
           MOEQ_PICK(isa, to_float_array),   MOEQ_PICK(isa, from_float_array), MOEQ_PICK(isa, add_scaled),
-          MOEQ_PICK(isa, read_all),         MOEQ_PICK(isa, combine),    MOEQ_PICK(isa, half_dots),
+          MOEQ_PICK(isa, read_all),         MOEQ_PICK(isa, combine),    MOEQ_PICK(isa, dense_dots),
+          MOEQ_PICK(isa, many_trellis),
           MOEQ_PICK(isa, half_combine),     MOEQ_PICK(isa, rotate)};
 }
 
@@ -89,6 +92,7 @@ class Vectors {
 // out[i][row] for a tile of rows after the other, so that its codes are in the cache for all vectors but the first.
 inline void product(const Kernels& kernels, bool exact, const Matrix& matrix, int64_t first, int64_t last,
              const Activations* const* x, float* const* out, int64_t count) {
+  if (count > kMaxTokens && !exact && matrix.levels == Levels::trellis) return kernels.many_trellis({&matrix, first, last, x, out, count});
   const int64_t tile = count > kMaxTokens ? kTileRows : last - first;
   for (int64_t row = first; row < last; row += tile)
     for (int64_t i = 0; i < count; i += kMaxTokens) {

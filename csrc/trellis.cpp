@@ -421,6 +421,68 @@ void by_bits(const MatvecJob& job) {
   }
 }
 
+// Entries of a segment of a row as bytes, block by block as `Block` holds them, for more vectors than are looked up at once.
+template <int kBits, int kParts>
+void many_rows(const ManyJob& job) {
+  const Matrix& m = *job.matrix;
+  const Table<kBits> table;
+  alignas(64) Block<kBits> blocks[kSegmentBlocks];
+  for (int64_t row = job.first; row < job.last; row++)
+    for (int64_t first = 0; first < num_blocks(m.columns); first += kSegmentBlocks) {
+      const Rows rows(m, row, 1, first);
+      const int64_t here = min_of(num_blocks(m.columns) - first, kSegmentBlocks), whole = min_of(m.columns / kBlock - first, here);
+      for (int64_t at = 0; at < whole; at++) table.look_up(indices<kBits>(rows, 0, at), blocks[at]);
+      for (int64_t start = 0; start < job.count; start += kMaxTokens) {
+        const int tokens = (int)min_of(job.count - start, kMaxTokens);
+        // What is missing of four vectors is the first of them again.
+        const auto input = [&](int t) { return job.x[start + (t < tokens ? t : 0)]; };
+        MatvecJob four{&m, row, row + 1, {input(0), input(1), input(2), input(3)}, tokens, {}, false};
+        Scales<kParts, kMaxTokens> scales;
+        __m256 ones[kMaxTokens];
+        for (__m256& each : ones) each = _mm256_setzero_ps();
+        Scales<kParts, kMaxTokens>::fill(scales, four, row, first, whole, ones);
+        const auto q = [&](int t) { return four.x[t]->q + first * kBlock; };
+        const int8_t *q0 = q(0), *q1 = q(1), *q2 = q(2), *q3 = q(3);
+        Sum a = no_sum(), b = a, c = a, d = a;
+        for (int64_t at = 0; at < whole; at++) {
+          const Block<kBits>& block = blocks[at];
+          a = add<kParts>(block, q0 + at * kBlock, scales.of[0] + at * kParts, a);
+          b = add<kParts>(block, q1 + at * kBlock, scales.of[1] + at * kParts, b);
+          c = add<kParts>(block, q2 + at * kBlock, scales.of[2] + at * kParts, c);
+          d = add<kParts>(block, q3 + at * kBlock, scales.of[3] + at * kParts, d);
+        }
+        const Sum lanes[kMaxTokens] = {a, b, c, d};
+        float sums[kMaxTokens] = {};
+        for (int t = 0; t < tokens; t++) sums[t] = total(lanes[t]) - (float)kOffset<kBits> * sum_lanes(ones[t]);
+        for (int64_t at = whole; at < here; at++) plain_block(four, rows, 0, row, first, at, sums);
+        for (int t = 0; t < tokens; t++) {
+          float& to = job.out[start + t][row];
+          to = first ? to + sums[t] : sums[t];
+        }
+      }
+    }
+}
+
+template <int kBits>
+void many_by_group(const ManyJob& job) {
+  if (job.matrix->group_size == 32) return many_rows<kBits, 4>(job);
+  if (job.matrix->group_size == 64) return many_rows<kBits, 2>(job);
+  return many_rows<kBits, 1>(job);
+}
+
+void many_integer_rows(const ManyJob& job) {
+  switch (job.matrix->bits) {
+    case 1:
+      return many_by_group<1>(job);
+    case 2:
+      return many_by_group<2>(job);
+    case 3:
+      return many_by_group<3>(job);
+    default:
+      return many_by_group<4>(job);
+  }
+}
+
 void integer_rows(const MatvecJob& job) {
   // Three vectors are four, the first of them twice.
   if (job.num_x == 1) return by_bits<1>(job);
@@ -441,6 +503,17 @@ void integer_rows(const MatvecJob& job) {
   });
 }
 
+void many_integer_rows(const ManyJob& job) {
+  for (int64_t start = 0; start < job.count; start += kMaxTokens) {
+    MatvecJob some{job.matrix, job.first, job.last, {}, (int)min_of(job.count - start, kMaxTokens), {}, false};
+    for (int t = 0; t < some.num_x; t++) {
+      some.x[t] = job.x[start + t];
+      some.out[t] = job.out[start + t];
+    }
+    integer_rows(some);
+  }
+}
+
 #endif
 
 }  // namespace
@@ -451,6 +524,8 @@ void matvec_trellis(const MatvecJob& job) {
   else
     integer_rows(job);
 }
+
+void many_trellis(const ManyJob& job) { many_integer_rows(job); }
 
 void look_up_trellis(const LookUpJob& job) {
   const Matrix& m = *job.matrix;

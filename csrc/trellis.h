@@ -25,6 +25,7 @@ using TrellisColumns = void(const TrellisJob&);
 #define MOEQ_DECLARE(isa)          \
   namespace isa {                  \
   Matvec matvec_trellis;           \
+  MatvecMany many_trellis;         \
   LookUp look_up_trellis;          \
   TrellisColumns trellis_columns;  \
   }

@@ -49,7 +49,7 @@ OPTIONS = {
     "run": "model --json --quiet --system --max-new-tokens --temperature --seed --device --trust-remote-code",
     "serve": "model --json --quiet --host --port --api-key --served-name --max-new-tokens --running --waiting "
     "--log-requests --device --trust-remote-code",
-    "bench": "directory --json --quiet --prompt-tokens --new-tokens --threads --exact-activations",
+    "bench": "directory --json --quiet --prompt-tokens --new-tokens --threads --exact-activations --breakdown",
     "verify": "directory --json --quiet --trust-remote-code",
     "push": "directory repo --json --quiet --yes --public",
     "doctor": "--json --quiet",
@@ -294,8 +294,17 @@ def test_bench(packed_tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("--prompt-tokens", "--new-tokens", "--threads"):
         assert run(*words[:2], option, "0", capsys=capsys, status=1)["error"] == "OptionError"
     assert "too long" not in run(*words[:2], "--prompt-tokens", 10**7, capsys=capsys, status=1)["message"]
-    assert cli.main([*map(str, words), "--exact-activations"]) == 0
-    assert "tokens/s" in capsys.readouterr().out
+    assert document["breakdown"] == []
+    parts = run(*words, "--breakdown", capsys=capsys)["breakdown"]
+    assert sum(part["share"] for part in parts) == pytest.approx(1)
+    attention = next(part for part in parts if part["module"] == "model.layers.*.self_attn.q_proj")
+    layers = json.loads((packed_tiny / "config.json").read_text())["num_hidden_layers"]
+    assert attention["calls"] == layers
+    assert attention["milliseconds"] > 0
+    assert cli.main([*map(str, words), "--exact-activations", "--breakdown"]) == 0
+    text = capsys.readouterr().out
+    assert "tokens/s" in text
+    assert "model.layers.*.self_attn.q_proj" in text
 
 
 def test_text_output(demo_dir: Path, packed_demo: Path, capsys: pytest.CaptureFixture[str]) -> None:

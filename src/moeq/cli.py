@@ -312,13 +312,13 @@ def _bench(args: argparse.Namespace) -> Any:
             new_tokens=args.new_tokens,
             threads=args.threads,
             exact_activations=args.exact_activations,
+            breakdown=args.breakdown,
             progress=progress,
         )
 
 
 def _verify(args: argparse.Namespace) -> Any:
-    directory = resolve_packed(args.directory)
-    return verify_stage.run(directory, every=True, trust_remote_code=args.trust_remote_code)
+    return verify_stage.run(resolve_packed(args.directory), every=True, trust_remote_code=args.trust_remote_code)
 
 
 def _doctor(_: argparse.Namespace) -> Any:

@@ -251,6 +251,10 @@ def bench(report: BenchReport) -> str:
             f"memory     read at {human_bytes(round(report.read_bandwidth))}/s: at most "
             f"{report.roofline_tokens_per_second:.2f} tokens/s, of which decode reaches {report.roofline_share:.0%}"
         )
+    if report.breakdown:
+        lines += ["", "   ms  share  calls  module, without what it calls"]
+        for part in report.breakdown:
+            lines.append(f"{part.milliseconds:5.2f}  {part.share:5.1%}  {part.calls:5.0f}  {part.module} ({part.kind})")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ Legend: N output rows, K input columns, G groups per row, B bytes per row.
 
 import importlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -66,6 +67,16 @@ _module: Any = _load()
 def available() -> bool:
     """Whether there are compiled kernels on this machine."""
     return _module is not None
+
+
+def module() -> Any:
+    """The extension module; None where there is none."""
+    return _module
+
+
+def traced(x: Tensor) -> bool:
+    """Whether somebody records what is done to a tensor instead of doing it: then it must meet operators of torch."""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
 
 
 def isas() -> tuple[str, ...]:
@@ -245,20 +256,29 @@ def linear(
         exact: keep activations in float32 instead; slower.
         isa: one of `isas()` instead of the best.
     """
-    y_SN = x_SK.new_empty(x_SK.shape[0], shape[0])
-    _module.linear(
-        to_dlpack(record),
-        shape[0],
-        spec.bits,
-        spec.group_size,
-        LEVELS.index(spec.levels),
-        to_dlpack(x_SK.detach()),
-        to_dlpack(y_SN),
-        exact,
-        torch.get_num_threads(),
-        isa,
-    )
-    return y_SN
+    form = shape[0], spec.bits, spec.group_size, LEVELS.index(spec.levels)
+    return linears([record], [form], x_SK, exact=exact, isa=isa)[0]
+
+
+def linears(
+    records: Sequence[Tensor],
+    forms: Sequence[tuple[int, int, int, int]],
+    x_SK: Tensor,
+    *,
+    exact: bool = False,
+    isa: str = "",
+) -> list[Tensor]:
+    """As `linear`, for several matrices that meet the same x, which is prepared once.
+
+    Args:
+        records: of matrices with K columns.
+        forms: (N, bits, group size, position of the level set in `LEVELS`) of each.
+        x_SK: as for `linear`, like everything after it.
+    """
+    answers = [x_SK.new_empty(x_SK.shape[0], form[0]) for form in forms]
+    x, threads = arrays(x_SK.detach())[0], torch.get_num_threads()
+    _module.linear(arrays(*records), forms, x, arrays(*answers), exact, threads, isa)
+    return answers
 
 
 def experts(
@@ -290,8 +310,8 @@ def experts(
         ValueError: the table points outside the blob.
     """
     y_TH = torch.empty_like(x_TH)
-    routed = _arrays(x_TH.detach(), index_Tk, weight_Tk.detach(), y_TH)
-    _module.experts(*_arrays(data, table), inner, *routed, exact, torch.get_num_threads(), isa)
+    routed = arrays(x_TH.detach(), index_Tk, weight_Tk.detach(), y_TH)
+    _module.experts(*arrays(data, table), inner, *routed, exact, torch.get_num_threads(), isa)
     return y_TH
 
 
@@ -326,8 +346,8 @@ def spectral_experts(
         ValueError: something points outside the blob or a basis.
     """
     y_TH = torch.empty_like(x_TH)
-    routed = _arrays(x_TH.detach(), index_Tk, weight_Tk.detach(), y_TH)
-    layer = _arrays(data, table, starts, order)
+    routed = arrays(x_TH.detach(), index_Tk, weight_Tk.detach(), y_TH)
+    layer = arrays(data, table, starts, order)
     _module.spectral_experts(*layer, inner, *routed, exact, torch.get_num_threads(), isa)
     return y_TH
 
@@ -359,14 +379,14 @@ def tiled_experts(
         ValueError: something points outside its blob.
     """
     y_TH = torch.empty_like(x_TH)
-    routed = _arrays(x_TH.detach(), index_Tk, weight_Tk.detach(), y_TH)
-    layer = _arrays(data, table, sides, tiles)
+    routed = arrays(x_TH.detach(), index_Tk, weight_Tk.detach(), y_TH)
+    layer = arrays(data, table, sides, tiles)
     _module.tiled_experts(*layer, inner, *routed, exact, torch.get_num_threads(), isa)
     return y_TH
 
 
-def _arrays(*tensors: Tensor) -> list[Any]:
-    """As the extension takes them. It would ask each tensor itself, which takes torch five times as long."""
+def arrays(*tensors: Tensor) -> list[Any]:
+    """Tensors as the extension takes them. It would ask each tensor itself, which takes torch five times as long."""
     return [to_dlpack(tensor) for tensor in tensors]
 
 

@@ -305,6 +305,7 @@ def _using_verbs(verb: Verb) -> None:
     bench.add_argument(
         "--exact-activations", action="store_true", help="do not round activations to 8 bits when decoding; slower"
     )
+    bench.add_argument("--breakdown", action="store_true", help="say what each kind of module takes of a token")
 
     verify = verb("verify", "prove a packed checkpoint: structure, hashes, every matrix, a forward pass")
     verify.add_argument("directory", help="what quantize wrote")

@@ -51,7 +51,7 @@ def test_no_weight_is_reported_missing_or_unexpected(packed_demo: Path) -> None:
 
 
 def test_packed_model_equals_a_dense_one_with_its_weights(packed_demo: Path, demo_dir: Path) -> None:
-    packed = moeq.load(packed_demo, device="cpu", dtype=torch.float32)
+    packed = moeq.load(packed_demo, device="cpu", dtype=torch.float32, exact_activations=True)
     dense = AutoModelForCausalLM.from_pretrained(demo_dir, dtype=torch.float32)
     with torch.no_grad():
         for layer, twin in zip(packed.model.layers, dense.model.layers, strict=True):

@@ -124,9 +124,14 @@ def test_what_is_no_number_stays_none(value: float) -> None:
         assert not found[1].isfinite().any()
 
 
+@pytest.mark.parametrize("slow", [True, False])
 @pytest.mark.parametrize("dtype", native.DTYPES)
 @pytest.mark.parametrize("tokens", [1, 2, 5, 16, 17, 70, 300])
-def test_experts_are_those_of_the_reference(tokens: int, dtype: torch.dtype) -> None:
+def test_experts_are_those_of_the_reference(
+    tokens: int, dtype: torch.dtype, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On machines with AVX-512 and without, where prompts meet integers too."""
+    monkeypatch.setattr(cpu, "product_dtype", lambda of: torch.float32 if slow else of)
     module = mixtral()
     x_TH, index_Tk, weight_Tk = inputs(tokens)
     x_TH, weight_Tk = x_TH.to(dtype), weight_Tk.to(dtype)
@@ -138,7 +143,7 @@ def test_experts_are_those_of_the_reference(tokens: int, dtype: torch.dtype) -> 
             assert found is not None
             assert found.dtype == dtype
             error = (found.float() - wanted) / scale
-            if exact or (exact is None and tokens > cpu.FEW):
+            if exact or (exact is None and tokens > cpu.FEW and not slow):
                 assert error.abs().max() < (2e-5 if dtype == torch.float32 else 0.05)
             assert error.square().mean().sqrt() < 0.05, "8 bits"
 

@@ -256,7 +256,7 @@ def test_a_right_kernel_is_silent_and_serves(packed_demo: Path, cache: Path) -> 
     experts = [module for module in model.modules() if isinstance(module, PackedExperts)]
     assert experts
     assert all(module.layer.table is not None for module in experts)
-    assert verdicts(cache) == {"decode": None, "linear": None, "grouped": None}
+    assert verdicts(cache) == {"decode": None, "linear": None, "grouped": None, "dense": None}
 
 
 PROCESS = """
@@ -290,7 +290,9 @@ def test_verdicts_outlive_the_process(tmp_path: Path) -> None:
     assert process(tmp_path / "a", "right") == "True ['decode', 'linear', 'grouped'] 0"
     assert process(tmp_path / "a", "right") == "True [] 0"
     first = process(tmp_path / "b", "broken")
-    assert first.startswith("False ['decode', 'linear', 'grouped', 'spectral', 'tiled', 'codebooks', 'trellis'] 1")
+    assert first.startswith(
+        "False ['decode', 'linear', 'grouped', 'spectral', 'tiled', 'codebooks', 'trellis', 'dense'] 1"
+    )
     assert process(tmp_path / "b", "right") == "False [] 1"  # honoured, and said
 
 

@@ -21,6 +21,7 @@ from typing import Final
 import torch
 
 from moeq import native
+from moeq.layouts import dense_known
 from moeq.layouts.base import part
 from moeq.layouts.grouped import gpu
 from moeq.layouts.known_answers import EXACT, Case, Cases
@@ -34,7 +35,7 @@ CASES: Final[dict[str, Cases]] = {
     for field in ("CASES", "LATE_CASES")
     for each in _KNOWN
     for subject, cases in getattr(each, field).items()
-}
+} | dict(dense_known.CASES)
 """Subject -> its calls: what is tested on its own."""
 SUBJECTS: Final = tuple(CASES)
 _NEEDS: Final[dict[str, tuple[str, ...]]] = {key: value for each in _KNOWN for key, value in each.NEEDS.items()}
@@ -77,7 +78,7 @@ def subjects(path: str, device: torch.device) -> tuple[str, ...]:
         return ()
     if device.type == "cuda" and torch.cuda.get_device_properties(device).major < gpu.AMPERE:
         return ()
-    return tuple(subject for subject in SUBJECTS if subject != "decode")
+    return tuple(subject for subject in SUBJECTS if subject not in ("decode", "dense"))
 
 
 def needs(path: str, subject: str) -> tuple[str, ...]:

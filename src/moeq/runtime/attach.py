@@ -15,7 +15,7 @@ from moeq.errors import PackedError
 from moeq.format import manifest
 from moeq.kernels.facts import Kinds
 from moeq.layouts.base import DATA_SUFFIX
-from moeq.layouts.grouped.serving import PackedLinear, open_records
+from moeq.layouts.grouped.serving import PackedLinear, Siblings, open_records
 from moeq.layouts.serving import FIX, ExpertsModule, Loose, layout
 from moeq.layouts.validate import SUFFIXES
 from moeq.spec import stored_bytes
@@ -88,6 +88,20 @@ def bind(
         module = find(model, linear.path)
         assert isinstance(module, PackedLinear)
         module.bind(data.to(_device(model, linear.path)), entries[0][0][1])
+    _join(model)
+
+
+def _join(model: nn.Module) -> None:
+    """Tell packed linears of one module and one width of input of each other."""
+    for parent in model.modules():
+        by_width: dict[int, list[PackedLinear]] = {}
+        for child in parent.children():
+            if isinstance(child, PackedLinear):
+                by_width.setdefault(child.in_features, []).append(child)
+        for members in by_width.values():
+            siblings = Siblings(members)
+            for position, member in enumerate(members if len(members) > 1 else ()):
+                member.join(siblings, position)
 
 
 def announce(

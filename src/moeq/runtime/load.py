@@ -41,9 +41,9 @@ def load(
         directory: what `moeq quantize` wrote, or a hub id of such.
         device: "auto" (CUDA when there is one), "cpu" or "cuda[:n]".
         dtype: compute dtype of everything that is not packed; "auto" takes the checkpoint's.
-        exact_activations: True keeps activations in floats, which is slower; False rounds them to 8 bits wherever few
-            tokens meet a matrix, also in large batches; None rounds them only in calls of few tokens, so that prompts
-            and evaluations are computed with floats and decoding is fast. Kernels on GPUs never round.
+        exact_activations: True keeps activations in floats, which is slower; False rounds them to 8 bits; None rounds
+            them where that is faster: when decoding, and on processors without AVX-512 in prompts too (docs/decisions/0041).
+            Kernels on GPUs never round.
         trust_remote_code: the code in the directory may run, for a model that transformers does not have.
         progress: on a GPU, told of kernels as they are compiled (`moeq.runtime.ahead`), which takes time only for what
             was never compiled on this machine.

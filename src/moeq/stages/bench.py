@@ -8,8 +8,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +24,7 @@ from moeq.layouts.grouped.serving import PackedLinear
 from moeq.layouts.serving import ExpertsModule
 from moeq.runtime import load
 from moeq.runtime.growing import growing_cache
+from moeq.stages.breakdown import Part, watched
 
 Progress = Callable[[str, int, int], None]
 
@@ -50,6 +52,7 @@ class BenchReport:
     roofline_tokens_per_second: float | None
     roofline_share: float | None
     shares: dict[str, float]
+    breakdown: tuple[Part, ...]
     peak_rss: int
 
 
@@ -60,6 +63,7 @@ def run(
     new_tokens: int = 64,
     threads: int | None = None,
     exact_activations: bool = False,
+    breakdown: bool = False,
     progress: Progress | None = None,
 ) -> BenchReport:
     """Run random tokens through a packed checkpoint, on the CPU.
@@ -70,6 +74,7 @@ def run(
         new_tokens: tokens decoded after it, one by one.
         threads: of torch and of the kernels; None leaves torch's number.
         exact_activations: do not round activations when decoding (`moeq.load`).
+        breakdown: say what each kind of module takes of a token.
         progress: called with what is done, how much of it, and how much there is.
 
     Raises:
@@ -91,21 +96,21 @@ def run(
             fix="give fewer",
         )
     with _threads(threads), torch.inference_mode():
-        return _measure(loaded, str(directory), load_seconds, prompt_tokens, new_tokens, progress or _silent)
+        measured = _measure(loaded, str(directory), load_seconds, prompt_tokens, new_tokens, progress or _silent)
+        return replace(measured, breakdown=_broken_down(loaded, prompt_tokens)) if breakdown else measured
 
 
 def _measure(
     model: Any, name: str, load_seconds: float, prompt_tokens: int, new_tokens: int, progress: Progress
 ) -> BenchReport:
-    vocabulary = model.get_input_embeddings().num_embeddings
-    prompt = torch.randint(0, vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    prompt = _prompt(model, prompt_tokens)
     buffer = torch.ones(BUFFER_BYTES, dtype=torch.uint8) if native.available() else None
     bandwidths = []
     first: dict[str, Any] = {}
     prefill = []
     for round_ in range(2):  # the first one reads pages from disk
         started = time.perf_counter()
-        first = model(input_ids=prompt, past_key_values=growing_cache(model), use_cache=True)
+        first = _read(model, prompt)
         prefill.append(time.perf_counter() - started)
         progress("prefill", round_ + 1, 2)
     cache, token = first["past_key_values"], first["logits"][:, -1:].argmax(-1)
@@ -145,8 +150,30 @@ def _measure(
         roofline_tokens_per_second=roofline,
         roofline_share=None if roofline is None else speed / roofline,
         shares={**shares, "rest": 1 - sum(shares.values())},
+        breakdown=(),
         peak_rss=_peak_rss(),
     )
+
+
+def _prompt(model: Any, tokens: int) -> torch.Tensor:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def _read(model: Any, prompt: torch.Tensor) -> Any:
+    """A prompt's answer: logits of its last token alone where the family can, as `generate` asks for them."""
+    last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    return model(input_ids=prompt, past_key_values=growing_cache(model), use_cache=True, **last)
+
+
+def _broken_down(model: Any, prompt_tokens: int) -> tuple[Part, ...]:
+    """What modules take of tokens after a prompt."""
+    out = _read(model, _prompt(model, prompt_tokens))
+    cache, token = out["past_key_values"], out["logits"][:, -1:].argmax(-1)
+    with watched(model) as found:
+        for _ in range(PROFILED_TOKENS):
+            token = model(input_ids=token, past_key_values=cache, use_cache=True)["logits"][:, -1:].argmax(-1)
+    return found.parts(PROFILED_TOKENS)
 
 
 @contextmanager

@@ -1,14 +1,15 @@
 """The compiled kernels for CPUs (`csrc/`), as candidates of the dispatch.
 
 Few tokens: products straight from the packed bytes, each matrix read once; for the usual gated experts a whole layer in
-one call. Many tokens: matrices are decoded, a tile at a time, and multiplied by torch. Calls that want gradients, and
-everything that is not on a CPU, are left to the reference.
+one call. Many tokens: likewise where integer products are the faster ones; else matrices are decoded, a tile at a time,
+and multiplied by torch. Calls that want gradients, and everything that is not on a CPU, are left to the reference.
 
 The calls are torch operators (`torch.ops.moeq.packed_linear`, `packed_experts`), so that `torch.compile` sees them.
 
 Legend: T tokens, k experts per token, S tokens of one expert, N output rows, K input columns, H hidden, I expert width.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import torch
@@ -59,9 +60,20 @@ def linear(x_SK: Tensor, matrix: PackedMatrix) -> Tensor | None:
     """As `reference.linear`; None for what the kernels do not do."""
     if not matrix.compiled or not serves(x_SK, matrix.record):
         return None
-    if x_SK.shape[0] > FEW:
-        return _decode_and_multiply(x_SK, matrix)
-    return _multiply_codes(x_SK, matrix)
+    if x_SK.shape[0] <= FEW or _rounds_many(matrix.exact, (matrix.spec,)):
+        return _multiply_codes(x_SK, matrix)
+    return _decode_and_multiply(x_SK, matrix)
+
+
+def linears(x_SK: Tensor, matrices: Sequence[PackedMatrix]) -> list[Tensor] | None:
+    """Several `linear`s of few tokens, of one input, in one call; None for what it does not do, as to be traced."""
+    exact = bool(matrices[0].exact)
+    if x_SK.shape[0] > FEW or not all(matrix.compiled and bool(matrix.exact) == exact for matrix in matrices):
+        return None
+    if native.traced(x_SK) or not all(serves(x_SK, matrix.record) for matrix in matrices):
+        return None
+    forms = [(matrix.shape[0], *_form(matrix.spec)) for matrix in matrices]
+    return native.linears([matrix.record for matrix in matrices], forms, x_SK.contiguous(), exact=exact)
 
 
 def experts(
@@ -70,14 +82,14 @@ def experts(
     """As `reference.experts`; None for what the kernels do not do."""
     if layer.table is None or not serves(hidden_states, layer.data, top_k_weights):
         return None
-    few = _is_few(top_k_index, layer)
-    if few and top_k_weights.dtype in native.DTYPES and _is_plain(module, layer):
-        inner = layer.shapes["up"][0]
-        return torch.ops.moeq.packed_experts(
-            hidden_states, top_k_index, top_k_weights, layer.data, layer.table, inner, bool(layer.exact)
-        )
+    specs = (spec for expert in layer.entries for _, spec in expert)
+    codes = top_k_index.shape[0] <= FEW or _rounds_many(layer.exact, specs)
+    if codes and top_k_weights.dtype in native.DTYPES and _is_plain(module, layer):
+        call = torch.ops.moeq.packed_experts if native.traced(hidden_states) else _packed_experts
+        inner, exact = layer.shapes["up"][0], bool(layer.exact)
+        return call(hidden_states, top_k_index, top_k_weights, layer.data, layer.table, inner, exact)
     dtype = hidden_states.dtype
-    multiply = _multiply_codes if few else _decode_and_multiply
+    multiply = _multiply_codes if codes else _decode_and_multiply
     answer = reference.experts(
         module, layer, hidden_states.to(product_dtype(dtype)), top_k_index, top_k_weights, linear=multiply
     )
@@ -96,13 +108,15 @@ def serves(x: Tensor, data: Tensor, *others: Tensor) -> bool:
     return data.is_contiguous()
 
 
-def _is_few(top_k_index: Tensor, layer: PackedLayer) -> bool:
-    """Whether codes are multiplied as they are: few tokens in all, or, where the user wants that, for every expert."""
-    if top_k_index.shape[0] <= FEW:  # an expert may be chosen twice by one token: still few
-        return True
-    if layer.exact is not False or top_k_index.numel() > FEW * layer.num_experts:
-        return False
-    return int(torch.bincount(top_k_index.reshape(-1)).max()) <= FEW
+def _rounds_many(exact: bool | None, specs: Iterable[QuantSpec]) -> bool:
+    """Whether codes are multiplied as they are by many tokens too, with activations of 8 bits.
+
+    The user may want it or not; where nothing is said, it is done where it is faster: without AVX-512, integer products
+    are twice as fast as those of floats (benchmarks/cpu.md), but looking codebooks up for every few tokens is not.
+    """
+    if exact is not None:
+        return not exact
+    return product_dtype(torch.bfloat16) != torch.bfloat16 and all(spec.codebooks is None for spec in specs)
 
 
 def _is_plain(module: nn.Module, layer: PackedLayer) -> bool:
@@ -112,10 +126,13 @@ def _is_plain(module: nn.Module, layer: PackedLayer) -> bool:
 
 def _multiply_codes(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:
     """x W^T, (S, N), for few rows of x, straight from the packed bytes."""
-    spec, exact = matrix.spec, bool(matrix.exact)
-    return torch.ops.moeq.packed_linear(
-        x_SK, matrix.record, matrix.shape[0], spec.bits, spec.group_size, LEVELS.index(spec.levels), exact
-    )
+    exact = bool(matrix.exact)
+    call = torch.ops.moeq.packed_linear if native.traced(x_SK) else _packed_linear
+    return call(x_SK, matrix.record, matrix.shape[0], *_form(matrix.spec), exact)
+
+
+def _form(spec: QuantSpec) -> tuple[int, int, int]:
+    return spec.bits, spec.group_size, LEVELS.index(spec.levels)
 
 
 def _decode_and_multiply(x_SK: Tensor, matrix: PackedMatrix) -> Tensor:

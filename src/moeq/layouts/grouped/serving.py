@@ -11,6 +11,7 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor, nn
 
+from moeq import native
 from moeq.errors import PackedError
 from moeq.format.manifest import PackedLayer as Entry
 from moeq.format.records import decode_matrix
@@ -138,6 +139,60 @@ _SET_DATA: Final = Tensor.data.__set__  # type: ignore[attr-defined]
 _IN_PLACE: Final = frozenset(("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"))
 
 
+class Siblings:
+    """Packed linears of one module: those that are seen to meet the same input are computed in one call.
+
+    Which they are is the business of the family's code, so it is watched for a token: whoever is given the very input
+    that another one was given before it follows that one from then on. An answer that nobody fetches ends it for good.
+    """
+
+    def __init__(self, members: Sequence["PackedLinear"]) -> None:
+        self._members = tuple(members)
+        self._followers: dict[int, list[int]] = {}
+        self._alone: set[int] = set()
+        self._seen: tuple[int, Tensor, Tensor] | None = None
+        self._held: tuple[int, Tensor, int, dict[int, Tensor]] | None = None
+
+    def answer(self, member: int, x: Tensor, x_SK: Tensor) -> Tensor | None:
+        """x W^T of a member, or None if it has to compute that alone. `x` is what it was given, `x_SK` its rows."""
+        held = self._held
+        if held is not None:
+            leader, asked, version, answers = held
+            found = answers.pop(member, None) if asked is x and version == _version(x) else None
+            if not answers or found is None:
+                self._held = None
+            if found is not None:
+                return found
+            if answers:  # by whoever runs the model from several threads, too: they compute alone, no more
+                self._followers[leader] = [each for each in self._followers[leader] if each not in answers]
+        if native.traced(x) or not 0 < len(x_SK) <= cpu.FEW:
+            return None
+        followers = self._followers.get(member)
+        if not followers:
+            self._watch(member, x)
+            return None
+        group = (member, *followers)
+        outs = cpu.linears(x_SK, [self._members[each].matrix for each in group])
+        if outs is None:
+            return None
+        self._held = member, x, _version(x), dict(zip(group[1:], outs[1:], strict=True))
+        return outs[0]
+
+    def _watch(self, member: int, x: Tensor) -> None:
+        seen = self._seen
+        if seen is not None and seen[1] is x and torch.equal(seen[2], x):
+            if member != seen[0] and member not in self._alone:
+                self._followers.setdefault(seen[0], []).append(member)
+                self._alone.add(member)  # follows one only
+        elif member not in self._alone:
+            self._seen = member, x, x.clone()
+
+
+def _version(x: Tensor) -> int:
+    """Grows when a tensor is changed; those of inference mode do not count."""
+    return 0 if x.is_inference() else x._version
+
+
 class PackedLinear(nn.Linear):
     """A linear layer over packed weights. It is an nn.Linear for whoever looks for one, as peft's adapters do."""
 
@@ -154,7 +209,12 @@ class PackedLinear(nn.Linear):
         self.spec: QuantSpec | None = None
         self.exact: bool | None = None
         self._matrix: PackedMatrix | None = None
+        self._together: tuple[Siblings, int] | None = None
         self.register_buffer("data", None)
+
+    def join(self, siblings: Siblings, member: int) -> None:
+        """Be computed with others where that can be, as this one of them."""
+        self._together = siblings, member
 
     def bind(self, data: Tensor, spec: QuantSpec) -> None:
         """Take the matrix record (uint8) and its spec."""
@@ -193,7 +253,12 @@ class PackedLinear(nn.Linear):
     def forward(self, hidden_states: Tensor, *_: Any) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         flat = hidden_states.reshape(-1, self.in_features)
-        out = first(LINEAR, flat, self.matrix) if self.loose is None else self.loose.linear(flat, self.matrix)
+        if self.loose is not None:
+            out = self.loose.linear(flat, self.matrix)
+        else:
+            together = self._together
+            found = None if together is None else together[0].answer(together[1], hidden_states, flat)
+            out = first(LINEAR, flat, self.matrix) if found is None else found
         if self.bias is not None:
             out = out + self.bias
         return out.view(*hidden_states.shape[:-1], self.out_features)
