@@ -20,6 +20,7 @@
 #include "dense_calls.h"
 #include "experts.h"
 #include "isa.h"
+#include "layer.h"
 #include "layouts.h"
 #include "packing.h"
 #include "rounding.h"
@@ -311,5 +312,6 @@ NB_MODULE(_native, module) {
   module.def("read_bandwidth", &read_bandwidth, nb::arg("data").noconvert(), "threads"_a, "isa"_a = "",
              "Bytes per second of reading a buffer once.");
   moeq::add_dense(module);
+  moeq::add_layer(module);
   module.def("borrows_threads", &moeq::borrows_threads, "Whether threads are those of the process's OpenMP runtime.");
 }

@@ -19,7 +19,7 @@ from moeq.arch import hooks
 from moeq.errors import VersionError
 from moeq.format.manifest import Manifest, PackedLayer, PackedLinear
 from moeq.layouts.validate import SUFFIXES
-from moeq.runtime import attach, lean
+from moeq.runtime import attach, lean, whole_layers
 
 QUANT_METHOD = "moeq"
 
@@ -83,7 +83,8 @@ class MoeqQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         attach.bind(model, self._layers, self._dense, self._files)
-        lean.lighten(model)
+        if lean.lighten(model):
+            whole_layers.join_layers(model)
         # Loading through moeq_hook.py marks the stock config class as remote code; saving any model
         # of that class would then look for the hook.
         type(model.config)._auto_class = None  # type: ignore[union-attr]

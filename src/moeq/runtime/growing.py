@@ -32,15 +32,27 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         if key_states.requires_grad or value_states.requires_grad:  # autograd keeps what it is given
             return super().update(key_states, value_states, *args, **kwargs)
-        held = self.get_seq_length()
-        total = held + key_states.shape[-2]
+        held, more = self.get_seq_length(), key_states.shape[-2]
+        self._make_room(key_states, value_states, held + more)
+        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
+            room[:, :, held : held + more].copy_(new)
+        self.advance(held + more)
+        return self.keys, self.values
+
+    def rooms(self) -> tuple[Tensor, Tensor]:
+        """Tensors with room for one more token, whose keys and values the caller writes; then it calls `advance`."""
+        self._make_room(self.keys, self.values, self.get_seq_length() + 1)
+        keys, values = self._rooms
+        return keys, values
+
+    def advance(self, total: int) -> None:
+        """There are so many tokens now."""
+        self.keys, self.values = (room[:, :, :total] for room in self._rooms)
+
+    def _make_room(self, key_states: Tensor, value_states: Tensor, total: int) -> None:
         pairs = ((self.keys, key_states), (self.values, value_states))
         if not (self._rooms and all(_fits(room, *pair, total) for room, pair in zip(self._rooms, pairs, strict=True))):
-            self._rooms = [_roomy(old, new, held, total) for old, new in pairs]
-        for room, (_, new) in zip(self._rooms, pairs, strict=True):
-            room[:, :, held:total].copy_(new)
-        self.keys, self.values = (room[:, :, :total] for room in self._rooms)
-        return self.keys, self.values
+            self._rooms = [_roomy(old, new, self.get_seq_length(), total) for old, new in pairs]
 
     def reset(self) -> None:
         """Forget everything."""

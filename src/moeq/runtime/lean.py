@@ -30,11 +30,11 @@ UNUSUAL: Final = ("position_bias", "softcap", "cache", "s_aux")
 """Arguments of an attention that its kernel does not know."""
 
 
-def lighten(model: nn.Module) -> None:
-    """Let a model's linears, norms, routers and attention answer few tokens through our kernels, where they may."""
+def lighten(model: nn.Module) -> bool:
+    """Let a model's linears, norms, routers and attention answer few tokens by our kernels; False if those may not."""
     cpu = torch.device("cpu")
     if not native.available() or not trust.compiled(cpu, SUBJECT):
-        return
+        return False
     for module in model.modules():
         weight = module._parameters.get("weight")
         if weight is None or weight.device != cpu or weight.dtype not in native.DTYPES or not weight.is_contiguous():
@@ -44,6 +44,7 @@ def lighten(model: nn.Module) -> None:
         elif [name for name, _ in module.named_parameters()] == ["weight"] and not list(module.named_buffers()):
             _lighten_leaf(module, weight)
     _lighten_attention(model)
+    return True
 
 
 class LeanLinear(nn.Linear):
@@ -62,7 +63,7 @@ class LeanLinear(nn.Linear):
 
 def _product(x_SK: Tensor, w_NK: Tensor) -> Tensor | None:
     """x W^T, or None where torch's own is as good."""
-    if w_NK.dtype != x_SK.dtype or not (_is_ours(x_SK) and _is_ours(w_NK)):
+    if w_NK.dtype != x_SK.dtype or not (is_ours(x_SK) and is_ours(w_NK)):
         return None
     if x_SK.shape[0] <= FEW:
         return native_dense.linear(x_SK, w_NK)
@@ -74,7 +75,15 @@ def _product(x_SK: Tensor, w_NK: Tensor) -> Tensor | None:
     return torch.cat([(x @ w_nK.to(dtype).T).to(x_SK.dtype) for w_nK in w_NK.split(step)], dim=-1)
 
 
-class LeanNorm(nn.Module):
+class Mixed(nn.Module):
+    """Mixed into the class of a family's module, whose subclass the module becomes: whoever knew it knows it still."""
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        mixed = type(self)
+        return _empty, mixed.__bases__, self.__dict__
+
+
+class LeanNorm(Mixed):
     """Mixed into the class of a norm over the last dimension, w * x / sqrt(mean of x^2 + eps)."""
 
     weight: Tensor
@@ -83,19 +92,16 @@ class LeanNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., K), likewise."""
         few = hidden_states.numel() <= FEW * max(self.weight.shape[0], MANY_HEADS)
-        if few and hidden_states.dtype == self.weight.dtype and _is_ours(hidden_states) and _is_ours(self.weight):
+        if few and hidden_states.dtype == self.weight.dtype and is_ours(hidden_states) and is_ours(self.weight):
             return native_dense.rms_norm(hidden_states, self.weight, self.moeq_eps)
         return cast(Tensor, super().forward(hidden_states))
-
-    def __reduce_ex__(self, _protocol: Any) -> Any:
-        return _remade, (LeanNorm, type(self).__bases__[1]), self.__dict__
 
 
 MANY_HEADS: Final = 8192
 """Numbers of a token that norms over heads may have in all."""
 
 
-class LeanRouter(nn.Module):
+class LeanRouter(Mixed):
     """Mixed into the class of a router that takes the largest of softmax(x W^T)."""
 
     weight: Tensor
@@ -105,15 +111,12 @@ class LeanRouter(nn.Module):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(S, K) -> logits (S, E), weights and numbers of the chosen experts (S, k)."""
         x_SK = hidden_states.reshape(-1, self.weight.shape[1])
-        if len(x_SK) <= FEW and x_SK.dtype == self.weight.dtype and _is_ours(x_SK) and _is_ours(self.weight):
+        if len(x_SK) <= FEW and x_SK.dtype == self.weight.dtype and is_ours(x_SK) and is_ours(self.weight):
             return native_dense.route(x_SK, self.weight, self.top_k, self.moeq_normalized)
         logits_SE = _product(x_SK, self.weight)
         if logits_SE is not None:
             return (logits_SE, *_chosen(logits_SE, self.top_k, self.moeq_normalized))
         return cast(tuple[Tensor, Tensor, Tensor], super().forward(hidden_states))
-
-    def __reduce_ex__(self, _protocol: Any) -> Any:
-        return _remade, (LeanRouter, type(self).__bases__[1]), self.__dict__
 
 
 def _chosen(logits_SE: Tensor, top_k: int, normalized: bool) -> tuple[Tensor, Tensor]:
@@ -123,22 +126,25 @@ def _chosen(logits_SE: Tensor, top_k: int, normalized: bool) -> tuple[Tensor, Te
     return weight_Sk.to(logits_SE.dtype), index_Sk
 
 
-_MIXED: Final[dict[tuple[Any, Any], Any]] = {}
+_MIXED: Final[dict[tuple[Any, ...], Any]] = {}
+"""Classes by what they are mixed of: those have no name that a pickle could hold."""
+
+
+def mix(mixin: Any, module: Any, **attributes: Any) -> None:
+    """Turn a module into one of its class and a mixin."""
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    module.__class__ = _mixed(mixin, type(module))
 
 
 def _mixed(mixin: Any, cls: Any) -> Any:
-    """The class of both; the same one every time."""
     if (mixin, cls) not in _MIXED:
-        _MIXED[mixin, cls] = _mix(mixin, cls)
+        facts = {"__module__": cls.__module__, "__doc__": mixin.__doc__}
+        _MIXED[mixin, cls] = type(f"Lean{cls.__name__}", (mixin, cls), facts)
     return _MIXED[mixin, cls]
 
 
-def _mix(mixin: Any, cls: Any) -> Any:
-    return type(f"Lean{cls.__name__}", (mixin, cls), {"__module__": cls.__module__, "__doc__": mixin.__doc__})
-
-
-def _remade(mixin: Any, cls: Any) -> Any:
-    """An empty module of a mixed class: those have no name that a pickle could hold."""
+def _empty(mixin: Any, cls: Any) -> Any:
     mixed = _mixed(mixin, cls)
     return mixed.__new__(mixed)
 
@@ -154,14 +160,11 @@ def _lighten_leaf(module: Any, weight: Tensor) -> None:
         found = module(x_SK)
         if weight.ndim == 1 and isinstance(eps, float) and isinstance(found, Tensor):
             if _close(found, native_dense.rms_norm(x_SK, weight, eps)):
-                module.moeq_eps = eps
-                module.__class__ = _mixed(LeanNorm, type(module))
+                mix(LeanNorm, module, moeq_eps=eps)
         elif weight.ndim == 2 and isinstance(getattr(module, "top_k", None), int) and isinstance(found, tuple):
             for normalized in (False, True):
                 if _routes_alike(found, native_dense.route(x_SK, weight, module.top_k, normalized)):
-                    module.moeq_normalized = normalized
-                    module.__class__ = _mixed(LeanRouter, type(module))
-                    return
+                    return mix(LeanRouter, module, moeq_normalized=normalized)
     except Exception:  # whatever a family's module makes of such an input: it is another kind of module
         return
 
@@ -226,7 +229,7 @@ def attention(
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether the kernel computes this."""
-    if not all(_is_ours(each) and each.dtype == query.dtype for each in (query, key, value)):
+    if not all(is_ours(each) and each.dtype == query.dtype for each in (query, key, value)):
         return False
     sizes = query.shape[3], value.shape[3]
     if any(size % native_dense.HEAD_STEP for size in sizes) or key.shape[3] != sizes[0]:
@@ -239,6 +242,6 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> boo
     return mask is None or (mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1:] == (1, 1, keys))
 
 
-def _is_ours(x: Tensor) -> bool:
+def is_ours(x: Tensor) -> bool:
     """Whether a tensor is where our kernels are, and wants no gradient."""
     return x.is_cpu and x.dtype in native.DTYPES and not (torch.is_grad_enabled() and x.requires_grad)
