@@ -24,6 +24,7 @@ from moeq.layouts.grouped.serving import PackedExperts
 from moeq.layouts.spectral.serving import SpectralExperts
 from moeq.model_parts import MoeLayer
 from moeq.recipe import Recipe
+from moeq.runtime.load import set_exact
 
 UNSUPPORTED = {"diffusion_gemma"}
 """Named with their reasons in docs/families.md."""
@@ -86,6 +87,7 @@ def test_family(model_type: str, tmp_path: Path) -> None:
     architecture = getattr(transformers, zoo.FAMILIES[model_type].architecture)
     inventory = moeq.inspect(source)
     packed = architecture.from_pretrained(packed_dir, dtype=torch.float32)
+    set_exact(packed, True)
     stock = architecture.from_pretrained(source, dtype=torch.float32)
     original = logits(stock, ids := torch.arange(2, 26).view(2, 12))
     for layer in inventory.layers:
@@ -138,6 +140,7 @@ def test_family_in_a_shared_basis(model_type: str, tmp_path: Path) -> None:
     assert report.verified.logits_finite
     architecture = getattr(transformers, zoo.FAMILIES[model_type].architecture)
     packed = architecture.from_pretrained(packed_dir, dtype=torch.float32)
+    set_exact(packed, True)
     stock = architecture.from_pretrained(source, dtype=torch.float32)
     original = logits(stock, ids_NT)
     for layer in inventory.layers:
