@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "arguments.h"
-#include "dense_calls.h"
+#include "dense_tasks.h"
 #include "tasks.h"
 
 namespace moeq {

@@ -16,7 +16,7 @@ for kind in address,undefined thread; do
       avx2) flags="-mavx2 -mfma -mf16c" ;;
       avx512) flags="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c" ;;
     esac
-    for kernel in matvec codebook trellis trellis_search combine floats vectors decoding; do
+    for kernel in matvec codebook trellis trellis_search combine dense floats vectors decoding; do
       object="$out/$kernel-$isa.o"
       # shellcheck disable=SC2086
       $cxx $common $flags -fsanitize=$kind -fno-sanitize=alignment -DMOEQ_ISA=$isa -c csrc/$kernel.cpp -o "$object"
@@ -25,6 +25,7 @@ for kind in address,undefined thread; do
   done
   # shellcheck disable=SC2086
   $cxx $common -fsanitize=$kind -fno-sanitize=alignment tests/native/check_kernels.cpp tests/native/check_layouts.cpp \
+    tests/native/check_dense.cpp csrc/dense_tasks.cpp \
     csrc/experts.cpp csrc/spectral.cpp csrc/tiled.cpp csrc/threads.cpp $objects -o "$out/check-$kind" -pthread -ldl
   echo "$kind: $("$out/check-$kind" "${1:-200}")"
 done

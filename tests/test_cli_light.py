@@ -110,6 +110,7 @@ def test_ctrl_c_while_it_loads(tiny_dir: Path) -> None:
 SMALL = ("--bits", "5", "--group-size", "32", "--quantizer", "minmax", "--device", "cpu")
 
 
+@pytest.mark.nightly
 def test_without_a_terminal_there_are_lines(tiny_dir: Path, tmp_path: Path) -> None:
     run = subprocess.run(
         command("quantize", tiny_dir, tmp_path / "a", *SMALL), capture_output=True, text=True, check=True

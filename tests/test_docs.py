@@ -44,7 +44,14 @@ ELSEWHERE = {
     "pip install '.[eval]'": "installed with the rest",
 }
 """Commands that are not run here, and why."""
-SLOW = ("docs/guide.md", "docs/methods.md", "docs/howto/compare.md", "docs/howto/fit.md", "docs/tutorial.md")
+SLOW = (
+    "docs/guide.md",
+    "docs/methods.md",
+    "docs/scale.md",
+    "docs/howto/compare.md",
+    "docs/howto/fit.md",
+    "docs/tutorial.md",
+)
 """Pages that wait for `make nightly`."""
 VERB = "import os, sys; os.chdir(sys.argv.pop(1)); from moeq.cli import main; sys.exit(main(sys.argv[1:]))"
 SNIPPET = (

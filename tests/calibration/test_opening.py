@@ -98,7 +98,7 @@ def test_the_dtype_is_the_checkpoints_unless_told(
 
 def test_packed_checkpoint(demo_dir: Path, packed_demo: Path, tmp_path: Path) -> None:
     inventory, _ = read_inventory(demo_dir)
-    model = moeq.load(packed_demo, device="cpu", dtype=torch.float32)
+    model = moeq.load(packed_demo, device="cpu", dtype=torch.float32, exact_activations=True)
     wanted_x, wanted_g = whole(model, inventory, make_ids())
     options = {"dtype": torch.float32, "micro_batch_tokens": 48}
     found_x, found_g = streamed(packed_demo, inventory, make_ids(), tmp_path, **options)
@@ -121,7 +121,7 @@ def test_families_from_disk_and_packed(model_type: str, tmp_path: Path) -> None:
     _, found = streamed(source, inventory, ids_NT, scratch, micro_batch_tokens=24)
     assert worst(found, wanted) < 1e-5
     moeq.quantize(source, packed, quantizer="minmax", bits=5, group_size=32, device="cpu")
-    _, wanted = whole(moeq.load(packed, device="cpu"), inventory, ids_NT)
+    _, wanted = whole(moeq.load(packed, device="cpu", exact_activations=True), inventory, ids_NT)
     _, found = streamed(packed, inventory, ids_NT, scratch, micro_batch_tokens=24)
     assert worst(found, wanted) < 1e-5
 
@@ -142,7 +142,7 @@ def test_logits_of_the_original(demo_dir: Path, packed_demo: Path, tmp_path: Pat
     inventory, _ = read_inventory(demo_dir)
     for directory, model in (
         (demo_dir, AutoModelForCausalLM.from_pretrained(demo_dir, dtype=torch.float32)),
-        (packed_demo, moeq.load(packed_demo, device="cpu", dtype=torch.float32)),
+        (packed_demo, moeq.load(packed_demo, device="cpu", dtype=torch.float32, exact_activations=True)),
     ):
         with torch.no_grad():
             wanted = model(input_ids=ids_NT, use_cache=False).logits
@@ -153,7 +153,7 @@ def test_logits_of_the_original(demo_dir: Path, packed_demo: Path, tmp_path: Pat
 
 def test_decoded_matrices(demo_dir: Path, packed_demo: Path) -> None:
     inventory, _ = read_inventory(demo_dir)
-    model = moeq.load(packed_demo, device="cpu")
+    model = moeq.load(packed_demo, device="cpu", exact_activations=True)
     read = packed_matrices(packed_demo)
     with Reader(demo_dir) as reader:
         for index, layer in enumerate(inventory.layers):

@@ -98,6 +98,7 @@ def test_figures_are_those_of_the_model(packed_demo: Path, tasks: Path, text_dir
     assert seen[-1][0] == seen[-1][1]
 
 
+@pytest.mark.nightly
 def test_limit_and_errors(packed_demo: Path, tasks: Path) -> None:
     found = evaluate.run(packed_demo, tasks="moeq_pairs", task_path=tasks, limit=2, device="cpu")
     assert found.provenance["harness"]["questions"] == {"moeq_pairs": 2}
@@ -133,6 +134,7 @@ def test_presets(packed_demo: Path, text_dir: Path, monkeypatch: pytest.MonkeyPa
         protocol("gptq")
 
 
+@pytest.mark.nightly
 def test_the_harness_knows_the_tasks_of_presets() -> None:
     from lm_eval.tasks import TaskManager
 

@@ -175,6 +175,7 @@ def test_same_costs(method: str, fleet: Fleet, demo_dir: Path, text: Path) -> No
     )
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("compared", [nightly(False), True])
 def test_same_quality(compared: bool, fleet: Fleet, packed_demo: Path, demo_dir: Path, text: Path) -> None:
     options: dict[str, Any] = {"seqlen": 32, "max_tokens": 800, "batch_size": 2, "device": "cpu"}

@@ -49,6 +49,7 @@ def test_a_lost_gate_is_found(triton_device: torch.device, monkeypatch: pytest.M
         assert "off by 1 of their length" in (checks[name].failure or "")
 
 
+@pytest.mark.nightly
 def test_a_wrong_kernel_is_off_and_said_once(
     triton_device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

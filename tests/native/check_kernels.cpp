@@ -15,6 +15,8 @@
 // check_layouts.cpp
 void check_spectral(moeq::Isa isa);
 void check_tiled(moeq::Isa isa);
+// check_dense.cpp
+void check_dense(moeq::Isa isa);
 
 namespace {
 
@@ -52,19 +54,27 @@ void check_linear(moeq::Isa isa) {
   const int64_t rows = pick(1, spec.levels == kVector ? 300 : spec.levels == kTrellis ? 200 : 70);
   const std::vector<uint8_t> record = record_of(spec, rows, columns);
   moeq::LinearJob job{};
-  job.matrix = moeq::matrix_at(record.data(), (int64_t)record.size(), 0, spec.bits, spec.group_size, spec.levels, rows,
-                               columns);
+  const moeq::Matrix matrix =
+      moeq::matrix_at(record.data(), (int64_t)record.size(), 0, spec.bits, spec.group_size, spec.levels, rows, columns);
   std::vector<float> x((size_t)(tokens * columns)), one((size_t)(tokens * rows)), more(one.size());
   for (float& value : x) value = std::normal_distribution<float>()(random_bits);
   job.x = x.data();
   job.dtype = moeq::Dtype::float32;
   job.tokens = tokens;
-  const std::vector<float> w = decoded(job.matrix, {isa, 3, true});
+  // The first of several that meet the same vectors.
+  const int64_t others = pick(0, 2);
+  std::vector<std::vector<float>> rest((size_t)others, std::vector<float>(one.size()));
+  job.matrices.assign((size_t)others + 1, matrix);
+  for (std::vector<float>& each : rest) job.y.push_back(each.data());
+  job.y.insert(job.y.begin(), one.data());
+  const std::vector<float> w = decoded(matrix, {isa, 3, true});
   for (const bool exact : {true, false}) {
-    job.y = one.data();
+    job.y[0] = one.data();
     moeq::linear(job, {isa, 1, exact});
-    job.y = more.data();
+    job.y[0] = more.data();
     moeq::linear(job, {isa, 3, exact});
+    for (const std::vector<float>& each : rest)
+      if (one != each) fail("siblings", spec, rows, columns, 0);
     if (one != more) fail("threads", spec, rows, columns, 0);
     for (int64_t t = 0; t < tokens; t++)
       for (int64_t row = 0; row < rows; row++) {
@@ -158,6 +168,7 @@ int main(int count, char** arguments) {
       check_search(isa);
       check_spectral(isa);
       check_tiled(isa);
+      check_dense(isa);
     }
   }
   std::printf("ok\n");

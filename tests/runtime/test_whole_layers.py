@@ -86,6 +86,20 @@ def test_hooks_and_changes_are_seen(model: Any) -> None:
     torch.testing.assert_close(after, decoded(copy.deepcopy(model)), rtol=1e-3, atol=1e-3)
 
 
+def test_scales_that_are_trained_are_seen(model: Any) -> None:
+    """And parts that are exchanged, as adapters do."""
+    before = decoded(model)
+    linear = layers(model)[1].self_attn.v_proj
+    loose = linear.loosen()
+    with torch.no_grad():
+        for parameter in loose.parameters():
+            parameter.add_(0.5)
+    changed = decoded(model)
+    assert float((changed - before).abs().max()) > 1e-3
+    layers(model)[1].self_attn.v_proj = nn.Linear(linear.in_features, linear.out_features, bias=False)
+    assert float((decoded(model) - changed).abs().max()) > 1e-3
+
+
 def test_routing_can_be_asked_for(model: Any) -> None:
     decoded(model)
     cache = growing_cache(model)

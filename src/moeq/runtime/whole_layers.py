@@ -39,7 +39,7 @@ class _Parts:
         self._modules: list[Any] = [layer.input_layernorm, attention, *(getattr(attention, name) for name in LINEARS)]
         norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         self._modules += [norm for norm in norms if norm is not None]
-        self.exact = _exact(layer)
+        self._owner: Any = next((m for m in layer.modules() if isinstance(m, PackedExperts | PackedLinear)), None)
         self.attention = _attention(layer, norms)
         handler = getattr(getattr(mlp, "experts", None), hooks.HANDLER, None)
         self.experts = None
@@ -49,11 +49,16 @@ class _Parts:
             self._modules += [layer.post_attention_layernorm, mlp, mlp.gate, mlp.experts, handler]
         self._kept = list(_tensors(self._modules))
         self._places = [tensor.data_ptr() for tensor in self._kept]
+        self._children = [(parent, dict(parent._modules)) for parent in (layer, *self._modules)]
 
-    def hold(self, layer: Any) -> bool:
-        """Whether nothing was changed or hooked since."""
-        attention = layer.self_attn
-        if attention is not self._modules[1] or attention._modules.get("q_proj") is not self._modules[2]:
+    @property
+    def exact(self) -> bool:
+        """Whether activations stay floats, as the packed modules say now."""
+        return self._owner is not None and bool(self._owner.exact)
+
+    def hold(self) -> bool:
+        """Whether nothing was changed, exchanged or hooked since."""
+        if any(parent._modules != children for parent, children in self._children):
             return False
         if any(
             module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in self._modules
@@ -66,11 +71,6 @@ def _tensors(modules: list[Any]) -> Iterator[Tensor]:
     for module in modules:
         yield from (tensor for tensor in module._parameters.values() if tensor is not None)
         yield from (tensor for tensor in module._buffers.values() if tensor is not None)
-
-
-def _exact(layer: Any) -> bool | None:
-    exact: bool | None = next((m.exact for m in layer.modules() if isinstance(m, PackedExperts | PackedLinear)), None)
-    return exact
 
 
 def _attention(layer: Any, norms: list[Any]) -> Any:
@@ -183,7 +183,7 @@ class WholeLayer(Mixed):
         if attention.config._attn_implementation != ATTENTION:
             return False
         parts = self.moeq_parts
-        if parts is not None and parts.hold(self):
+        if parts is not None and parts.hold():
             return True
         try:
             self.moeq_parts = parts = _Parts(self)
@@ -191,7 +191,7 @@ class WholeLayer(Mixed):
             self.moeq_parts, self.moeq_trials = None, -1
             return False
         self.moeq_trials = TRIALS
-        return parts.hold(self)
+        return parts.hold()
 
     def _answer(self, x: Tensor, cache: GrowingLayer, kwargs: dict[str, Any], held: int) -> Tensor:
         """By the kernels; keys and values of the token go to place `held`."""
@@ -201,7 +201,7 @@ class WholeLayer(Mixed):
             keys, values = cache.rooms()
         else:
             keys, values = cache.keys, cache.values
-        half, threads, exact = torch.empty_like(x), torch.get_num_threads(), bool(parts.exact)
+        half, threads, exact = torch.empty_like(x), torch.get_num_threads(), parts.exact
         turned = (each.contiguous() for each in kwargs["position_embeddings"])
         inputs, out = native.arrays(x, *turned, keys, values), native.arrays(half)[0]
         parts.attention.step(*inputs, held, out, exact, threads)
