@@ -89,16 +89,12 @@ class LeanNorm(Mixed):
     weight: Tensor
     moeq_eps: float
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., K), likewise."""
-        few = hidden_states.numel() <= FEW * max(self.weight.shape[0], MANY_HEADS)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., K), likewise; norms that are given more than that, such as a gate, are the family's own."""
+        few = not args and not kwargs and hidden_states.shape[:2].numel() <= FEW
         if few and hidden_states.dtype == self.weight.dtype and is_ours(hidden_states) and is_ours(self.weight):
             return native_dense.rms_norm(hidden_states, self.weight, self.moeq_eps)
-        return cast(Tensor, super().forward(hidden_states))
-
-
-MANY_HEADS: Final = 8192
-"""Numbers of a token that norms over heads may have in all."""
+        return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
 
 
 class LeanRouter(Mixed):
@@ -191,6 +187,8 @@ def _routes_alike(found: tuple[Any, ...], ours: tuple[Tensor, ...]) -> bool:
 
 def _lighten_attention(model: nn.Module) -> None:
     """Choose our attention wherever transformers would have chosen torch's."""
+    if any(hasattr(module, "kv_b_proj") or hasattr(module, "indexer") for module in model.modules()):
+        return  # latent and sparse attention ask by name which function computes it
     register_attention()
     for module in model.modules():
         config = getattr(module, "config", None)
