@@ -135,8 +135,9 @@ def mix(mixin: Any, module: Any, **attributes: Any) -> None:
 
 def _mixed(mixin: Any, cls: Any) -> Any:
     if (mixin, cls) not in _MIXED:
+        # Of the family's name: device maps, adapters and messages go by it.
         facts = {"__module__": cls.__module__, "__doc__": mixin.__doc__}
-        _MIXED[mixin, cls] = type(f"Lean{cls.__name__}", (mixin, cls), facts)
+        _MIXED[mixin, cls] = type(cls.__name__, (mixin, cls), facts)
     return _MIXED[mixin, cls]
 
 
