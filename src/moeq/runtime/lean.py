@@ -1,7 +1,7 @@
 """What is not packed, made cheap on CPUs: modules answer few tokens by kernels of ours where that changes nothing.
 
 A token on a CPU meets a dozen small torch calls for every norm, router and attention, and, without AVX-512, 16-bit
-products that torch imitates, up to nine times slower than float32 ones (benchmarks/cpu.md). Numbers tell whether
+products that torch imitates, six times slower than float32 ones (benchmarks/cpu.md). Numbers tell whether
 a module is what it looks like; if not, it is left alone. What a kernel does not do (many tokens, gradients,
 GPUs, unusual masks) is computed as before. The attention is registered with transformers as `moeq_sdpa`.
 

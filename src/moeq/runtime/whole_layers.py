@@ -57,14 +57,16 @@ class _Parts:
         return self._owner is not None and bool(self._owner.exact)
 
     def hold(self) -> bool:
-        """Whether nothing was changed, exchanged or hooked since."""
+        """Whether nothing was changed or exchanged since."""
         if any(parent._modules != children for parent, children in self._children):
             return False
-        if any(
-            module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in self._modules
-        ):
-            return False
         return [tensor.data_ptr() for tensor in _tensors(self._modules)] == self._places
+
+    def watched(self) -> bool:
+        """Whether somebody listens at a part, or answers in its place."""
+        return any(
+            module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in self._modules
+        )
 
 
 def _tensors(modules: list[Any]) -> Iterator[Tensor]:
@@ -178,20 +180,18 @@ class WholeLayer(Mixed):
         return found if found.keys.dtype == x.dtype and len(found.keys) == 1 and self._holds() else None
 
     def _holds(self) -> bool:
-        """Whether the kernels know the layer as it is."""
+        """Whether the kernels know the layer as it is, and nobody watches its parts."""
         attention: Any = self.self_attn
         if attention.config._attn_implementation != ATTENTION:
             return False
-        parts = self.moeq_parts
-        if parts is not None and parts.hold():
-            return True
-        try:
-            self.moeq_parts = parts = _Parts(self)
-        except (ValueError, AttributeError, KeyError, TypeError):  # a layer of another kind
-            self.moeq_parts, self.moeq_trials = None, -1
-            return False
-        self.moeq_trials = TRIALS
-        return parts.hold()
+        if self.moeq_parts is None or not self.moeq_parts.hold():
+            try:
+                self.moeq_parts = _Parts(self)
+            except (ValueError, AttributeError, KeyError, TypeError):  # a layer of another kind
+                self.moeq_parts, self.moeq_trials = None, -1
+                return False
+            self.moeq_trials = TRIALS
+        return not self.moeq_parts.watched()
 
     def _answer(self, x: Tensor, cache: GrowingLayer, kwargs: dict[str, Any], held: int) -> Tensor:
         """By the kernels; keys and values of the token go to place `held`."""

@@ -113,20 +113,20 @@ def _measure(
         first = _read(model, prompt)
         prefill.append(time.perf_counter() - started)
         progress("prefill", round_ + 1, 2)
-    cache, token = first["past_key_values"], first["logits"][:, -1:].argmax(-1)
+    cache, token = first["past_key_values"], _likeliest(first)
     steps: list[float] = []
     expert_bytes: list[int] = []
     for step in range(new_tokens):
         if buffer is not None and step % max(1, new_tokens // 8) == 0:  # bandwidth changes while others compute
             bandwidths.append(native.read_bandwidth(buffer))
         started = time.perf_counter()
-        token = model(input_ids=token, past_key_values=cache, use_cache=True)["logits"][:, -1:].argmax(-1)
+        token = _next(model, token, cache)
         steps.append(time.perf_counter() - started)
         progress("decode", step + 1, new_tokens)
     with _timed(model) as seconds, _counted(model, expert_bytes):
         started = time.perf_counter()
         for _ in range(PROFILED_TOKENS):
-            token = model(input_ids=token, past_key_values=cache, use_cache=True)["logits"][:, -1:].argmax(-1)
+            token = _next(model, token, cache)
         total = time.perf_counter() - started
     per_token = sum(expert_bytes) // PROFILED_TOKENS
     all_bytes = per_token + _other_bytes(model)
@@ -166,13 +166,23 @@ def _read(model: Any, prompt: torch.Tensor) -> Any:
     return model(input_ids=prompt, past_key_values=growing_cache(model), use_cache=True, **last)
 
 
+def _next(model: Any, token: torch.Tensor, cache: Any) -> torch.Tensor:
+    return _likeliest(model(input_ids=token, past_key_values=cache, use_cache=True))
+
+
+def _likeliest(answer: Any) -> torch.Tensor:
+    """The token after the last one, (B, 1)."""
+    found: torch.Tensor = answer["logits"][:, -1:].argmax(-1)
+    return found
+
+
 def _broken_down(model: Any, prompt_tokens: int) -> tuple[Part, ...]:
     """What modules take of tokens after a prompt."""
     out = _read(model, _prompt(model, prompt_tokens))
-    cache, token = out["past_key_values"], out["logits"][:, -1:].argmax(-1)
+    cache, token = out["past_key_values"], _likeliest(out)
     with watched(model) as found:
         for _ in range(PROFILED_TOKENS):
-            token = model(input_ids=token, past_key_values=cache, use_cache=True)["logits"][:, -1:].argmax(-1)
+            token = _next(model, token, cache)
     return found.parts(PROFILED_TOKENS)
 
 
