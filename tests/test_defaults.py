@@ -90,6 +90,7 @@ def test_bundled_texts_are_there_and_their_licences_too() -> None:
     assert sum(path.stat().st_size for path in folder.iterdir()) < 1_300_000
 
 
+@pytest.mark.nightly
 def test_the_call_without_any_option(demo_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     words = ["quantize", str(demo_dir), str(out), "--bits", "2.5", "--json"]

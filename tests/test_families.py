@@ -35,8 +35,6 @@ DAILY = {
     "mixtral",
     "gpt_oss",
     "deepseek_v3",
-    "gemma4_text",
-    "aria",
     "granitemoe",
     "openai_privacy_filter",
     "nemotron_h",

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moeq.calibration import experts as module
+from moeq.calibration.moments import second_moment
 from moeq.calibration.stream import Capture
 from moeq.format.records import dequantize
 from moeq.model_parts import MatrixSource, MoeLayer
@@ -175,7 +176,7 @@ def test_second_moments_are_whole(width: int) -> None:
     """Multiplied out on one side of the diagonal only; rows that only pad a chunk do not count."""
     chunks = [torch.randn(40, width) for _ in range(3)]
     counts = [40, 17, 0]
-    total = module._second_moment(zip(chunks, counts, strict=True), torch.device("cpu"))
+    total = second_moment(zip(chunks, counts, strict=True), torch.device("cpu"))
     real = torch.cat([chunk[:count] for chunk, count in zip(chunks, counts, strict=True)])
     torch.testing.assert_close(total, real.T @ real, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(total, total.T)

@@ -21,6 +21,7 @@ from moeq.fleet import Fleet
 from moeq.recipe import Recipe
 from moeq.stages import evaluate, measure, quantize
 from moeq_cli import main
+from often import nightly
 
 ray = pytest.importorskip("ray")
 ray_fleet = pytest.importorskip("moeq.integrations.ray_fleet")
@@ -43,10 +44,6 @@ def text(text_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text((text_dir / "calibration.txt").read_text(encoding="utf-8")[:4000], encoding="utf-8")
     return path
-
-
-def nightly(value: Any) -> Any:
-    return pytest.param(value, marks=pytest.mark.nightly)
 
 
 def working() -> list[int]:
@@ -176,7 +173,7 @@ def test_same_costs(method: str, fleet: Fleet, demo_dir: Path, text: Path) -> No
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("compared", [nightly(False), True])
+@pytest.mark.parametrize("compared", [False, True])
 def test_same_quality(compared: bool, fleet: Fleet, packed_demo: Path, demo_dir: Path, text: Path) -> None:
     options: dict[str, Any] = {"seqlen": 32, "max_tokens": 800, "batch_size": 2, "device": "cpu"}
     options["reference"] = demo_dir if compared else None

@@ -17,6 +17,7 @@ import torch
 from moeq.errors import OptionError
 from moeq.runtime.load import load_any, load_tokenizer
 from moeq.stages import serve as serve_stage
+from often import nightly
 from serving import Running, chatty, started
 
 PROMPT = "The old man looked at the sea and"
@@ -247,7 +248,7 @@ def _idle(server: Running) -> bool:
     return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, nightly(signal.SIGTERM)])
 def test_it_stops_when_told(packed_demo: Path, number: int) -> None:
     """In the middle of an answer; without a template, a key, or bearer tokens."""
     with started(packed_demo, "--json") as running:

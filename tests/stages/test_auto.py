@@ -135,6 +135,7 @@ def test_an_interrupted_run_takes_up_what_is_made(
     assert shards(out) == shards(whole)
 
 
+@pytest.mark.nightly
 def test_text_that_is_just_enough(demo_dir: Path, tmp_path: Path) -> None:
     """Nothing is left to compare on: it says so, and nothing else is made."""
     text = tmp_path / "short.txt"
@@ -145,6 +146,7 @@ def test_text_that_is_just_enough(demo_dir: Path, tmp_path: Path) -> None:
     assert "left over" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.nightly
 def test_a_candidate_that_cannot_be_made_is_left_out(
     demo_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +201,7 @@ def test_a_time_becomes_an_effort(demo_dir: Path) -> None:
     assert moeq.plan(demo_dir, bits=2.5, method="gemq").efforts == {}
 
 
+@pytest.mark.nightly
 def test_a_plan_is_carried_out_as_its_method_has_it(demo_dir: Path, tmp_path: Path) -> None:
     """What is allocated and quantized in two steps is what one step gives."""
     costs, plan = tmp_path / "costs.json", tmp_path / "plan.json"

@@ -18,6 +18,7 @@ from moeq.layouts.spectral.reference import SpectralLayer
 from moeq.layouts.spectral.serving import SpectralExperts
 from moeq.runtime.load import load_any
 from moeq.spec import Unit
+from often import nightly
 
 OPTIONS = {"method": "bitsmoe", "nsamples": 8, "seqlen": 64}
 
@@ -135,7 +136,7 @@ def test_what_dropping_costs_decides_how_much_is_dropped(
     assert dropped[1] < 0.9 * dropped[0]
 
 
-@pytest.mark.parametrize("joint", ["false", "true"])
+@pytest.mark.parametrize("joint", [nightly("false"), "true"])
 def test_exact_errors_obey_the_budget(joint: str, demo_dir: Path, calibration_text: Path, tmp_path: Path) -> None:
     options = {**OPTIONS, "cost_options": f"errors=exact,joint={joint}"}
     table = tmp_path / "costs"

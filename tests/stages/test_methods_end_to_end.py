@@ -202,6 +202,7 @@ def test_router_tuning_survives_a_kill(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_progressive_takes_up_finished_stages(
     demo_dir: Path, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

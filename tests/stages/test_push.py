@@ -131,6 +131,7 @@ def test_an_upload(packed_demo: Path, hub: str, tmp_path: Path) -> None:
         assert base64.b64decode(value["content"]) == (packed_demo / name).read_bytes(), name
 
 
+@pytest.mark.nightly
 def test_a_hub_that_refuses(packed_demo: Path, tmp_path: Path) -> None:
     done = _push(packed_demo, "http://127.0.0.1:9", tmp_path, "hf_x")
     assert done.returncode == 1

@@ -29,6 +29,7 @@ def make_job(source: Path, partial: Path, reader: Reader, setup: Decision) -> Jo
         partial=partial,
         quantizer=make_quantizer("gptq"),
         dense_quantizer=make_quantizer("rtn"),
+        heard_quantizer=make_quantizer("gptq"),
         device=torch.device("cpu"),
     )
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 from moeq.arch import hooks
 from moeq.calibration import crew
 from moeq.calibration.crew import Asked, Crew, Done
+from moeq.calibration.moments import second_moment
 from moeq.calibration.stream import Capture
 from moeq.calibration.workers import in_order
 from moeq.format.records import dequantize
@@ -30,8 +31,6 @@ MIN_TOKENS = 256
 """Statistics of an expert with fewer routed tokens are filled up with tokens of the whole layer."""
 RIDGE = 0.3
 """What down may change by is held back as if every input had this many mean squares more."""
-STRIP = 256
-"""Rows of a second moment that are computed together, from the diagonal on."""
 
 ReadMatrix = Callable[[int, str], Tensor]
 
@@ -271,7 +270,7 @@ def _quantize_expert(task: ExpertsTask, experts: nn.Module, x_TH: Tensor, asked:
     projections = task.layer.projections
     source = {name: task.read(expert, name).to(task.device) for name in projections}
     down_HI = source.pop("down")
-    hessian = _second_moment(
+    hessian = second_moment(
         ((x_TH.index_select(0, chunk), len(chunk)) for chunk in seen.split(CHUNK_TOKENS)), task.device
     )
     rounded = task.round(expert, source, hessian)
@@ -281,7 +280,7 @@ def _quantize_expert(task: ExpertsTask, experts: nn.Module, x_TH: Tensor, asked:
     shared = torch.equal(seen, routed)
     if shared or task.compensate:
         z_SI = list(z_SI)
-    hessian = _second_moment(z_SI, task.device)
+    hessian = second_moment(z_SI, task.device)
     if task.compensate:
         wanted_SI = _inner(
             experts, expert, x_TH, seen, {name: w.to(x_TH.dtype) for name, w in source.items()}, task.device
@@ -349,21 +348,6 @@ def _add_answers(y_TH: Tensor, route: _Route, answers: list[Tensor]) -> None:
         part = slice(start, start + len(answer_SH))
         start = part.stop
         y_TH.index_add_(0, route.token_S[part], answer_SH * route.weight_S[part].unsqueeze(-1))
-
-
-def _second_moment(chunks: Iterable[tuple[Tensor, int]], device: torch.device) -> Tensor:
-    """Sum over the first rows of chunks of x x^T, (K, K) float32; only the upper half is multiplied out."""
-    total: Tensor | None = None
-    for chunk, count in chunks:
-        x_SK = chunk[:count].to(device, torch.float32)
-        if total is None:
-            total = x_SK.new_zeros(x_SK.shape[1], x_SK.shape[1])
-        for start in range(0, len(total), STRIP):
-            total[start : start + STRIP, start:].addmm_(x_SK[:, start : start + STRIP].T, x_SK[:, start:])
-    assert total is not None
-    for start in range(STRIP, len(total), STRIP):
-        total[start:, start - STRIP : start] = total[start - STRIP : start, start:].T
-    return total
 
 
 def replay_experts(

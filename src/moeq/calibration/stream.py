@@ -11,6 +11,7 @@ Legend: N sequences, T tokens (of a sequence, or of all where flattened), H hidd
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -107,6 +108,13 @@ class _Recorder(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
+class _Unknown(nn.Module):
+    """Handler that answers NaN: whatever depends on the experts shows it."""
+
+    def forward(self, _: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return torch.full_like(hidden_states, torch.nan)
+
+
 class _Replayer(nn.Module):
     """Handler that answers from a store, call after call."""
 
@@ -153,6 +161,8 @@ class Streamer:
         device: where blocks run.
         routing: "natural", "all", or an integer r >= 2: statistics see top-k x r experts.
         progress: called with (blocks done, blocks).
+        prepare: called with each block's path, the block and `show`, before its experts are asked; it may change the
+            block's weights. `show()` runs the block on all tokens with experts that answer NaN.
     """
 
     driver: nn.Module
@@ -166,6 +176,7 @@ class Streamer:
     device: torch.device
     routing: str | int = "natural"
     progress: Callable[[int, int], None] | None = None
+    prepare: Callable[[str, nn.Module, Callable[[], None]], None] | None = None
 
     @torch.inference_mode()
     def run(self, ids_NT: Tensor) -> None:
@@ -196,6 +207,10 @@ class Streamer:
             block = self.loader(path)
             batches = list(self._micro_batches(args, kwargs, num_sequences))
             inside = [(name, module) for name, module in block.named_modules() if f"{path}.{name}" in self.experts]
+            if self.prepare is not None:
+                for _, experts in inside:
+                    hooks.attach_handler(experts, _Unknown())
+                self.prepare(path, block, partial(_show, block, batches))
             for _, experts in inside:
                 hooks.attach_handler(experts, _Recorder(None, None, None))
             for name, experts in inside:
@@ -268,8 +283,7 @@ class Streamer:
         for other in others:
             other._next = 0
         hooks.attach_handler(experts, recorder)
-        for args, kwargs in batches:
-            block(*args, **kwargs)
+        _show(block, batches)
         hooks.attach_handler(experts, _Recorder(None, None, None))
 
     def _wider(self, block: nn.Module, experts: nn.Module, layer: int, batches: Sequence[Any]) -> Tensor:
@@ -334,6 +348,11 @@ def compute_dtype(source: torch.dtype, device: torch.device) -> torch.dtype:
         return source
     native_bfloat16 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return source if source == torch.bfloat16 and native_bfloat16 else torch.float32
+
+
+def _show(block: nn.Module, batches: Sequence[Any]) -> None:
+    for args, kwargs in batches:
+        block(*args, **kwargs)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -45,6 +45,7 @@ class Job:
         partial: where the files go.
         quantizer: rounds the experts.
         dense_quantizer: rounds the other linears; needs no data.
+        heard_quantizer: rounds those of them whose inputs calibration saw, None for `dense_quantizer`.
         device: where rounding is done.
         table: the costs that a plan of components came from, for their bases.
         gain: match the gain of components' scales.
@@ -55,6 +56,7 @@ class Job:
         fleet: who rounds.
         noted: unit -> digest of its rounded weights, filled for a few units of each layer; what
             `verify` compares the reloaded model with.
+        heard: path -> record of linears that were rounded with text and are not yet written.
     """
 
     inventory: Inventory
@@ -71,7 +73,9 @@ class Job:
     tiles: TileOptions = field(default_factory=TileOptions)
     seed: int = 0
     fleet: Fleet = HERE
+    heard_quantizer: Quantizer | None = None
     noted: dict[Unit, str] = field(default_factory=dict)
+    heard: dict[str, Tensor] = field(default_factory=dict)
 
     def settle(self, unit: Unit, rounded: QuantizedMatrix) -> Tensor:
         """The matrix record of a rounded expert matrix.
@@ -117,12 +121,24 @@ class Job:
     def dense_record(self, linear: DenseLinear) -> tuple[Tensor, QuantSpec]:
         """The matrix record of a linear outside the experts."""
         spec = self.plan.specs[self.plan.dense[linear.path]]
-        source = MatrixSource(name=linear.source, stacked=False)
-        weights = self.reader.matrix(source, 0, linear.shape).to(self.device)
-        rounded = self.dense_quantizer.quantize(weights, spec, None)
-        return pack_matrix(rounded.codes_NK, rounded.scale_NG, rounded.zero_NG, spec), spec
+        if linear.path in self.heard:
+            return self.heard[linear.path], spec
+        return self._rounded(linear, self.dense_quantizer, None), spec
+
+    def hear(self, linear: DenseLinear, hessian_KK: Tensor) -> None:
+        """Round a linear outside the experts by the second moments of its inputs; `heard` keeps the record."""
+        assert self.heard_quantizer is not None
+        self.heard[linear.path] = self._rounded(linear, self.heard_quantizer, hessian_KK)
 
     def dense_weights(self, linear: DenseLinear, dtype: torch.dtype) -> Tensor:
         """What a packed linear outside the experts decodes to."""
         record, spec = self.dense_record(linear)
         return decode_matrix(record, spec, linear.shape, dtype)
+
+    def _rounded(self, linear: DenseLinear, quantizer: Quantizer, hessian_KK: Tensor | None) -> Tensor:
+        source = MatrixSource(name=linear.source, stacked=False)
+        weights = self.reader.matrix(source, 0, linear.shape).to(self.device)
+        rounded = quantizer.quantize(weights, self.plan.specs[self.plan.dense[linear.path]], hessian_KK)
+        return pack_matrix(
+            rounded.codes_NK, rounded.scale_NG, rounded.zero_NG, self.plan.specs[self.plan.dense[linear.path]]
+        )

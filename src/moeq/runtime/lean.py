@@ -63,7 +63,7 @@ class LeanLinear(nn.Linear):
 
 def _product(x_SK: Tensor, w_NK: Tensor) -> Tensor | None:
     """x W^T, or None where torch's own is as good."""
-    if w_NK.dtype != x_SK.dtype or not (is_ours(x_SK) and is_ours(w_NK)):
+    if w_NK.dtype != x_SK.dtype or x_SK.dtype == torch.float32 or not (is_ours(x_SK) and is_ours(w_NK)):
         return None
     if x_SK.shape[0] <= FEW:
         return native_dense.linear(x_SK, w_NK)

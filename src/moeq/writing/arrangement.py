@@ -3,7 +3,7 @@
 Computed from headers alone: the same numbers serve `plan`, the budget and the writer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moeq.artifacts import Inventory, Plan
@@ -77,14 +77,15 @@ def dense_tensors(inventory: Inventory, plan: Plan, position: int) -> tuple[OutT
 def arrange(inventory: Inventory, plan: Plan, headers: Mapping[str, TensorInfo]) -> tuple[Shard, ...]:
     """The files of the packed checkpoint: one for each MoE layer, then the copied tensors.
 
-    A packed linear goes with the MoE layer of its decoder block, or else with the first one.
+    A packed linear goes with the MoE layer of its decoder block or the next one, else with the first one: where the
+    linears of blocks are rounded with text, they have seen it when their file is written.
     Blobs come before tables and every blob is a multiple of 64 bytes: all of them are aligned.
     """
-    blocks = {layer.block: index for index, layer in enumerate(inventory.layers)}
+    blocks = [layer.block for layer in inventory.layers]
     homes: dict[int, list[int]] = {}
     for position, linear in enumerate(inventory.dense):
         if linear.path in plan.dense:
-            homes.setdefault(blocks.get(linear.block, 0), []).append(position)
+            homes.setdefault(_home(linear.block, blocks), []).append(position)
     groups: list[tuple[int | None, tuple[int, ...], list[OutTensor]]] = []
     for index, layer in enumerate(inventory.layers):
         positions = tuple(homes.get(index, ()))
@@ -97,6 +98,16 @@ def arrange(inventory: Inventory, plan: Plan, headers: Mapping[str, TensorInfo])
         Shard(file=f"model-{i:05}-of-{count:05}.safetensors", layer=layer, dense=positions, tensors=tuple(tensors))
         for i, (layer, positions, tensors) in enumerate(groups, start=1)
     )
+
+
+def _home(block: str, blocks: Sequence[str]) -> int:
+    """The first MoE layer in a block of the same stack that is not before `block`; 0 if there is none."""
+    stack, _, number = block.rpartition(".")
+    for index, other in enumerate(blocks):
+        same, _, at = other.rpartition(".")
+        if same == stack and number.isdecimal() and at.isdecimal() and int(at) >= int(number):
+            return index
+    return 0
 
 
 def _copied(headers: Mapping[str, TensorInfo], replaced: set[str]) -> list[list[OutTensor]]:

@@ -23,6 +23,7 @@ from moeq.layouts.serving import layout
 from moeq.progress import Progress
 from moeq.writing import other_files
 from moeq.writing.arrangement import Shard
+from moeq.writing.heard_linears import HeardLinears
 from moeq.writing.shard_writer import write_layer
 
 Done = Callable[[str, FileDigest], None]
@@ -30,20 +31,18 @@ Done = Callable[[str, FileDigest], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Blocks:
-    """Loads decoder blocks of a skeleton, with the packed linears already rounded."""
+    """Loads decoder blocks of a skeleton, with those packed linears already rounded that need no text."""
 
     job: Job
     skeleton: PreTrainedModel
     keymap: KeyMap
     dtype: torch.dtype
+    linears: HeardLinears
 
     def __call__(self, block: str) -> nn.Module:
         job = self.job
         load_prefix(self.skeleton, block, self.keymap, job.reader.tensor, self.dtype)
-        for linear in job.inventory.dense:
-            if linear.path in job.plan.dense and linear.path.startswith(block + "."):
-                module = self.skeleton.get_submodule(linear.path)
-                module.weight.data = job.dense_weights(linear, self.dtype)
+        self.linears.plain(block, self.skeleton.get_submodule(block))
         return self.skeleton.get_submodule(block).to(job.device).eval()
 
     def unload(self, block: str) -> None:
@@ -92,6 +91,7 @@ def run(
     load_prefix(driver, outside, keymap, job.reader.tensor, dtype, skip=blocks)
     counts: dict[int, list[int]] = {}
     pool = SpillPool(job.partial)
+    linears = HeardLinears(job=job, shards=shards, blocks=blocks, finished=finished, dtype=dtype)
     layer_shards = {shard.layer: shard for shard in shards if shard.layer is not None}
 
     def visit(layer: int, experts: nn.Module, capture: Capture) -> Tensor:
@@ -103,12 +103,13 @@ def run(
         found = make.calibrated(experts, capture, pool)
         counts[layer] = found.counts
         done(shard.file, write_layer(job, shard, found.blobs, make.tables()))
+        linears.written(shard)
         return found.y_TH
 
     Streamer(
         driver=driver,
         blocks=blocks,
-        loader=_Blocks(job=job, skeleton=skeleton, keymap=keymap, dtype=dtype),
+        loader=_Blocks(job=job, skeleton=skeleton, keymap=keymap, dtype=dtype, linears=linears),
         experts={layer.path: index for index, layer in enumerate(layers)},
         top_k=tuple(layer.top_k for layer in layers),
         hidden=tuple(layer.shapes["down"][0] for layer in layers),
@@ -117,6 +118,7 @@ def run(
         device=job.device,
         routing=int(routing) if routing.isdecimal() else routing,
         progress=None if progress is None else lambda count, total: progress("packing", count, total),
+        prepare=linears.heard,
     ).run(ids_NT)
     return counts
 

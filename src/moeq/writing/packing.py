@@ -22,7 +22,7 @@ from moeq.version import __version__
 from moeq.writing import calibrated_packing
 from moeq.writing.arrangement import Shard
 from moeq.writing.decision import Decision
-from moeq.writing.quantizer_choice import dataless_quantizer, dense_quantizer
+from moeq.writing.quantizer_choice import dataless_quantizer, dense_quantizer, heard_quantizer
 from moeq.writing.shard_writer import write_copied, write_layer
 
 
@@ -79,6 +79,7 @@ def _job(
         partial=partial,
         quantizer=quantizer,
         dense_quantizer=dense_quantizer(recipe),
+        heard_quantizer=heard_quantizer(recipe),
         device=device,
         table=decision.table,
         gain=recipe.gain,

@@ -10,7 +10,9 @@ from moeq.quantizers.registry import QUANTIZERS, make_quantizer
 from moeq.recipe import Recipe
 
 DENSE_QUANTIZER: Final = "rtn"
-"""What rounds linears outside the experts (docs/decisions/0011)."""
+"""What rounds linears outside the experts without text (docs/decisions/0011)."""
+HEARD_QUANTIZER: Final = "gptq"
+"""What rounds them with it."""
 
 
 def quantizer_options(recipe: Recipe, name: str) -> dict[str, Any]:
@@ -56,10 +58,16 @@ def dataless_quantizer(recipe: Recipe) -> Quantizer:
 
 
 def dense_name(recipe: Recipe) -> str:
-    """The name of what rounds linears outside the experts."""
+    """The name of what rounds linears outside the experts without text."""
     return recipe.served.dataless or DENSE_QUANTIZER
 
 
 def dense_quantizer(recipe: Recipe) -> Quantizer:
-    """What rounds linears outside the experts."""
+    """What rounds linears outside the experts without text."""
     return make_quantizer(dense_name(recipe), gain=recipe.gain)
+
+
+def heard_quantizer(recipe: Recipe) -> Quantizer:
+    """What rounds linears outside the experts whose inputs calibration saw."""
+    name = recipe.served.quantizer or HEARD_QUANTIZER
+    return make_quantizer(name, **quantizer_options(recipe, name))
