@@ -27,5 +27,6 @@ for kind in address,undefined thread; do
   $cxx $common -fsanitize=$kind -fno-sanitize=alignment tests/native/check_kernels.cpp tests/native/check_layouts.cpp \
     tests/native/check_dense.cpp csrc/dense_tasks.cpp \
     csrc/experts.cpp csrc/spectral.cpp csrc/tiled.cpp csrc/threads.cpp $objects -o "$out/check-$kind" -pthread -ldl
-  echo "$kind: $("$out/check-$kind" "${1:-200}")"
+  printf '%s: ' "$kind"
+  "$out/check-$kind" "${1:-200}"
 done
