@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 BROWSER := $(VENV)/.browser
 
-.PHONY: demo test test-vllm nightly check bench bench-cpu sanitize format docs wheels clean
+.PHONY: demo test test-vllm nightly check bench bench-cpu sanitize aarch64 format docs wheels clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py --output demo-output
@@ -38,6 +38,10 @@ bench-cpu: $(STAMP)
 
 sanitize:
 	sh scripts/sanitize.sh
+
+# The kernels on 64-bit ARM, under QEMU.
+aarch64:
+	sh scripts/aarch64.sh
 
 format: $(STAMP)
 	$(BIN)/ruff format src tests scripts benchmarks

@@ -7,12 +7,14 @@ from an F16 file of its own converter, without an importance matrix, with its ow
 one by `moeq imatrix`. Ours get as
 many windows of the same two texts, the output at 8 bits and embeddings at 4 as llama.cpp's files of 2 bits have them;
 attention and experts get what then fits into a file that is no larger, by one program. KL to F16 is llama.cpp's own
-figure, over windows of each text.
+figure, over windows of each text. In the end llama-bench decodes with every file, one thread, files taking turns.
 """
 
 import argparse
+import json
 import re
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -27,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gguf_sources import CONVERT, run
 
 CONTEXT, WINDOWS = 512, 128
+ROUNDS = 5
 EMBEDDING_SAVED = 2 - 18 / 32
 """Bytes that a weight of the table of tokens loses at 4 bits."""
 NEAR = 0.003
@@ -40,8 +43,6 @@ DYNAMIC = (
 
 def texts(data: Path, scratch: Path) -> dict[str, Path]:
     """Name -> a plain file of each text to judge by."""
-    import json
-
     mixture = scratch / "mixture.txt"
     lines = (data / "mixture" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     mixture.write_text("\n\n".join(json.loads(line)["text"] for line in lines), encoding="utf-8")
@@ -50,8 +51,6 @@ def texts(data: Path, scratch: Path) -> dict[str, Path]:
 
 def calibration(data: Path, model: Path, scratch: Path) -> tuple[str, Path]:
     """Texts for moeq, and a plain file with about as many tokens of each for llama-imatrix."""
-    import json
-
     tokenizer = load_tokenizer(model)
     lines = (data / "mixture" / "calibration.jsonl").read_text(encoding="utf-8").splitlines()
     both = (
@@ -123,6 +122,17 @@ def ours(model: Path, first: Path, scratch: Path, text: str, size: int, seed: in
     return best
 
 
+def speeds(programs: Path, files: list[Path]) -> list[float]:
+    """Tokens a second that llama.cpp decodes with each file: medians over `ROUNDS`, files taking turns."""
+    found: list[list[float]] = [[] for _ in files]
+    for _ in range(ROUNDS):
+        for file, rates in zip(files, found, strict=True):
+            words = ("-p", "0", "-n", "64", "-d", "512", "-t", "1", "-r", "1", "-o", "json")
+            said = run(programs / "llama-bench", "-m", file, *words)
+            rates.append(json.JSONDecoder().raw_decode(said[said.index("[\n") :])[0][0]["avg_ts"])
+    return [statistics.median(rates) for rates in found]
+
+
 def _rows(file: Path) -> list[int]:
     """Weights of the table of tokens that is rounded while exporting."""
     return [int(np.prod(t.shape)) for t in gguf.GGUFReader(file).tensors if t.name == "token_embd.weight"]
@@ -156,7 +166,8 @@ def main() -> None:
     for name, text in texts(args.data, args.scratch).items():
         bases[name] = args.scratch / f"{name}.base"
         base_of(programs, first, text, bases[name], args.chunks)
-    lines = []
+    lines: list[tuple[str, ...]] = []
+    files: list[Path] = []
 
     def judge(title: str, file: Path, bits: str) -> None:
         found = [divergence(programs, file, base) for base in bases.values()]
@@ -164,6 +175,7 @@ def main() -> None:
         kinds = sorted({t.tensor_type.name for t in gguf.GGUFReader(file).tensors if "exps" in t.name})
         row = (title, f"{size:,}", ", ".join(kinds), bits, *(f"{kl:.4f}" for kl in found), f"{np.mean(found):.4f}")
         lines.append(row)
+        files.append(file)
         print(*row, flush=True)
 
     for kind in args.kinds.split(","):
@@ -176,8 +188,9 @@ def main() -> None:
                 for seed in map(int, args.seeds.split(",")):
                     made, bits = ours(args.model, first, args.scratch, both, file.stat().st_size, seed)
                     judge(f"moeq, seed {seed}, not larger", made, f"{bits:.3f}")
-    header = ("file", "bytes", "types of experts", "expert bits", *bases, "mean KL")
-    print(markdown_table(header, lines))
+    header = ("file", "bytes", "types of experts", "expert bits", *bases, "mean KL", "tokens/s")
+    rates = speeds(programs, files)
+    print(markdown_table(header, [(*line, f"{rate:.0f}") for line, rate in zip(lines, rates, strict=True)]))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ ELSEWHERE = {
     "make nightly": "minutes",
     "make test-vllm": "gigabytes, minutes",
     "make sanitize": "minutes; `make nightly`",
+    "make aarch64": "a minute, and a cross compiler; `make nightly`",
     "make docs": "minutes",
     "make wheels": "minutes",
     "make demo": "minutes; `make nightly`",
@@ -145,3 +146,14 @@ def test_sanitizers(tmp_path: Path) -> None:
         ["sh", "scripts/sanitize.sh"], cwd=clone(tmp_path), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.nightly
+def test_kernels_on_arm(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["sh", "scripts/aarch64.sh", "5"], cwd=clone(tmp_path), capture_output=True, text=True, check=False
+    )
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "aarch64: ok\n"
