@@ -1,7 +1,9 @@
 // See threads.h.
 #include "threads.h"
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -33,6 +35,47 @@ GompParallel* openmp() {
   static GompParallel* const found = find_openmp();
   return found;
 }
+
+using Clock = std::chrono::steady_clock;
+
+// A wait for other threads that says that the machine is busy: longer than this, and a third of the call.
+constexpr auto kPatience = std::chrono::milliseconds(1);
+constexpr int kShare = 3;
+constexpr auto kFirstPause = std::chrono::milliseconds(50), kLongestPause = std::chrono::milliseconds(1000);
+
+thread_local Clock::duration waited{};  // by this thread, for others, since its call began
+
+// Whether to ask other threads at all. A thread that the system has taken its processor from holds up the others for
+// milliseconds, call after call; so after a long wait a thread works alone for a while, longer each time.
+struct Company {
+  Clock::time_point comes{};
+  Clock::duration pause = kFirstPause;
+
+  void learn(Clock::time_point now, Clock::duration took) {
+    if (waited > kPatience && kShare * waited > took) {
+      comes = now + pause;
+      pause = std::min<Clock::duration>(2 * pause, kLongestPause);
+    } else if (now > comes + 4 * pause) {
+      pause = kFirstPause;
+    }
+  }
+};
+
+thread_local Company company;
+
+// A call, and when the thread that makes it has done its own part.
+struct Call {
+  Work* work;
+  void* context;
+  std::thread::id caller;
+  Clock::time_point done{};
+
+  static void run(void* context) {
+    Call& call = *(Call*)context;
+    call.work(call.context);
+    if (std::this_thread::get_id() == call.caller) call.done = Clock::now();
+  }
+};
 
 // Threads that sleep until there is work. One call at a time: a second one waits.
 class Pool {
@@ -123,13 +166,22 @@ void relax(int round) {
 #endif
 }
 
+Patience::Patience() : since_(Clock::now().time_since_epoch().count()) {}
+
+Patience::~Patience() { waited += Clock::duration(Clock::now().time_since_epoch().count() - since_); }
+
 void run_on(int threads, Work* work, void* context) {
-  if (threads <= 1)
-    work(context);
-  else if (openmp() != nullptr)
-    openmp()(work, context, (unsigned)threads, 0);
+  const auto begun = Clock::now();
+  if (threads <= 1 || begun < company.comes) return work(context);
+  waited = {};
+  Call call{work, context, std::this_thread::get_id()};
+  if (openmp() != nullptr)
+    openmp()(Call::run, &call, (unsigned)threads, 0);
   else
-    pool().run(threads, work, context);
+    pool().run(threads, Call::run, &call);
+  const auto now = Clock::now();
+  waited += now - call.done;
+  company.learn(now, now - begun);
 }
 
 }  // namespace moeq
