@@ -118,12 +118,14 @@ class Job:
     def _of_layer(self, layer: int, expert: int, name: str) -> Tensor:
         return self.matrix(Unit(layer=layer, expert=expert, projection=name))
 
+    def dense_spec(self, linear: DenseLinear) -> QuantSpec:
+        """How a packed linear outside the experts is stored."""
+        return self.plan.specs[self.plan.dense[linear.path]]
+
     def dense_record(self, linear: DenseLinear) -> tuple[Tensor, QuantSpec]:
         """The matrix record of a linear outside the experts."""
-        spec = self.plan.specs[self.plan.dense[linear.path]]
-        if linear.path in self.heard:
-            return self.heard[linear.path], spec
-        return self._rounded(linear, self.dense_quantizer, None), spec
+        known = self.heard.get(linear.path)
+        return self._rounded(linear, self.dense_quantizer, None) if known is None else known, self.dense_spec(linear)
 
     def hear(self, linear: DenseLinear, hessian_KK: Tensor) -> None:
         """Round a linear outside the experts by the second moments of its inputs; `heard` keeps the record."""
@@ -136,9 +138,8 @@ class Job:
         return decode_matrix(record, spec, linear.shape, dtype)
 
     def _rounded(self, linear: DenseLinear, quantizer: Quantizer, hessian_KK: Tensor | None) -> Tensor:
+        spec = self.dense_spec(linear)
         source = MatrixSource(name=linear.source, stacked=False)
         weights = self.reader.matrix(source, 0, linear.shape).to(self.device)
-        rounded = quantizer.quantize(weights, self.plan.specs[self.plan.dense[linear.path]], hessian_KK)
-        return pack_matrix(
-            rounded.codes_NK, rounded.scale_NG, rounded.zero_NG, self.plan.specs[self.plan.dense[linear.path]]
-        )
+        rounded = quantizer.quantize(weights, spec, hessian_KK)
+        return pack_matrix(rounded.codes_NK, rounded.scale_NG, rounded.zero_NG, spec)

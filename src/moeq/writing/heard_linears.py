@@ -81,7 +81,7 @@ class HeardLinears:
     def _finished(self, linear: DenseLinear) -> Tensor:
         shard = self._homes[linear.path]
         record = map_file(self.job.partial / shard.file)[linear.path + DATA_SUFFIX]
-        return decode_matrix(record, self.job.plan.specs[self.job.plan.dense[linear.path]], linear.shape, self.dtype)
+        return decode_matrix(record, self.job.dense_spec(linear), linear.shape, self.dtype)
 
     def _set(self, linear: DenseLinear, block: str, module: nn.Module, weights: Tensor) -> None:
         weight = module.get_submodule(_inner(linear.path, block)).weight
