@@ -101,7 +101,7 @@ struct Inputs {
 };
 
 template <int kTokens>
-MOEQ_INLINE void add_run(const Dots<8>& dots, const Inputs& x, int64_t run, Sums& sum) {
+MOEQ_INLINE void add_run(const SignedDots& dots, const Inputs& x, int64_t run, Sums& sum) {
   sum.a = dots.template add<1>(x.q0 + run * kBlock, x.scale0 + run, sum.a);
   if (kTokens > 1) sum.b = dots.template add<1>(x.q1 + run * kBlock, x.scale1 + run, sum.b);
   if (kTokens > 2) sum.c = dots.template add<1>(x.q2 + run * kBlock, x.scale2 + run, sum.c);
@@ -138,7 +138,7 @@ struct Fours {
     const uint8_t* codes = m.planes[0] + row * row_bytes(m.columns / 4, 8) + run * 32;
     for (int64_t i = 0; i < count; i++) {
       const uint8_t* book = books + i / 2 * 1024;
-      Dots<8> dots;
+      SignedDots dots;
 #pragma GCC unroll 4
       for (int s = 0; s < 4; s++) dots.c[s] = _mm256_xor_si256(eight(codes + 32 * i + 8 * s, book), bytes_of(128));
       add_run<kTokens>(dots, x, i, sum);
@@ -195,7 +195,7 @@ struct Pairs {
     const uint8_t* second = m.planes[1] + row * row_bytes(columns, 2) + run * 16;
     for (int64_t i = 0; i < count; i += 2, first += 64, second += 32) {
       const V p0 = spread(first), p1 = spread(first + 32), q = spread(second);
-      Dots<8> dots;
+      SignedDots dots;
       look_up(tables[i], field<0>(p0, 15), _mm256_slli_epi16(q, 7), _mm256_slli_epi16(q, 6), dots.c);
       look_up(tables[i], field<0>(p1, 15), _mm256_slli_epi16(q, 5), _mm256_slli_epi16(q, 4), dots.c + 2);
       add_run<kTokens>(dots, x, i, sum);

@@ -1,6 +1,7 @@
 // See dense.h: plain loops over lanes, with float32 sums whatever the dtype.
 #include "dense.h"
 
+#include "fetch.h"
 #include "halves.h"
 #include "records.h"
 
@@ -41,10 +42,24 @@ void dots_of(const DotsJob& job) {
   }
 }
 
+// Where a number is.
+template <Dtype kDtype>
+MOEQ_INLINE const char* place_of(const void* from, int64_t number) {
+  return (const char*)from + number * (kDtype == Dtype::float32 ? 4 : 2);
+}
+
+// Asks for what follows some numbers of a key or value: spans follow each other, so what comes after the last one is
+// wanted too.
+template <Dtype kDtype>
+MOEQ_INLINE void fetch_ahead(const void* from, int64_t first, int64_t count) {
+  fetch_all(place_of<kDtype>(from, first) + kAhead, place_of<kDtype>(from, count) - (const char*)from);
+}
+
 // Scores of one head: its query times every key.
 template <Dtype kDtype>
 MOEQ_INLINE void score(const float* q, const void* k, int64_t step, int64_t size, int64_t count, float* to) {
   for (int64_t t = 0; t < count; t++) {
+    fetch_ahead<kDtype>(k, t * step, size);
     F sum = all(0.0f), more = sum;
     int64_t j = 0;
     for (; j + 2 * kLanes <= size; j += 2 * kLanes) {
@@ -56,29 +71,31 @@ MOEQ_INLINE void score(const float* q, const void* k, int64_t step, int64_t size
   }
 }
 
-// The sum of values, each times its weight. Four registers of columns at a time.
+// kRegisters of columns of the sum of values, each times its weight, from column j on.
+template <Dtype kDtype, int kRegisters>
+MOEQ_INLINE void gather_columns(const float* weight, const void* v, int64_t step, int64_t j, int64_t count, float* to) {
+  F sums[kRegisters];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRegisters; i++) sums[i] = all(0.0f);
+  for (int64_t t = 0; t < count; t++) {
+    fetch_ahead<kDtype>(v, t * step + j, kRegisters * kLanes);
+    const F here = all(weight[t]);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRegisters; i++) sums[i] = fma(load_as<kDtype>(v, t * step + j + i * kLanes), here, sums[i]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRegisters; i++) store(to + j + i * kLanes, sums[i]);
+}
+
+// The sum of values, each times its weight.
 template <Dtype kDtype>
 MOEQ_INLINE void gather(const float* weight, const void* v, int64_t step, int64_t size, int64_t count, float* to) {
   int64_t j = 0;
-  for (; j + 4 * kLanes <= size; j += 4 * kLanes) {
-    F a = all(0.0f), b = a, c = a, d = a;
-    for (int64_t t = 0; t < count; t++) {
-      const F here = all(weight[t]);
-      a = fma(load_as<kDtype>(v, t * step + j), here, a);
-      b = fma(load_as<kDtype>(v, t * step + j + kLanes), here, b);
-      c = fma(load_as<kDtype>(v, t * step + j + 2 * kLanes), here, c);
-      d = fma(load_as<kDtype>(v, t * step + j + 3 * kLanes), here, d);
-    }
-    store(to + j, a);
-    store(to + j + kLanes, b);
-    store(to + j + 2 * kLanes, c);
-    store(to + j + 3 * kLanes, d);
-  }
-  for (; j < size; j += kLanes) {
-    F a = all(0.0f);
-    for (int64_t t = 0; t < count; t++) a = fma(load_as<kDtype>(v, t * step + j), all(weight[t]), a);
-    store(to + j, a);
-  }
+#if defined(__AVX512F__)
+  for (; j + 8 * kLanes <= size; j += 8 * kLanes) gather_columns<kDtype, 8>(weight, v, step, j, count, to);
+#endif
+  for (; j + 4 * kLanes <= size; j += 4 * kLanes) gather_columns<kDtype, 4>(weight, v, step, j, count, to);
+  for (; j < size; j += kLanes) gather_columns<kDtype, 1>(weight, v, step, j, count, to);
 }
 
 constexpr float kNever = -__builtin_huge_valf();
@@ -106,6 +123,8 @@ void weigh(float* scores, int64_t count, const uint8_t* mask, float* largest, fl
 template <Dtype kDtype>
 void attend_of(const AttendJob& job) {
   alignas(64) float scores[kSpan + kLanes];
+  // Nobody else asks for the first values.
+  fetch_all(job.v, min_of(kAhead, place_of<kDtype>(job.v, job.count * job.v_step) - (const char*)job.v));
   for (int head = 0; head < job.heads; head++) {
     score<kDtype>(job.q + head * job.size, job.k, job.k_step, job.size, job.count, scores);
     weigh(scores, job.count, job.mask, job.largest + head, job.total + head);

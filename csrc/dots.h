@@ -98,16 +98,11 @@ MOEQ_INLINE __m256 add_scaled_dot(V dot, const float* scale, __m256 sum) {
   return _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_broadcast_ss(scale), sum);
 }
 
-MOEQ_INLINE float sum_lanes(__m256 v) {
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
-}
-
-// What one code counts in the sums of Dots<bits>; the scales are divided by it.
+// kUnit: what one code counts in the sums of Dots<bits>; the scales are divided by it. kOffset: what codes lose before they are
+// multiplied.
 template <int kBits>
 struct Dots {
-  static constexpr float kUnit = 1.0f;
+  static constexpr float kUnit = 1.0f, kOffset = 0.0f;
   V c[4];
 
   inline __attribute__((always_inline)) void load(const uint8_t* first, const uint8_t* second) { unpack_codes<kBits>(first, second, c); }
@@ -151,7 +146,7 @@ struct Dots {
 // four times as much.
 template <>
 struct Dots<1> {
-  static constexpr float kUnit = 2.0f;
+  static constexpr float kUnit = 2.0f, kOffset = 0.0f;
   V c[4];
 
   inline __attribute__((always_inline)) void load(const uint8_t* first, const uint8_t*) {
@@ -195,7 +190,7 @@ struct Dots<1> {
 // c[1] and c[3] hold four times the code, so that one shift unpacks all.
 template <>
 struct Dots<2> {
-  static constexpr float kUnit = 4.0f;
+  static constexpr float kUnit = 4.0f, kOffset = 0.0f;
   V c[4];
 
   inline __attribute__((always_inline)) void load(const uint8_t* first, const uint8_t*) {
@@ -228,17 +223,9 @@ struct Dots<2> {
 };
 #endif
 
-// Codes minus 128 are signed: their signs go to the activations, so that |code| is unsigned and |code| * |x| * 2 fits.
-template <>
-struct Dots<8> {
-  static constexpr float kUnit = 1.0f;
-  static constexpr float kOffset = 128.0f;
+// Signed codes: their signs go to the activations, so that |code| is unsigned and |code| * |x| * 2 fits.
+struct SignedDots {
   V c[4];
-
-  inline __attribute__((always_inline)) void load(const uint8_t* first, const uint8_t*) {
-#pragma GCC unroll 4
-    for (int s = 0; s < 4; s++) c[s] = _mm256_xor_si256(load_codes(first + 32 * s), bytes_of(128));
-  }
 
   template <int kParts>
   inline __attribute__((always_inline)) __m256 add(const int8_t* x, const float* scale, __m256 sum) const {
@@ -256,6 +243,19 @@ struct Dots<8> {
     return sum;
   }
 };
+
+#if !defined(__AVX512VNNI__)
+// Products of codes of 8 bits do not fit, those of codes minus 128 do.
+template <>
+struct Dots<8> : SignedDots {
+  static constexpr float kUnit = 1.0f, kOffset = 128.0f;
+
+  inline __attribute__((always_inline)) void load(const uint8_t* first, const uint8_t*) {
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; s++) c[s] = _mm256_xor_si256(load_codes(first + 32 * s), bytes_of(128));
+  }
+};
+#endif
 
 }  // namespace moeq::MOEQ_ISA
 

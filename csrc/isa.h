@@ -28,17 +28,18 @@ inline bool runs(Isa isa) {
 #endif
 }
 
-// Whether bytes can be multiplied and added to 32 bits in one instruction; not every machine with AVX-512 can.
-inline bool has_vnni() {
+// Whether bytes can be multiplied and added to 32 bits in one instruction, and looked up in tables of 32 and more entries;
+// not every machine with AVX-512 can. The first that had only the former (Cascade Lake) lose a tenth by AVX2.
+inline bool has_byte_instructions() {
 #if MOEQ_X86
-  return runs(Isa::avx512) && __builtin_cpu_supports("avx512vnni");
+  return runs(Isa::avx512) && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
 #else
   return false;
 #endif
 }
 
-// Files with products are compiled for VNNI where they are for AVX-512.
-inline Isa product_isa(Isa isa) { return isa == Isa::avx512 && !has_vnni() ? Isa::avx2 : isa; }
+// Files with products are compiled for these where they are for AVX-512.
+inline Isa product_isa(Isa isa) { return isa == Isa::avx512 && !has_byte_instructions() ? Isa::avx2 : isa; }
 
 inline Isa best_isa() {
   static const Isa best = runs(Isa::avx512) ? Isa::avx512 : runs(Isa::avx2) ? Isa::avx2 : Isa::base;

@@ -297,6 +297,21 @@ MOEQ_INLINE F load(const float* from) {
 MOEQ_INLINE void store(void* to, I a) { store_from(to, a); }
 MOEQ_INLINE void store(void* to, F a) { store_from(to, a); }
 
+// Halves onto each other, until one is left.
+#if defined(__AVX2__) && defined(__FMA__)
+MOEQ_INLINE float sum_lanes(__m256 v) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+MOEQ_INLINE float sum_lanes(F v) {
+#if defined(__AVX512F__)
+  return sum_lanes(_mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1)));
+#else
+  return sum_lanes((__m256)(v.low + v.high));
+#endif
+}
+#else
 MOEQ_INLINE float sum_lanes(F v) {
   alignas(64) float lanes[kLanes];
   store(lanes, v);
@@ -304,6 +319,7 @@ MOEQ_INLINE float sum_lanes(F v) {
     for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
   return lanes[0];
 }
+#endif
 
 // Rounds to the nearest integer, ties to even, for 0 <= a < 2^22; the low bits of the sum are that integer.
 constexpr float kRounder = 8388608.0f;

@@ -4,6 +4,7 @@
 
 #include "codebook.h"
 #include "dots.h"
+#include "fetch.h"
 #include "lanes.h"
 #include "planes.h"
 #include "records.h"
@@ -13,10 +14,6 @@ namespace moeq::MOEQ_ISA {
 namespace {
 
 constexpr int64_t kTileRows = 16;  // rows that stay in the cache between two groups of vectors
-constexpr int64_t kAhead = 8192;   // bytes that codes are fetched ahead; half and twice as many were slower
-
-constexpr int64_t kStart = 4096;   // bytes that are fetched before a run begins
-
 // Places of a matrix that are read at once. 4 were slower, and 1 for all widths of one plane and for 6 bits.
 constexpr int streams_of(int bits) { return bits == 3 ? 1 : 2; }
 
@@ -51,11 +48,6 @@ MOEQ_INLINE __m256 first_lanes(__m256 v, int64_t count) {
   return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), lane)));
 }
 
-template <int kBits>
-constexpr float offset_of() {
-  return kBits == 8 ? 128.0f : 0.0f;
-}
-
 // For `num_rows` rows from `row` on: scales of `count` runs from `start` on, times those of the vectors, into scale[r];
 // the part of the zeros is taken off the sums. kZeros says what zeros there are; everything that rows share is read
 // once, as compilers cannot know that `scale` does not overlap it.
@@ -73,9 +65,9 @@ void prepare(const Matrix& m, const Zeros& zeros, int64_t row, int64_t num_rows,
     x_scale[t] = job.x[t]->scale[grain] + start;
     x_sum[t] = job.x[t]->sum[grain] + start;
   }
-  const __m256 offset = _mm256_set1_ps(offset_of<kBits>()), step = _mm256_set1_ps(zeros.step);
+  const __m256 offset = _mm256_set1_ps(Dots<kBits>::kOffset), step = _mm256_set1_ps(zeros.step);
   const __m256 unit = _mm256_set1_ps(1 / Dots<kBits>::kUnit);
-  const __m256 shared = _mm256_set1_ps(zeros.shared - offset_of<kBits>());
+  const __m256 shared = _mm256_set1_ps(zeros.shared - Dots<kBits>::kOffset);
   for (int64_t r = 0; r < num_rows; r++) {
     const int64_t at = (row + r) * groups + start;
     for (int64_t g = 0; g < count; g += 8) {
@@ -105,7 +97,7 @@ void prepare_whole(const Matrix& m, const Zeros& zeros, int64_t row, int64_t num
                    int64_t sums_step) {
   for (int64_t r = 0; r < num_rows; r++) {
     const __m256 all = _mm256_set1_ps(half_to_float(m.scale[row + r]));
-    const __m256 z = _mm256_set1_ps(zeros.at(m, row + r) - offset_of<kBits>());
+    const __m256 z = _mm256_set1_ps(zeros.at(m, row + r) - Dots<kBits>::kOffset);
     for (int64_t g = 0; g < count; g += 8) {
       const __m256 w = first_lanes(all, min_of(count - g, 8));
       for (int t = 0; t < kTokens; t++) {
@@ -117,27 +109,6 @@ void prepare_whole(const Matrix& m, const Zeros& zeros, int64_t row, int64_t num
       }
     }
   }
-}
-
-// Asks for what a plane of some width needs `kAhead` bytes later, each line of 64 bytes once.
-template <int kWidth>
-MOEQ_INLINE void fetch(const uint8_t* at, int64_t block) {
-  if (kWidth >= 4 || (kWidth == 2 && block % 2 == 0) || (kWidth == 1 && block % 4 == 0))
-    __builtin_prefetch(at + kAhead);
-  if (kWidth == 8) __builtin_prefetch(at + kAhead + 64);
-}
-
-MOEQ_INLINE void fetch_all(const void* from, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)from + at);
-}
-
-// Asks for scales and zeros of the rows that come next: too few to be fetched in time otherwise. Inlined by force, since
-// compilers drop calls of functions that do nothing but this.
-MOEQ_INLINE void fetch_scales(const Matrix& m, int64_t row, int64_t num_rows) {
-  const int64_t groups = (m.columns + m.group_size - 1) / m.group_size, first = row * groups, count = num_rows * groups;
-  fetch_all(m.scale + first, count * 2);
-  if (m.levels == Levels::asym) fetch_all((const uint8_t*)m.zero + first, count);
-  if (m.levels == Levels::asym16) fetch_all((const uint16_t*)m.zero + first, count * 2);
 }
 
 // What the inner loop holds in registers: sums of one row times kTokens vectors, or of two rows times one. Named, not
@@ -236,15 +207,6 @@ void rows(const MatvecJob& job, const int64_t* starts, int64_t num_rows) {
     }
 }
 
-// Asks for the beginning of a run of rows, which nobody asked for yet.
-MOEQ_INLINE void fetch_start(const Matrix& m, int64_t row, int64_t num_rows) {
-  fetch_scales(m, row, min_of(num_rows, kTileRows));
-  for (int plane = 0; plane < 2 && m.widths[plane]; plane++) {
-    const int64_t bytes = row_bytes(m.columns, m.widths[plane]);
-    fetch_all(m.planes[plane] + row * bytes, min_of(num_rows * bytes, kStart));
-  }
-}
-
 template <int kBits, int kParts, int kTokens>
 void rows_in_streams(const MatvecJob& job) {
   int64_t row = job.first;
@@ -252,7 +214,7 @@ void rows_in_streams(const MatvecJob& job) {
     constexpr int kStreams = streams_of(kBits);
     constexpr int64_t each = kTileRows / kStreams;
     const int64_t part = (job.last - row) / kStreams;
-    for (int stream = 0; stream < kStreams; stream++) fetch_start(*job.matrix, row + stream * part, part);
+    for (int stream = 0; stream < kStreams; stream++) fetch_start(*job.matrix, row + stream * part, part, kTileRows);
     for (int64_t r = 0; r < part; r += each) {
       int64_t starts[kStreams];
       for (int stream = 0; stream < kStreams; stream++) starts[stream] = row + stream * part + r;

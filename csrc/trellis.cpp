@@ -1,43 +1,14 @@
-// See trellis.h. Parities of codes and of those above them are made where codes lie packed, four or eight to a byte: a row
-// is read with the rows above it, which are in the cache. A byte shuffle turns indices into levels.
+// See trellis.h. Levels are looked up by trellis_levels.h.
 #include "trellis.h"
 
 #include "dots.h"
 #include "lanes.h"
 #include "planes.h"
 #include "records.h"
-#include "trellis_tables.h"
+#include "trellis_levels.h"
 
 namespace moeq::MOEQ_ISA {
 namespace {
-
-constexpr int64_t kSegment = 4096;  // columns that are looked at at a time
-constexpr int64_t kSegmentBlocks = kSegment / kBlock;
-constexpr int kMost = 6;  // rows above that can matter
-
-// What rows that are not there have in the plane of lowest bits.
-alignas(64) constexpr uint8_t kNothing[kSegment / 2 + 64] = {};
-
-MOEQ_INLINE int64_t groups_of(const Matrix& m) { return (m.columns + m.group_size - 1) / m.group_size; }
-
-// Some rows from block `first` on: the plane with their upper bits, that with the lowest, and those above.
-struct Rows {
-  static constexpr int kMany = 4;
-  const uint8_t *upper[kMany], *lowest[kMost + kMany];
-
-  // `count` of them, from `row` on.
-  Rows(const Matrix& m, int64_t row, int count, int64_t first) {
-    const int last = m.widths[1] ? 1 : 0;
-    const int64_t upper_pitch = row_bytes(m.columns, m.widths[0]), pitch = row_bytes(m.columns, m.widths[last]);
-    const uint8_t* from = m.planes[0] + row * upper_pitch + first * (kBlock / 8 * m.widths[0]);
-    for (int r = 0; r < count; r++) upper[r] = from + r * upper_pitch;
-    from = m.planes[last] + row * pitch + first * (kBlock / 8 * m.widths[last]);
-    for (int k = -kMost; k < count; k++) lowest[k + kMost] = -k <= row ? from + k * pitch : kNothing;
-  }
-
-  // The plane of lowest bits of the row that is `back` above row r of these.
-  inline __attribute__((always_inline)) const uint8_t* at(int r, int back) const { return lowest[r - back + kMost]; }
-};
 
 // The entries of `here` codes of block b of row r of some rows, into room for a whole block.
 template <int kBits>
@@ -144,66 +115,6 @@ void plain_block(const MatvecJob& job, const Rows& rows, int r, int64_t row, int
 
 #if MOEQ_DOTS
 
-// A parity of every code of a block, where the lowest bit of its field is, of two bits or, if kBits is 4, four; other bits
-// are anything.
-template <int kBits, int kParity>
-MOEQ_INLINE V parity(const Rows& rows, int r, int64_t from) {
-  constexpr int taps = kTaps[kBits][kParity];
-  // Fields of 16 codes are half a register: even ones go into the lower half, odd ones into the upper (see `unpack1`).
-  const auto bytes = [&](int k) { return kBits == 1 || kBits == 3 ? load_twice(rows.at(r, k) + from) : load_codes(rows.at(r, k) + from); };
-  V sum = _mm256_setzero_si256();
-#pragma GCC unroll 7
-  for (int k = 0; k <= kMost; k++)
-    if (taps >> k & 1) sum = _mm256_xor_si256(sum, bytes(k));
-  if (kBits == 1 || kBits == 3) sum = _mm256_srlv_epi32(sum, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
-  return sum;
-}
-
-// Bits of a where the mask has them, else of b.
-MOEQ_INLINE V bits_from(V a, int mask, V b) {
-#if defined(__AVX512VL__)
-  return _mm256_ternarylogic_epi32(bytes_of(mask), a, b, 0xca);
-#else
-  return _mm256_or_si256(_mm256_and_si256(a, bytes_of(mask)), _mm256_andnot_si256(bytes_of(mask), b));
-#endif
-}
-MOEQ_INLINE V twice(V bits) { return _mm256_add_epi8(bits, bits); }
-MOEQ_INLINE V masked(V a, int mask) { return _mm256_and_si256(a, bytes_of(mask)); }
-
-// Indices of a block, two to a byte: c[0] of a block is in the lower halves of the bytes of `even`, c[2] in the upper; c[1]
-// and c[3] in those of `odd`. Where there are 32 entries, the top of each half of the other two is a fifth bit.
-struct Indices {
-  V even, odd, fifth_even, fifth_odd;
-};
-
-// From fields of two bits each: the lower and the upper two of an index.
-MOEQ_INLINE Indices joined(V low, V high) {
-  const V even = bits_from(low, 0x33, _mm256_slli_epi16(high, 2)), odd = bits_from(_mm256_srli_epi16(low, 2), 0x33, high);
-  return {even, odd, even, odd};
-}
-
-template <int kBits>
-MOEQ_INLINE Indices indices(const Rows& rows, int r, int64_t b) {
-  if (kBits == 4) {
-    const auto index = [&](int64_t from) {
-      const V odd = bits_from(parity<4, 0>(rows, r, from), 0x11, twice(parity<4, 1>(rows, r, from)));
-      return bits_from(odd, 0x33, twice(load_codes(rows.at(r, 0) + from)));
-    };
-    return {index(b * 64), index(b * 64 + 32), load_codes(rows.at(r, 0) + b * 64), load_codes(rows.at(r, 0) + b * 64 + 32)};
-  }
-  const int64_t from = b * (kBits == 2 ? 32 : 16);
-  const V low = bits_from(parity<kBits, 0>(rows, r, from), 0x55, twice(parity<kBits, 1>(rows, r, from)));
-  const V third = parity<kBits, 2>(rows, r, from);
-  if (kBits == 1) return joined(low, bits_from(third, 0x55, twice(parity<1, 3>(rows, r, from))));
-  if (kBits == 2) return joined(low, bits_from(third, 0x55, load_codes(rows.at(r, 0) + from)));
-  // The upper two bits of a code are the upper two of five: one of them, and the third parity, make the upper two of four.
-  const V upper = load_codes(rows.upper[r] + b * 32);
-  Indices found = joined(low, bits_from(third, 0x55, twice(upper)));
-  found.fifth_even = _mm256_slli_epi16(upper, 2);
-  found.fifth_odd = upper;
-  return found;
-}
-
 // Scales of a segment of a row, times those of the activations.
 template <int kParts, int kTokens>
 struct Scales {
@@ -234,106 +145,6 @@ struct Scales {
   }
 };
 
-// Where there are 32 entries, the upper half of the table.
-constexpr int upper_half(int bits) { return bits < 3 ? 0 : 16; }
-
-#if !defined(__AVX512VNNI__)
-
-using Sum = __m256;
-// Entries are stored plus an offset, so that they are unsigned, but for those of 8 bits.
-template <int kBits>
-constexpr int kOffset = kBits == 4 ? 0 : kLargest[kBits] + 1;
-
-// Levels of a block, ready for products.
-template <int kBits>
-struct Table {
-  V lower, upper;
-
-  Table() {
-    const V offset = bytes_of(kOffset<kBits>);
-    lower = _mm256_add_epi8(load_twice((const uint8_t*)kTrellis[kBits]), offset);
-    upper = _mm256_add_epi8(load_twice((const uint8_t*)kTrellis[kBits] + upper_half(kBits)), offset);
-  }
-
-  inline __attribute__((always_inline)) V at(V index, V fifth) const {
-    const V found = _mm256_shuffle_epi8(lower, index);
-    return kBits < 3 ? found : _mm256_blendv_epi8(found, _mm256_shuffle_epi8(upper, index), fifth);
-  }
-
-  template <class Block>
-  inline __attribute__((always_inline)) void look_up(const Indices& i, Block& block) const {
-    block.c[0] = at(masked(i.even, 15), _mm256_slli_epi16(i.fifth_even, 4));
-    block.c[1] = at(masked(i.odd, 15), _mm256_slli_epi16(i.fifth_odd, 4));
-    block.c[2] = at(masked(_mm256_srli_epi16(i.even, 4), 15), i.fifth_even);
-    block.c[3] = at(masked(_mm256_srli_epi16(i.odd, 4), 15), i.fifth_odd);
-  }
-};
-
-template <int kBits>
-using Block = Dots<kBits == 4 ? 8 : kBits == 3 ? 7 : 6>;
-
-template <int kParts, class Block>
-MOEQ_INLINE Sum add(const Block& block, const int8_t* x, const float* scale, Sum sum) {
-  return block.template add<kParts>(x, scale, sum);
-}
-MOEQ_INLINE Sum no_sum() { return _mm256_setzero_ps(); }
-MOEQ_INLINE float total(Sum v) { return sum_lanes(v); }
-
-#else
-
-using W = __m512i;
-using Sum = __m512;
-template <int kBits>
-constexpr int kOffset = kLargest[kBits] + 1;
-
-// Two registers of levels.
-template <int kBits>
-struct Block {
-  W c[2];
-};
-
-template <int kBits>
-struct Table {
-  W lower, upper;
-
-  Table() {
-    const W offset = _mm512_set1_epi8((char)kOffset<kBits>);
-    const auto wide = [](const int8_t* from) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)from)); };
-    lower = _mm512_add_epi8(wide(kTrellis[kBits]), offset);
-    upper = _mm512_add_epi8(wide(kTrellis[kBits] + upper_half(kBits)), offset);
-  }
-
-  inline __attribute__((always_inline)) void look_up(const Indices& i, Block<kBits>& block) const {
-    const auto wide = [](V low, V high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); };
-    const W index = wide(i.even, i.odd), half = _mm512_set1_epi8(15);
-    const W first = _mm512_and_si512(index, half), second = _mm512_and_si512(_mm512_srli_epi16(index, 4), half);
-    block.c[0] = _mm512_shuffle_epi8(lower, first);
-    block.c[1] = _mm512_shuffle_epi8(lower, second);
-    if (kBits < 3) return;
-    const W fifth = wide(i.fifth_even, i.fifth_odd);
-    block.c[0] = _mm512_mask_shuffle_epi8(block.c[0], _mm512_test_epi8_mask(fifth, _mm512_set1_epi8(8)), upper, first);
-    block.c[1] = _mm512_mask_shuffle_epi8(block.c[1], _mm512_movepi8_mask(fifth), upper, second);
-  }
-};
-
-template <int kParts, int kBits>
-MOEQ_INLINE Sum add(const Block<kBits>& block, const int8_t* x, const float* scale, Sum sum) {
-  const W zero = _mm512_setzero_si512();
-  const auto dot = [&](int half, W from) { return _mm512_dpbusd_epi32(from, block.c[half], _mm512_loadu_si512(x + 64 * half)); };
-  if (kParts == 1) return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot(1, dot(0, zero))), _mm512_set1_ps(scale[0]), sum);
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; half++) {
-    const __m512 factor = kParts == 2 ? _mm512_set1_ps(scale[half])
-                                      : _mm512_insertf32x8(_mm512_set1_ps(scale[2 * half]), _mm256_set1_ps(scale[2 * half + 1]), 1);
-    sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot(half, zero)), factor, sum);
-  }
-  return sum;
-}
-MOEQ_INLINE Sum no_sum() { return _mm512_setzero_ps(); }
-MOEQ_INLINE float total(Sum v) { return _mm512_reduce_add_ps(v); }
-
-#endif
-
 // `kRows` rows from `row` on.
 template <int kBits, int kParts, int kTokens, int kRows>
 MOEQ_INLINE void some_rows(const MatvecJob& job, const Table<kBits>& table, int64_t row) {
@@ -341,28 +152,30 @@ MOEQ_INLINE void some_rows(const MatvecJob& job, const Table<kBits>& table, int6
   const Matrix& m = *job.matrix;
   Scales<kParts, kTokens> scales[kRows];
   // Named, not an array: compilers keep those in memory.
-  Sum a = no_sum(), b = a, c = a, d = a;
+  __m256 a = _mm256_setzero_ps(), b = a, c = a, d = a;
   __m256 ones[kRows * kTokens];
   for (__m256& each : ones) each = _mm256_setzero_ps();
   for (int64_t first = 0;; first += kSegmentBlocks) {
     const Rows rows(m, row, kRows, first);
     const int64_t blocks = min_of(num_blocks(m.columns) - first, kSegmentBlocks), whole = min_of(m.columns / kBlock - first, blocks);
     for (int r = 0; r < kRows; r++) Scales<kParts, kTokens>::fill(scales[r], job, row + r, first, whole, ones + r * kTokens);
+    if (first == 0) fetch_scales(m, row + kRows, min_of(kRows, m.rows - row - kRows));
     const auto input = [&](int t) { return job.x[t < kTokens ? t : 0]->q + first * kBlock; };
     const int8_t *q0 = input(0), *q1 = input(1), *q2 = input(2), *q3 = input(3);
     for (int64_t at = 0; at < whole; at++) {
       Block<kBits> block;
+      const Lines<kBits, kRows> lines(rows, at * kLowBytes<kBits>);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; r++) {
-        table.look_up(indices<kBits>(rows, r, at), block);
-        const auto more = [&](int t, const int8_t* q, Sum sum) {
-          return add<kParts>(block, q + at * kBlock, scales[r].of[t % kTokens] + at * kParts, sum);
+        table.look_up(rows, lines, r, at, block);
+        const auto more = [&](int t, const int8_t* q, __m256 sum) {
+          return block.template add<kParts>(q + at * kBlock, scales[r].of[t % kTokens] + at * kParts, sum);
         };
         if (kTokens == 1) {
-          Sum& sum = r == 0 ? a : r == 1 ? b : r == 2 ? c : d;
+          __m256& sum = r == 0 ? a : r == 1 ? b : r == 2 ? c : d;
           sum = more(0, q0, sum);
         } else if (kTokens == 2) {
-          Sum &one = r ? c : a, &two = r ? d : b;
+          __m256 &one = r ? c : a, &two = r ? d : b;
           one = more(0, q0, one);
           two = more(1, q1, two);
         } else {
@@ -372,13 +185,15 @@ MOEQ_INLINE void some_rows(const MatvecJob& job, const Table<kBits>& table, int6
           d = more(3, q3, d);
         }
       }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; r++) fetch_codes<kBits>(rows, r, at);
     }
     if (first + blocks < num_blocks(m.columns)) continue;
-    const Sum lanes[4] = {a, b, c, d};
+    const __m256 lanes[4] = {a, b, c, d};
     for (int r = 0; r < kRows; r++) {
       float sums[kMaxTokens] = {};
       for (int t = 0; t < kTokens; t++)
-        sums[t] = total(lanes[r * kTokens + t]) - (float)kOffset<kBits> * sum_lanes(ones[r * kTokens + t]);
+        sums[t] = sum_lanes(lanes[r * kTokens + t]) - (float)kOffset<kBits> * sum_lanes(ones[r * kTokens + t]);
       for (int64_t at = whole; at < blocks; at++) plain_block(job, rows, r, row + r, first, at, sums);
       for (int t = 0; t < job.num_x; t++) job.out[t][row + r] = sums[t];
     }
@@ -390,6 +205,7 @@ template <int kBits, int kParts, int kTokens>
 void all_rows(const MatvecJob& job) {
   const Table<kBits> table;
   constexpr int kRows = 4 / kTokens;
+  fetch_start(*job.matrix, job.first, job.last - job.first, kRows);
   for (int64_t row = job.first; row < job.last;) {
     if (kRows > 1 && row + kRows <= job.last) {
       some_rows<kBits, kParts, kTokens, kRows>(job, table, row);
@@ -431,7 +247,7 @@ void many_rows(const ManyJob& job) {
     for (int64_t first = 0; first < num_blocks(m.columns); first += kSegmentBlocks) {
       const Rows rows(m, row, 1, first);
       const int64_t here = min_of(num_blocks(m.columns) - first, kSegmentBlocks), whole = min_of(m.columns / kBlock - first, here);
-      for (int64_t at = 0; at < whole; at++) table.look_up(indices<kBits>(rows, 0, at), blocks[at]);
+      for (int64_t at = 0; at < whole; at++) table.look_up(rows, Lines<kBits, 1>(rows, at * kLowBytes<kBits>), 0, at, blocks[at]);
       for (int64_t start = 0; start < job.count; start += kMaxTokens) {
         const int tokens = (int)min_of(job.count - start, kMaxTokens);
         // What is missing of four vectors is the first of them again.
@@ -443,17 +259,17 @@ void many_rows(const ManyJob& job) {
         Scales<kParts, kMaxTokens>::fill(scales, four, row, first, whole, ones);
         const auto q = [&](int t) { return four.x[t]->q + first * kBlock; };
         const int8_t *q0 = q(0), *q1 = q(1), *q2 = q(2), *q3 = q(3);
-        Sum a = no_sum(), b = a, c = a, d = a;
+        __m256 a = _mm256_setzero_ps(), b = a, c = a, d = a;
         for (int64_t at = 0; at < whole; at++) {
           const Block<kBits>& block = blocks[at];
-          a = add<kParts>(block, q0 + at * kBlock, scales.of[0] + at * kParts, a);
-          b = add<kParts>(block, q1 + at * kBlock, scales.of[1] + at * kParts, b);
-          c = add<kParts>(block, q2 + at * kBlock, scales.of[2] + at * kParts, c);
-          d = add<kParts>(block, q3 + at * kBlock, scales.of[3] + at * kParts, d);
+          a = block.template add<kParts>(q0 + at * kBlock, scales.of[0] + at * kParts, a);
+          b = block.template add<kParts>(q1 + at * kBlock, scales.of[1] + at * kParts, b);
+          c = block.template add<kParts>(q2 + at * kBlock, scales.of[2] + at * kParts, c);
+          d = block.template add<kParts>(q3 + at * kBlock, scales.of[3] + at * kParts, d);
         }
-        const Sum lanes[kMaxTokens] = {a, b, c, d};
+        const __m256 lanes[kMaxTokens] = {a, b, c, d};
         float sums[kMaxTokens] = {};
-        for (int t = 0; t < tokens; t++) sums[t] = total(lanes[t]) - (float)kOffset<kBits> * sum_lanes(ones[t]);
+        for (int t = 0; t < tokens; t++) sums[t] = sum_lanes(lanes[t]) - (float)kOffset<kBits> * sum_lanes(ones[t]);
         for (int64_t at = whole; at < here; at++) plain_block(four, rows, 0, row, first, at, sums);
         for (int t = 0; t < tokens; t++) {
           float& to = job.out[start + t][row];

@@ -14,7 +14,7 @@ for kind in address,undefined thread; do
     case $isa in
       base) flags="" ;;
       avx2) flags="-mavx2 -mfma -mf16c" ;;
-      avx512) flags="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c" ;;
+      avx512) flags="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512vbmi -mavx2 -mfma -mf16c" ;;
     esac
     for kernel in matvec codebook trellis trellis_search combine dense floats vectors decoding; do
       object="$out/$kernel-$isa.o"

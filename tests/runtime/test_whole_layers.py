@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import moeq
 import zoo
 from moeq import native
-from moeq.runtime.growing import growing_cache
+from moeq.runtime.growing import GrowingLayer, growing_cache
 from moeq.runtime.whole_layers import TRIALS, WholeLayer, join_layers
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no compiled kernels")
@@ -51,6 +51,18 @@ def test_answers_are_the_same(model: Any, apart: Any) -> None:
     assert not any(isinstance(layer, WholeLayer) for layer in layers(apart))
     torch.testing.assert_close(decoded(model), decoded(apart), rtol=1e-3, atol=1e-3)
     assert all(layer.moeq_trials == 0 and layer.moeq_parts.experts for layer in layers(model)), "they serve"
+
+
+@torch.inference_mode()
+def test_a_plain_generate_is_answered_whole(model: Any, apart: Any) -> None:
+    """The cache is one of transformers' own there, whose layers give way to ones that grow."""
+    options = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    ours, theirs = (each.generate(ids(20), **options) for each in (model, apart))
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    assert all(layer.moeq_trials == 0 for layer in layers(model)), "they serve"
+    assert {type(layer) for layer in ours.past_key_values.layers} == {GrowingLayer}
+    for mine, other in zip(ours.past_key_values.layers, theirs.past_key_values.layers, strict=True):
+        torch.testing.assert_close(mine.keys, other.keys, rtol=1e-3, atol=1e-3)
 
 
 def test_the_cache_is_the_same(model: Any, apart: Any) -> None:

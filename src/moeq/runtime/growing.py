@@ -67,6 +67,20 @@ def growing_cache(model: Any) -> DynamicCache:
     return cache
 
 
+def grown(cache: Any, place: int) -> GrowingLayer | None:
+    """The layer at a place of a cache as one that grows; None for layers of another kind.
+
+    Transformers' own, which a plain `generate` makes, gives its place to one that takes over what it holds.
+    """
+    found: Any = cache.layers[place] if place < len(cache.layers) else None
+    if type(found) is DynamicLayer and found.is_initialized:
+        layer = GrowingLayer()
+        layer.lazy_initialization(found.keys, found.values)
+        layer.keys, layer.values = found.keys, found.values
+        cache.layers[place] = found = layer
+    return found if type(found) is GrowingLayer and found.is_initialized else None
+
+
 def _fits(room: Tensor, old: Tensor, new: Tensor, total: int) -> bool:
     """Whether what is there is still the first part of the room (it may have been cut or replaced), and more fits."""
     same = old.data_ptr() == room.data_ptr() and old.shape[:2] == room.shape[:2] and old.stride() == room.stride()

@@ -42,7 +42,7 @@ def load(
         device: "auto" (CUDA when there is one), "cpu" or "cuda[:n]".
         dtype: compute dtype of everything that is not packed; "auto" takes the checkpoint's.
         exact_activations: True keeps activations in floats, which is slower; False rounds them to 8 bits; None rounds
-            them where that is faster: when decoding, and without AVX-512 in prompts too (docs/decisions/0041).
+            them where that is faster: when decoding, and without AMX in prompts too (docs/decisions/0043).
             Kernels on GPUs never round.
         trust_remote_code: the code in the directory may run, for a model that transformers does not have.
         progress: on a GPU, told of kernels as they are compiled (`moeq.runtime.ahead`), which takes time only for what

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moeq import native
 from moeq.arch import hooks
 from moeq.layouts.grouped.serving import PackedExperts, PackedLinear
-from moeq.runtime.growing import GrowingLayer
+from moeq.runtime.growing import GrowingLayer, grown
 from moeq.runtime.lean import ATTENTION, LeanLinear, LeanNorm, LeanRouter, Mixed, is_ours, mix
 from moeq.spec import LEVELS
 
@@ -173,9 +173,8 @@ class WholeLayer(Mixed):
             return None
         if self.training or not is_ours(x) or torch.is_grad_enabled():
             return None
-        place = int(self.self_attn.layer_idx)  # type: ignore[arg-type]
-        found = cache.layers[place] if place < len(cache.layers) else None
-        if type(found) is not GrowingLayer or not found.is_initialized or not found.get_seq_length():
+        found = grown(cache, int(self.self_attn.layer_idx))  # type: ignore[arg-type]
+        if found is None or not found.get_seq_length():
             return None
         return found if found.keys.dtype == x.dtype and len(found.keys) == 1 and self._holds() else None
 

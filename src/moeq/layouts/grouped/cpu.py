@@ -9,6 +9,7 @@ The calls are torch operators (`torch.ops.moeq.packed_linear`, `packed_experts`)
 Legend: T tokens, k experts per token, S tokens of one expert, N output rows, K input columns, H hidden, I expert width.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -111,12 +112,20 @@ def serves(x: Tensor, data: Tensor, *others: Tensor) -> bool:
 def _rounds_many(exact: bool | None, specs: Iterable[QuantSpec]) -> bool:
     """Whether codes are multiplied as they are by many tokens too, with activations of 8 bits.
 
-    The user may want it or not; where nothing is said, it is done where it is faster: without AVX-512, integer products
-    are twice as fast as those of floats (benchmarks/cpu.md), but looking codebooks up for every few tokens is not.
+    The user may want it or not; where nothing is said, it is done where it is faster: without units that multiply
+    matrices of 16-bit floats, integer products are (benchmarks/cpu.md), but looking codebooks up for every few tokens
+    is not.
     """
     if exact is not None:
         return not exact
-    return product_dtype(torch.bfloat16) != torch.bfloat16 and all(spec.codebooks is None for spec in specs)
+    return not _has_matrix_units() and all(spec.codebooks is None for spec in specs)
+
+
+@functools.cache
+def _has_matrix_units() -> bool:
+    """Whether this processor has AMX; where torch cannot say, whether it might."""
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(known.get("amx_bf16", product_dtype(torch.bfloat16) == torch.bfloat16))
 
 
 def _is_plain(module: nn.Module, layer: PackedLayer) -> bool:
