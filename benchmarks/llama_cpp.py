@@ -4,6 +4,8 @@
 
 DIR is a checkout of llama.cpp with llama-bench in build/bin. Prefill of 512 tokens and decoding of 64, tokens a second,
 medians over the rounds; ours by `moeq bench`, which also reads memory as fast as it can, between llama-bench's turns.
+Memory is the most that a program had resident at the first token of a prompt of one, and the seconds are those from its
+start to that token: what a user waits who calls it once.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +31,32 @@ def theirs(programs: Path, file: Path, threads: int) -> dict[str, float]:
         done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=True)
         lines: list[dict[str, Any]] = json.loads(done.stdout)
         found[name] = lines[0]["avg_ts"]
-    return found
+    start = first_token(programs / "llama-bench", "-m", file, "-p", 1, "-n", 0, "-t", threads, "-r", 1, "--no-warmup")
+    return found | dict(zip(("start", "memory"), start, strict=True))
+
+
+def first_token(*words: object) -> tuple[float, float]:
+    """Seconds from a program's start to its end, and GiB it had resident at most."""
+    started = time.perf_counter()
+    with subprocess.Popen(
+        [str(word) for word in words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as program:
+        _, status, used = os.wait4(program.pid, 0)
+        program.returncode = os.waitstatus_to_exitcode(status)
+    if program.returncode:
+        raise SystemExit(f"{words[0]} ended with {program.returncode}")
+    return time.perf_counter() - started, used.ru_maxrss / 2**20
 
 
 def ours(packed: Path, threads: int) -> dict[str, float]:
     """One turn of `moeq bench`."""
     words = ["bench", packed, "--json", "--quiet", "--prompt-tokens", PROMPT, "--new-tokens", NEW, "--threads", threads]
-    code = "import sys; from moeq_cli import main; sys.exit(main(sys.argv[1:]))"
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-c", code, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    program = sys.executable, "-c", "import sys; from moeq_cli import main; sys.exit(main(sys.argv[1:]))"
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    done = subprocess.run([*program, *map(str, words)], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
-    return {
+    start = first_token(*program, "generate", packed, "a", "--max-new-tokens", 1, "--device", "cpu")
+    return dict(zip(("start", "memory"), start, strict=True)) | {
         "prefill": found["prefill_tokens_per_second"],
         "decode": found["decode_tokens_per_second"],
         "roofline": found["roofline_share"],
@@ -69,10 +86,20 @@ def main() -> None:
     for (path, threads), turns in sorted(found.items(), key=lambda each: (each[0][1], each[0][0])):
         size = sum(f.stat().st_size for f in Path(path).glob("*.safetensors")) or Path(path).stat().st_size
         row = [Path(path).name, f"{size / 2**20:.0f}", str(threads)]
-        row += [f"{statistics.median(turn[key] for turn in turns):.1f}" for key in ("prefill", "decode")]
+        keys = "prefill", "decode", "start", "memory"
+        row += [f"{statistics.median(turn[key] for turn in turns):.1f}" for key in keys]
         shares = [turn["roofline"] for turn in turns if "roofline" in turn]
         lines.append((*row, f"{statistics.median(shares):.2f}" if shares else ""))
-    header = ("model", "MiB", "threads", f"prefill of {PROMPT}", f"decoding {NEW}", "share of the roofline")
+    header = (
+        "model",
+        "MiB",
+        "threads",
+        f"prefill of {PROMPT}",
+        f"decoding {NEW}",
+        "s to a token",
+        "GiB",
+        "of the roofline",
+    )
     print(markdown_table(header, lines))
 
 

@@ -65,29 +65,33 @@ print(json.dumps({
 """
 
 
-def layer_tensors(layer: int) -> list[tuple[str, tuple[int, ...]]]:
-    hidden, inner = CONFIG["hidden_size"], CONFIG["intermediate_size"]
+def layer_tensors(layer: int, config: dict[str, Any] = CONFIG) -> list[tuple[str, tuple[int, ...]]]:
+    hidden, heads, size = config["hidden_size"], config["num_attention_heads"], config.get("head_dim")
+    inner = config.get("moe_intermediate_size", config["intermediate_size"])
+    queries = hidden if size is None else heads * size
+    keys = queries * config["num_key_value_heads"] // heads
     prefix = f"model.layers.{layer}."
-    names = [(f"{prefix}self_attn.{name}_proj.weight", (hidden, hidden)) for name in "qkvo"]
-    names += [(f"{prefix}self_attn.{name}_norm.weight", (hidden,)) for name in "qk"]
+    linears = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
+    names = [(f"{prefix}self_attn.{name}_proj.weight", shape) for name, shape in linears.items()]
+    names += [(f"{prefix}self_attn.{name}_norm.weight", (size or linears[name][0],)) for name in "qk"]
     names += [(f"{prefix}{name}_layernorm.weight", (hidden,)) for name in ("input", "post_attention")]
-    names.append((f"{prefix}mlp.gate.weight", (CONFIG["num_experts"], hidden)))
-    for expert in range(CONFIG["num_experts"]):
+    names.append((f"{prefix}mlp.gate.weight", (config["num_experts"], hidden)))
+    for expert in range(config["num_experts"]):
         names += [(f"{prefix}mlp.experts.{expert}.{name}_proj.weight", (inner, hidden)) for name in ("gate", "up")]
         names.append((f"{prefix}mlp.experts.{expert}.down_proj.weight", (hidden, inner)))
     return names
 
 
-def make_checkpoint(directory: Path, num_layers: int, tokenizer: Path | None) -> None:
+def make_checkpoint(directory: Path, num_layers: int, tokenizer: Path | None, config: dict[str, Any] = CONFIG) -> None:
     """Write the checkpoint, one shard for each layer; norms near one, everything else normal(0, 0.02)."""
     if (directory / "config.json").exists():
         return
     directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
-    hidden, vocabulary = CONFIG["hidden_size"], CONFIG["vocab_size"]
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     outer = [("model.embed_tokens.weight", (vocabulary, hidden)), ("model.norm.weight", (hidden,))]
     outer.append(("lm_head.weight", (vocabulary, hidden)))
-    groups = [outer, *(layer_tensors(layer) for layer in range(num_layers))]
+    groups = [outer, *(layer_tensors(layer, config) for layer in range(num_layers))]
     weight_map = {}
     total = 0
     for index, group in enumerate(groups, start=1):
@@ -102,7 +106,7 @@ def make_checkpoint(directory: Path, num_layers: int, tokenizer: Path | None) ->
     if tokenizer is not None:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(tokenizer / name, directory / name)
-    (directory / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": num_layers}), encoding="utf-8")
+    (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": num_layers}), encoding="utf-8")
 
 
 def read_cast_write(source: Path, out: Path) -> float:
