@@ -25,15 +25,33 @@ MOEQ_INLINE V load_twice(const uint8_t* from) {
 }
 MOEQ_INLINE V bytes_of(int value) { return _mm256_set1_epi8((char)value); }
 
+// Bits of a where the mask has them, else of b.
+MOEQ_INLINE V bits_from(V a, int mask, V b) {
+#if defined(__AVX512VL__)
+  return _mm256_ternarylogic_epi32(bytes_of(mask), a, b, 0xca);
+#else
+  return _mm256_or_si256(_mm256_and_si256(a, bytes_of(mask)), _mm256_andnot_si256(bytes_of(mask), b));
+#endif
+}
+MOEQ_INLINE V twice(V bits) { return _mm256_add_epi8(bits, bits); }
+
+template <int kShift>
+MOEQ_INLINE V shifted(V bytes) {
+  return kShift ? _mm256_srli_epi16(bytes, kShift) : bytes;
+}
 template <int kShift>
 MOEQ_INLINE V field(V bytes, int mask) {
-  return _mm256_and_si256(kShift ? _mm256_srli_epi16(bytes, kShift) : bytes, bytes_of(mask));
+  return _mm256_and_si256(shifted<kShift>(bytes), bytes_of(mask));
+}
+
+// A plane of one bit: field 2 s is for the lower half of c[s], field 2 s + 1 for the upper.
+MOEQ_INLINE V spread1(const uint8_t* from) {
+  return _mm256_srlv_epi32(load_twice(from), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
 }
 
 // The four registers of codes of a plane, scaled by nothing.
 MOEQ_INLINE void unpack1(const uint8_t* from, V* c) {
-  // Field 2 s goes into the lower half of c[s], field 2 s + 1 into the upper.
-  const V bytes = _mm256_srlv_epi32(load_twice(from), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+  const V bytes = spread1(from);
   c[0] = field<0>(bytes, 1);
   c[1] = field<2>(bytes, 1);
   c[2] = field<4>(bytes, 1);
@@ -62,15 +80,12 @@ MOEQ_INLINE void unpack_codes(const uint8_t* first, const uint8_t* second, V* c)
     unpack2(first, c);
   } else if (kBits == 3) {
     // Two codes in each byte, as in a plane of 4 bits, so that planes are joined half as often.
-    const V two = load_codes(first);
-    const V one = _mm256_srlv_epi32(load_twice(second), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
-    const V even2 = field<0>(two, 0x33), odd2 = field<2>(two, 0x33);
-    const V even = _mm256_add_epi8(_mm256_add_epi8(even2, even2), field<0>(one, 0x11));
-    const V odd = _mm256_add_epi8(_mm256_add_epi8(odd2, odd2), field<2>(one, 0x11));
-    c[0] = field<0>(even, 15);
-    c[1] = field<0>(odd, 15);
-    c[2] = field<4>(even, 15);
-    c[3] = field<4>(odd, 15);
+    const V two = load_codes(first), one = spread1(second);
+    const V even = bits_from(twice(two), 0x66, one), odd = bits_from(shifted<1>(two), 0x66, shifted<2>(one));
+    c[0] = field<0>(even, 7);
+    c[1] = field<0>(odd, 7);
+    c[2] = field<4>(even, 7);
+    c[3] = field<4>(odd, 7);
   } else if (kBits == 4) {
     unpack4(first, c);
   } else if (kBits == 5) {

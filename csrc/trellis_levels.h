@@ -92,15 +92,6 @@ MOEQ_INLINE V parity(const Lines<kBits, kRows>& lines, int r) {
   return sum;
 }
 
-// Bits of a where the mask has them, else of b.
-MOEQ_INLINE V bits_from(V a, int mask, V b) {
-#if defined(__AVX512VL__)
-  return _mm256_ternarylogic_epi32(bytes_of(mask), a, b, 0xca);
-#else
-  return _mm256_or_si256(_mm256_and_si256(a, bytes_of(mask)), _mm256_andnot_si256(bytes_of(mask), b));
-#endif
-}
-MOEQ_INLINE V twice(V bits) { return _mm256_add_epi8(bits, bits); }
 MOEQ_INLINE V masked(V a, int mask) { return _mm256_and_si256(a, bytes_of(mask)); }
 
 // Fields of one bit made fields of two: the bit as the lower one, as the upper one.

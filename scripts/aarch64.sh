@@ -3,6 +3,7 @@
 # Debian: apt-get install qemu-user g++-aarch64-linux-gnu
 set -eu
 cd "$(dirname "$0")/.."
+. scripts/native_files.sh
 out=build/aarch64
 cxx="${CXX:-aarch64-linux-gnu-g++}"
 for program in "$cxx" qemu-aarch64; do
@@ -12,13 +13,12 @@ mkdir -p "$out"
 # As CMakeLists.txt has them, without OpenMP's threads.
 common="-std=gnu++17 -O3 -ffp-contract=off -fno-math-errno -Wno-psabi -Icsrc -DMOEQ_OWN_THREADS"
 objects=""
-for kernel in matvec codebook trellis trellis_search combine dense floats vectors decoding; do
+for kernel in $kernels; do
   # shellcheck disable=SC2086
   $cxx $common -DMOEQ_ISA=base -c "csrc/$kernel.cpp" -o "$out/$kernel.o"
   objects="$objects $out/$kernel.o"
 done
 # shellcheck disable=SC2086
-$cxx $common -static tests/native/check_kernels.cpp tests/native/check_layouts.cpp tests/native/check_dense.cpp \
-  csrc/dense_tasks.cpp csrc/experts.cpp csrc/spectral.cpp csrc/tiled.cpp csrc/threads.cpp $objects -o "$out/check" -pthread
+$cxx $common -static $checks $objects -o "$out/check" -pthread
 printf 'aarch64: '
 qemu-aarch64 "$out/check" "${1:-20}"

@@ -2,6 +2,7 @@
 # Builds tests/native/check_kernels.cpp with sanitizers and runs it: make sanitize.
 set -eu
 cd "$(dirname "$0")/.."
+. scripts/native_files.sh
 out=build/sanitize
 mkdir -p "$out"
 cxx="${CXX:-g++}"
@@ -16,7 +17,7 @@ for kind in address,undefined thread; do
       avx2) flags="-mavx2 -mfma -mf16c" ;;
       avx512) flags="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512vbmi -mavx2 -mfma -mf16c" ;;
     esac
-    for kernel in matvec codebook trellis trellis_search combine dense floats vectors decoding; do
+    for kernel in $kernels; do
       object="$out/$kernel-$isa.o"
       # shellcheck disable=SC2086
       $cxx $common $flags -fsanitize=$kind -fno-sanitize=alignment -DMOEQ_ISA=$isa -c csrc/$kernel.cpp -o "$object"
@@ -24,9 +25,7 @@ for kind in address,undefined thread; do
     done
   done
   # shellcheck disable=SC2086
-  $cxx $common -fsanitize=$kind -fno-sanitize=alignment tests/native/check_kernels.cpp tests/native/check_layouts.cpp \
-    tests/native/check_dense.cpp csrc/dense_tasks.cpp \
-    csrc/experts.cpp csrc/spectral.cpp csrc/tiled.cpp csrc/threads.cpp $objects -o "$out/check-$kind" -pthread -ldl
+  $cxx $common -fsanitize=$kind -fno-sanitize=alignment $checks $objects -o "$out/check-$kind" -pthread -ldl
   printf '%s: ' "$kind"
   "$out/check-$kind" "${1:-200}"
 done
