@@ -65,9 +65,10 @@ def _product(x_SK: Tensor, w_NK: Tensor) -> Tensor | None:
     """x W^T, or None where torch's own is as good."""
     if w_NK.dtype != x_SK.dtype or x_SK.dtype == torch.float32 or not (is_ours(x_SK) and is_ours(w_NK)):
         return None
-    if x_SK.shape[0] <= FEW:
-        return native_dense.linear(x_SK, w_NK)
     dtype = product_dtype(x_SK.dtype)
+    # Where torch has instructions for bfloat16, it multiplies more than two tokens faster (benchmarks/cpu.md).
+    if x_SK.shape[0] <= (2 if dtype == x_SK.dtype == torch.bfloat16 else FEW):
+        return native_dense.linear(x_SK, w_NK)
     if dtype == x_SK.dtype:
         return None
     x = x_SK.to(dtype)
