@@ -1,6 +1,7 @@
 """Handlers of tiled experts with random residuals of several widths and random sides."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from moeq.layouts.tiled.shape import TileForm
 from moeq.layouts.tiled.stored import build_tile_table, pack_sides, parse_tile_table
 from moeq.layouts.tiled.writer import round_factor
 from moeq.quantizers.rtn import Rtn
-from moeq.spec import QuantSpec, stored_bytes
+from moeq.quantizers.trellis import Trellis
+from moeq.spec import TRELLISES, QuantSpec, stored_bytes
 from moeq.transforms import placement
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -36,7 +38,7 @@ def sides_of(form: TileForm, shape: tuple[int, int], num_experts: int, seed: int
     return pack_sides(form, shape, torch.tensor([grid.row_E, grid.column_E]).T, factors, scales, orders)
 
 
-def tiled(forms: Mapping[str, TileForm], shapes: Shapes, num_experts: int) -> TiledExperts:
+def tiled(forms: Mapping[str, TileForm], shapes: Shapes, num_experts: int, *, trellises: bool = False) -> TiledExperts:
     """A handler; `forms` has one for each projection."""
     torch.manual_seed(0)
     records, entries, offset = [], [], 0
@@ -44,7 +46,10 @@ def tiled(forms: Mapping[str, TileForm], shapes: Shapes, num_experts: int) -> Ti
         row = []
         for name, shape in shapes.items():
             spec = QuantSpec(bits=(2, 3, 4, 8)[expert % 4], group_size=32)
-            q = Rtn().quantize(0.1 * random(*shape, seed=10 * expert + len(name)), spec, None)
+            if trellises and spec.bits in TRELLISES:
+                spec = replace(spec, levels="trellis")
+            rounder = Trellis() if spec.history else Rtn()
+            q = rounder.quantize(0.1 * random(*shape, seed=10 * expert + len(name)), spec, None)
             records.append(pack_matrix(q.codes_NK, q.scale_NG, q.zero_NG, spec))
             row.append((offset, spec))
             offset += stored_bytes(spec, shape)

@@ -214,7 +214,7 @@ class Recipe:
         self.tiles()
         if self.rank is not None and self.rank != AUTO and not (self.rank.isdecimal() and int(self.rank) <= MAX_RANK):
             raise OptionError(f"{self.rank!r} is no rank", option="rank", fix=f"give 0 to {MAX_RANK}, or auto")
-        if self.quantizer == "trellis" and not method(self.method).alone:
+        if self.quantizer == "trellis" and method(self.method).unit == "component":
             raise OptionError(f"{self.method} stores no trellises", option="quantizer", fix="use gptq")
         if self.quantizer == "vector" and self.plan is None and (self.cost or self.choosing.cost):
             fix = "use gptq, or a method that gives all matrices alike"

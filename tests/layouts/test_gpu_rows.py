@@ -138,8 +138,8 @@ FORMS = {
 }
 
 
-def tiles(name: str, device: torch.device) -> TiledLayer:
-    layer = tiled_handler(dict(zip(NAMES, FORMS[name], strict=True)), SHAPES, EXPERTS).layer
+def tiles(name: str, device: torch.device, **options: bool) -> TiledLayer:
+    layer = tiled_handler(dict(zip(NAMES, FORMS[name], strict=True)), SHAPES, EXPERTS, **options).layer
     data, sides = layer.residual.data.to(device), layer.sides
     sides = {each: replace(side, data=side.data.to(device)) for each, side in sides.items()}
     facts = kernel_facts(layer.residual.entries, list(SHAPES.values()), device)
@@ -158,6 +158,14 @@ def test_tiles(name: str, dtype: torch.dtype, triton_device: torch.device) -> No
     compare(
         gpu_tiled.run_experts, tiled.experts, mixtral(HIDDEN, INNER, EXPERTS), tiles(name, triton_device), arguments
     )
+
+
+@pytest.mark.parametrize("name", ["usual", "everything"])
+def test_tiles_of_trellises(name: str, triton_device: torch.device) -> None:
+    layer = tiles(name, triton_device, trellises=True)
+    assert "trellis" in {spec.levels for expert in layer.residual.entries for _, spec in expert}
+    module, arguments = mixtral(HIDDEN, INNER, EXPERTS), routed(triton_device, dtype=torch.bfloat16)
+    compare(gpu_tiled.run_experts, tiled.experts, module, layer, arguments)
 
 
 @pytest.mark.parametrize("name", ["usual", "everything", "rotation"])

@@ -170,6 +170,28 @@ def test_codebooks_round_residuals_and_plain_matrices(tiny_dir: Path, calibratio
         assert moeq.verify(tmp_path / method).logits_finite
 
 
+def test_trellises_round_residuals(tiny_dir: Path, calibration_text: Path, tmp_path: Path) -> None:
+    """At the same bytes their errors are smaller; kernels compute what the decoded weights say."""
+    errors = {}
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        wanted = load_any(tiny_dir, "cpu", torch.float32)(ids).logits
+        for name in ("trellis", "gptq"):
+            out = tmp_path / name
+            moeq.quantize(
+                tiny_dir, out, calibration=str(calibration_text), **CALIBRATED | {"bits": 5.0}, quantizer=name
+            )
+            model = moeq.load(out, device="cpu", dtype=torch.float32, exact_activations=True)
+            found = model(ids).logits
+            torch.testing.assert_close(found, twin_of(model, tiny_dir)(ids).logits, rtol=1e-4, atol=1e-4)
+            errors[name] = float((found - wanted).norm() / wanted.norm())
+            assert moeq.verify(out).logits_finite
+    plans = [Plan.load(tmp_path / name / "moeq_plan.json") for name in errors]
+    assert "trellis" in {spec.levels for spec in plans[0].specs}
+    assert plans[0].expert_bytes <= plans[1].expert_bytes
+    assert errors["trellis"] < errors["gptq"], errors
+
+
 def test_widths_by_another_methods_costs(demo_dir: Path, calibration_text: Path, tmp_path: Path) -> None:
     costs = tmp_path / "costs"
     few = {"nsamples": 4, "seqlen": 32}
