@@ -35,12 +35,11 @@ def theirs(programs: Path, file: Path, threads: int) -> dict[str, float]:
     return found | dict(zip(("start", "memory"), start, strict=True))
 
 
-def first_token(*words: object) -> tuple[float, float]:
+def first_token(*words: object, environment: dict[str, str] | None = None) -> tuple[float, float]:
     """Seconds from a program's start to its end, and GiB it had resident at most."""
     started = time.perf_counter()
-    with subprocess.Popen(
-        [str(word) for word in words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as program:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([str(word) for word in words], env=environment, **quiet) as program:
         _, status, used = os.wait4(program.pid, 0)
         program.returncode = os.waitstatus_to_exitcode(status)
     if program.returncode:
@@ -52,10 +51,12 @@ def ours(packed: Path, threads: int) -> dict[str, float]:
     """One turn of `moeq bench`."""
     words = ["bench", packed, "--json", "--quiet", "--prompt-tokens", PROMPT, "--new-tokens", NEW, "--threads", threads]
     program = sys.executable, "-c", "import sys; from moeq_cli import main; sys.exit(main(sys.argv[1:]))"
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    done = subprocess.run([*program, *map(str, words)], capture_output=True, text=True, check=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run([*program, *map(str, words)], capture_output=True, text=True, check=True, env=environment)
     found = json.loads(done.stdout)
-    start = first_token(*program, "generate", packed, "a", "--max-new-tokens", 1, "--device", "cpu")
+    start = first_token(
+        *program, "generate", packed, "a", "--max-new-tokens", 1, "--device", "cpu", environment=environment
+    )
     return dict(zip(("start", "memory"), start, strict=True)) | {
         "prefill": found["prefill_tokens_per_second"],
         "decode": found["decode_tokens_per_second"],

@@ -44,10 +44,11 @@ MOEQ_INLINE V field(V bytes, int mask) {
   return _mm256_and_si256(shifted<kShift>(bytes), bytes_of(mask));
 }
 
+// Fields of one bit made fields of two, with the bit as the lower one: the even fields of the lower half of a register, the odd
+// ones of the upper.
+MOEQ_INLINE V as_lower(V bits) { return _mm256_srlv_epi32(bits, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)); }
 // A plane of one bit: field 2 s is for the lower half of c[s], field 2 s + 1 for the upper.
-MOEQ_INLINE V spread1(const uint8_t* from) {
-  return _mm256_srlv_epi32(load_twice(from), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
-}
+MOEQ_INLINE V spread1(const uint8_t* from) { return as_lower(load_twice(from)); }
 
 // The four registers of codes of a plane, scaled by nothing.
 MOEQ_INLINE void unpack1(const uint8_t* from, V* c) {

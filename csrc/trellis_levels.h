@@ -94,8 +94,7 @@ MOEQ_INLINE V parity(const Lines<kBits, kRows>& lines, int r) {
 
 MOEQ_INLINE V masked(V a, int mask) { return _mm256_and_si256(a, bytes_of(mask)); }
 
-// Fields of one bit made fields of two: the bit as the lower one, as the upper one.
-MOEQ_INLINE V as_lower(V bits) { return _mm256_srlv_epi32(bits, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)); }
+// As `as_lower`, with the bit as the upper one.
 MOEQ_INLINE V as_upper(V bits) { return _mm256_sllv_epi32(bits, _mm256_setr_epi32(1, 1, 1, 1, 0, 0, 0, 0)); }
 
 // Two parities of every code, fields of two bits (of four, if kBits is 4).
@@ -135,9 +134,6 @@ constexpr int kOffset = kBits == 4 ? 0 : kLargest[kBits] + 1;
 #endif
 template <int kBits>
 using Block = Dots<kBits == 4 ? 8 : kBits == 3 ? 7 : 6>;
-MOEQ_INLINE V entry_table(const int8_t* from, int offset) {
-  return _mm256_add_epi8(load_twice((const uint8_t*)from), bytes_of(offset));
-}
 
 #if defined(__AVX512VBMI__)
 
@@ -195,6 +191,9 @@ struct Table {
 
 // Where there are 32 entries, the upper half of the table.
 constexpr int upper_half(int bits) { return bits < 3 ? 0 : 16; }
+MOEQ_INLINE V entry_table(const int8_t* from, int offset) {
+  return _mm256_add_epi8(load_twice((const uint8_t*)from), bytes_of(offset));
+}
 
 // Levels of a block, ready for products. Where there are 32 entries, the top of each half of a byte of `fifth` is a fifth bit.
 template <int kBits>
